@@ -193,5 +193,6 @@ def unpack(layout: AffineLayout, tensors: dict[str, Tensor]) -> AffineWeight:
 
 def _scale_vectors(scales: Tensor) -> Tensor:
     """[16 * R, groups] to vectors [R, ceil(groups / 2), 16] whose word r holds two groups of row r."""
-    pairs = pad_to(scales, scales.shape[0], 2 * ceil_div(scales.shape[1], 2)).unflatten(1, (-1, 2)).unflatten(0, (-1, ROWS))
+    even = pad_to(scales, scales.shape[0], 2 * ceil_div(scales.shape[1], 2))
+    pairs = even.unflatten(1, (-1, 2)).unflatten(0, (-1, ROWS))
     return as_vectors(pairs.permute(0, 2, 1, 3).flatten(1))

@@ -21,5 +21,5 @@ def check_perm(perm: Tensor, in_features: int) -> None:
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of a packed matrix as they lie in the file: statistics, outliers, row counters and permutation included."""
+    """Bytes of a packed matrix as in the file: statistics, outliers, row counters and permutation included."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

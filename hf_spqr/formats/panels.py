@@ -4,7 +4,7 @@ A row block (16 rows) is its panels one after another, in column order. A panel 
 weight tiles. All positions are counted in vectors of 16 int32 words from the start of the row block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,9 @@ def check_matrix(out_features: int, in_features: int, bits: int, group_size: int
         raise ValueError(f"group_size must be one of {GROUP_SIZES} (-1: one group per row), got {group_size}")
 
 
-def plan_panels(groups: int, tiles: int, groups_per_panel: int, tiles_per_panel: int, bits: int, stat_vectors) -> list[Panel]:
+def plan_panels(
+    groups: int, tiles: int, groups_per_panel: int, tiles_per_panel: int, bits: int, stat_vectors: Callable[[int], int]
+) -> list[Panel]:
     """Cut a row block into panels. ``stat_vectors(groups_here)`` is the size of a panel's statistics in vectors."""
     panels = []
     start = 0

@@ -4,7 +4,7 @@ In a word the low 16 bits belong to the even columns of the tile, the high 16 bi
 alike. So a field is a place in a half-word together with the column pair ``(2 * pair, 2 * pair + 1)`` it serves.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ _THREE_BIT_SPARE_PAIR = 15
 
 
 class Field(NamedTuple):
-    """``width`` bits of a code, counted from bit ``low`` of the code, at bit ``shift`` of a half-word of ``vector``."""
+    """``width`` bits of a code, from its bit ``low`` on, at bit ``shift`` of a half-word of ``vector``."""
 
     vector: int
     shift: int
@@ -34,7 +34,7 @@ class Field(NamedTuple):
     width: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile_fields(bits: int) -> tuple[Field, ...]:
     """Where the codes of a tile lie. Raises ValueError for a width outside 1..8."""
     if bits not in BITS:
@@ -47,8 +47,10 @@ def tile_fields(bits: int) -> tuple[Field, ...]:
             vector, low = vector + width, low + width
         return tuple(fields)
     if bits == 3:
-        fields = [Field(v, 3 * i, pair, 0, 3) for v, pairs in enumerate(_THREE_BIT_PAIRS) for i, pair in enumerate(pairs)]
-        return (*fields, *(Field(v, 15, _THREE_BIT_SPARE_PAIR, v, 1) for v in range(3)))
+        whole = (
+            Field(v, 3 * i, pair, 0, 3) for v, pairs in enumerate(_THREE_BIT_PAIRS) for i, pair in enumerate(pairs)
+        )
+        return (*whole, *(Field(v, 15, _THREE_BIT_SPARE_PAIR, v, 1) for v in range(3)))
     per_half = 16 // bits
     return tuple(Field(pair // per_half, bits * (pair % per_half), pair, 0, bits) for pair in range(16))
 

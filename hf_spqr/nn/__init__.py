@@ -1,0 +1,7 @@
+"""Modules that hold packed weights and stand in for ``nn.Linear``. They know formats and ops, no algorithm."""
+
+from hf_spqr.nn.affine import AffineLinear
+from hf_spqr.nn.packed import PackedLinear
+from hf_spqr.nn.spqr import SpQRLinear
+
+__all__ = ["AffineLinear", "PackedLinear", "SpQRLinear"]

@@ -1,0 +1,131 @@
+"""What every packed linear module has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_spqr.errors import CheckpointError
+from hf_spqr.formats.columns import check_perm, nbytes
+
+Backend = Literal["auto", "reference"]
+Spec = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor in a file."""
+
+
+class PackedLinear(nn.Module):
+    """``y = x W^T + b`` with W held packed, x [..., in_features] float32, bfloat16 or float16.
+
+    The packed tensors are int32 or int64 parameters without gradient, named as in the file, so that moves between
+    devices, offload and ``state_dict`` need nothing special and casts to another float dtype pass them by. ``weight``
+    is an empty float parameter: it answers ``module.weight.dtype`` and ``.device``, and makes a load without this
+    package fail on its shape instead of leaving random weights.
+    """
+
+    tensor_names: ClassVar[tuple[str, ...]]
+    """Names of the packed tensors; ``perm`` may come besides."""
+    layout: Any
+    packed: Tensor
+    perm: Tensor | None
+    bias: Tensor | None
+
+    _hf_quantized_needs_local_tp = True  # tensor parallel: run on this rank's plain tensors
+
+    def __init__(
+        self,
+        layout: Any,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.backend: Backend = backend
+        for name in (*self.tensor_names, "perm"):
+            tensor = tensors[name] if name in self.tensor_names else tensors.get(name)
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        device = tensors[self.tensor_names[0]].device
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def empty(
+        cls,
+        layout: Any,
+        specs: Mapping[str, Spec],
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        backend: Backend = "auto",
+    ) -> PackedLinear:
+        """A module on the meta device for tensors of the given shapes, to be loaded into.
+
+        Raises CheckpointError if a tensor is missing or does not fit the layout.
+        """
+        for name in cls.tensor_names:
+            if name not in specs:
+                raise CheckpointError(f"the checkpoint has no tensor {name!r} for a packed layer; it is incomplete")
+        shape, kind = specs["packed"]
+        if tuple(shape) != layout.packed_shape() or kind != torch.int32:
+            raise CheckpointError(
+                f"'packed' should be torch.int32 {list(layout.packed_shape())} for {layout}, "
+                f"the checkpoint has {kind} {list(shape)}"
+            )
+        tensors = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in specs.items()}
+        return cls(layout, tensors, bias, dtype, backend)
+
+    @property
+    def in_features(self) -> int:
+        return self.layout.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.layout.out_features
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the packed matrix by name, as :mod:`hf_spqr.formats` packs them."""
+        found = {name: getattr(self, name) for name in (*self.tensor_names, "perm")}
+        return {name: tensor.data for name, tensor in found.items() if tensor is not None}
+
+    def nbytes(self) -> int:
+        """Bytes of the packed matrix, bias not counted."""
+        return nbytes(self.packed_tensors())
+
+    def check(self) -> None:
+        """Raise CheckpointError unless the indices in the tensors are sound; kernels follow them unchecked."""
+        try:
+            self._check_indices()
+        except ValueError as error:
+            raise CheckpointError(f"damaged packed layer: {error}") from error
+
+    def _check_indices(self) -> None:
+        if self.perm is not None:
+            check_perm(self.perm, self.in_features)
+
+    def _bias_for(self, x: Tensor) -> Tensor | None:
+        return self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+
+    def dequantize_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix [out_features, in_features] in full, of ``dtype`` (the module's float dtype if not given)."""
+        raise NotImplementedError
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ordinary ``nn.Linear`` of the same function."""
+        weight = self.dequantize_weight(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.data.to(weight.dtype), requires_grad=False)
+        return linear
+
+    def extra_repr(self) -> str:
+        per_weight = 8 * self.nbytes() / (self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.layout.bits}, group_size={self.layout.group_size}, bits_per_weight={per_weight:.3f}"
+        )

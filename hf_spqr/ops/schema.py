@@ -1,0 +1,21 @@
+"""The whole native surface: one line per op, the same as in csrc/torch, with the rules of its shapes.
+
+``x`` is float32, bfloat16 or float16 of shape [..., in_features]; ``packed`` and what lies beside it are the tensors
+that :mod:`hf_spqr.formats` writes; ``perm`` is int32 [in_features]; ``bias`` is [out_features] of the dtype of ``x``.
+``group_size`` -1 is one group per row.
+"""
+
+NAMESPACE = "hf_spqr"
+
+_SPQR = "Tensor packed, Tensor outlier_row, Tensor outlier, Tensor? perm"
+_SPQR_LAYOUT = "int bits, int group_size, int stat_bits, int second_group"
+_SHAPE = "int out_features, int in_features"
+_AFFINE = "Tensor packed, Tensor? perm"
+_AFFINE_LAYOUT = "int bits, int group_size, bool symmetric, bool scale_bf16"
+
+SCHEMAS = {
+    "spqr_linear": f"(Tensor x, {_SPQR}, Tensor? bias, int out_features, {_SPQR_LAYOUT}) -> Tensor",
+    "spqr_dequantize": f"({_SPQR}, {_SHAPE}, {_SPQR_LAYOUT}, ScalarType dtype) -> Tensor",
+    "affine_linear": f"(Tensor x, {_AFFINE}, Tensor? bias, int out_features, {_AFFINE_LAYOUT}) -> Tensor",
+    "affine_dequantize": f"({_AFFINE}, {_SHAPE}, {_AFFINE_LAYOUT}, ScalarType dtype) -> Tensor",
+}
