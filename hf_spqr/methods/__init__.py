@@ -1,0 +1,1 @@
+"""Quantization methods: pure functions from a weight and a Hessian to a logical packed weight."""
