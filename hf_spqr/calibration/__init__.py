@@ -1,0 +1,1 @@
+"""From text to what the methods need: token batches, block inputs, Hessians."""

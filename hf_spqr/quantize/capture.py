@@ -1,0 +1,87 @@
+"""What the layers of a block see on the calibration data: one Hessian per distinct input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from hf_spqr.calibration.blocks import Call, replay
+from hf_spqr.calibration.hessian import HessianAccumulator
+from hf_spqr.errors import HfSpqrError
+
+__all__ = ["gather_hessians", "shared_inputs"]
+
+
+class _Enough(Exception):
+    """Ends the forward pass of a block: what comes after is not needed."""
+
+
+@torch.no_grad()
+def shared_inputs(block: nn.Module, layers: Mapping[str, nn.Module], hidden: Tensor, call: Call) -> list[list[str]]:
+    """Groups of layer names that are given the very same tensor, in the order in which the block calls them.
+
+    One call of the block on ``hidden`` decides. A layer that is called more than once in it, or not at all, is alone.
+    """
+    seen: list[tuple[str, Tensor]] = []  # holds the tensors, so that their identities stay unique
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+
+            def note(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                seen.append((name, args[0]))
+
+            hooks.callback(layer.register_forward_pre_hook(note).remove)
+        replay(block, hidden, call)
+    calls = [name for name, _ in seen]
+    groups: dict[int | str, list[str]] = {}
+    for name, tensor in seen:
+        groups.setdefault(id(tensor) if calls.count(name) == 1 else name, []).append(name)
+    for name in layers:
+        if name not in calls:
+            groups[name] = [name]
+    return [list(dict.fromkeys(group)) for group in groups.values()]
+
+
+@torch.no_grad()
+def gather_hessians(
+    block: nn.Module,
+    layers: Mapping[str, nn.Module],
+    hidden: Sequence[Tensor],
+    calls: Sequence[Call],
+    *,
+    stop_early: bool = False,
+) -> dict[str, HessianAccumulator]:
+    """Run the block on every batch and return the accumulated input moments of ``layers`` by name.
+
+    ``stop_early``: each pass ends as soon as all ``layers`` have been reached (each is called once).
+
+    Raises:
+        NonFiniteError, CalibrationError: from the accumulator, with the name of the layer in front.
+    """
+    device = next(block.parameters()).device
+    sums: dict[str, HessianAccumulator] = {}
+    waiting: set[str] = set()
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            sums[name] = HessianAccumulator(int(layer.in_features), device)  # type: ignore[arg-type]
+
+            def add(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                try:
+                    sums[name].add(args[0])
+                except HfSpqrError as error:
+                    raise type(error)(f"{name}: {error}") from error
+                waiting.discard(name)
+                if stop_early and not waiting:
+                    raise _Enough
+
+            hooks.callback(layer.register_forward_pre_hook(add).remove)
+        for states, call in zip(hidden, calls, strict=True):
+            waiting |= set(layers)
+            try:
+                replay(block, states, call)
+            except _Enough:
+                pass
+    return sums
