@@ -1,0 +1,62 @@
+"""PEP 517 backend: setuptools' own, with the torch of the target environment made visible.
+
+pip runs a build with the interpreter of the environment that it installs into, but hides that environment's packages.
+Before each hook we append the folder that holds torch to the *end* of `sys.path`, so that setup.py can compile against
+exactly the torch that will load the result, while the isolated setuptools keeps priority. Where no torch is found the
+build continues and setup.py makes a wheel without compiled kernels.
+"""
+
+import importlib.machinery
+import os
+import sys
+import sysconfig
+
+from setuptools import build_meta as _setuptools
+from setuptools.build_meta import *  # noqa: F403  (PEP 517 hooks that need no change)
+
+
+def _candidates():
+    """Folders that may hold torch: one named by the user, the interpreter's own, the active environment's."""
+    explicit = os.environ.get("HF_SPQR_TORCH_SITE")
+    if explicit:
+        yield explicit
+    yield sysconfig.get_path("purelib")
+    yield sysconfig.get_path("platlib")
+    venv = os.environ.get("VIRTUAL_ENV")
+    if venv:
+        yield os.path.join(venv, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
+        yield os.path.join(venv, "Lib", "site-packages")
+
+
+def _expose_torch():
+    find = importlib.machinery.PathFinder.find_spec
+    if find("torch") is not None:
+        return  # no isolation, or torch was put into the build environment
+    for path in _candidates():
+        if path and find("torch", [path]) is not None:
+            sys.path.append(path)
+            return
+
+
+def _with_torch(name):
+    hook = getattr(_setuptools, name)
+
+    def run(*args, **kwargs):
+        _expose_torch()
+        return hook(*args, **kwargs)
+
+    run.__name__ = name
+    return run
+
+
+for _hook in (
+    "get_requires_for_build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "prepare_metadata_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "build_wheel",
+    "build_editable",
+    "build_sdist",
+):
+    globals()[_hook] = _with_torch(_hook)

@@ -1,0 +1,58 @@
+#include <atomic>
+#include "cpu/kernels.h"
+
+namespace hf_spqr {
+namespace {
+
+Isa detect() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();  // asks the processor, and whether the system saves its wide registers
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;
+#endif
+    return Isa::scalar;
+}
+
+std::atomic<int> lowered{kIsaCount};  // kIsaCount: not lowered
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+    constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512"};
+    return kNames[int(isa)];
+}
+
+Isa best_isa() {
+    static const Isa best = detect();
+    return best;
+}
+
+Isa current_isa() {
+    const int isa = lowered.load(std::memory_order_relaxed);
+    return isa < int(best_isa()) ? Isa(isa) : best_isa();
+}
+
+bool lower_isa(Isa isa) {
+    if (isa > best_isa()) return false;
+    lowered.store(int(isa), std::memory_order_relaxed);
+    return true;
+}
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+    switch (current_isa()) {
+        case Isa::avx512:
+            return kAvx512Kernels;
+        case Isa::avx2:
+            return kAvx2Kernels;
+        default:
+            break;
+    }
+#endif
+    return kScalarKernels;
+}
+
+}  // namespace hf_spqr

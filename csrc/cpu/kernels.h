@@ -1,0 +1,43 @@
+// The kernels of one instruction set, and the choice between them.
+#pragma once
+#include "cpu/matrix.h"
+
+namespace hf_spqr {
+
+constexpr int kMaxTokens = 64;  // of one call of a linear kernel
+
+// out[tokens, padded_columns] = fp32 x, columns in stored order (stored column j is original column perm[j]).
+struct PrepareArgs {
+    const void* x;
+    int64_t x_stride;
+    DType dtype;
+    const int32_t* perm;  // or null
+    int64_t columns, padded_columns;
+    float* out;
+    int64_t out_stride;
+};
+
+struct Kernels {
+    // Activations, for tokens [first, last).
+    void (*prepare)(const PrepareArgs&, int64_t first, int64_t last);
+    // Row blocks [first, last), at most kMaxTokens tokens.
+    void (*linear)(const LinearArgs&, int64_t first, int64_t last);
+    // Row blocks [first, last); out is where row block `first` begins.
+    void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
+constexpr int kIsaCount = 3;
+const char* isa_name(Isa);
+Isa best_isa();            // of this machine
+Isa current_isa();         // best_isa() unless lowered
+bool lower_isa(Isa);       // false when the machine does not have it
+const Kernels& kernels();  // of current_isa()
+
+}  // namespace hf_spqr

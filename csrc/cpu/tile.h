@@ -1,0 +1,128 @@
+// Codes out of tiles, and statistics out of panels, as fp32. Internal linkage (see vec.h).
+#pragma once
+#include "cpu/panels.h"
+#include "cpu/vec.h"
+
+namespace hf_spqr {
+namespace {
+
+// Three bits: which vector and which place of a half-word hold column pair j; pair 15 lies in the spare bits.
+constexpr int kVector3[16] = {0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 2, 2, 2, 2, 2, 0};
+constexpr int kShift3[16] = {0, 3, 6, 9, 0, 3, 12, 12, 6, 9, 0, 3, 6, 9, 12, 15};
+
+// Codes of column 2 * pair + parity of a tile, rows lane .. lane + kLanes.
+template <int B>
+inline VecU codes(const uint32_t* tile, int pair, int parity, int lane) {
+    const int side = 16 * parity;
+    if constexpr (B == 3) {
+        if (pair == 15) {
+            const VecU a = load(tile + lane), b = load(tile + kRows + lane), c = load(tile + 2 * kRows + lane);
+            return (a >> (15 + side) & 1) | (b >> (14 + side) & 2) | (c >> (13 + side) & 4);
+        }
+        return load(tile + kVector3[pair] * kRows + lane) >> (kShift3[pair] + side) & 7;
+    } else if constexpr (B == 5 || B == 6 || B == 7) {
+        return codes<4>(tile, pair, parity, lane) | codes<B - 4>(tile + 4 * kRows, pair, parity, lane) << 4;
+    } else {
+        constexpr int kPerHalf = 16 / B;
+        return load(tile + pair / kPerHalf * kRows + lane) >> (B * (pair % kPerHalf) + side) & ((1u << B) - 1);
+    }
+}
+
+// out[column][row] = scale * code + shift. Statistics of the tile's first group at scale and shift, [group][row].
+template <int B>
+void decode_tile(const uint32_t* tile, const float* scale, const float* shift, int group_shift, float* out) {
+    for (int lane = 0; lane < kRows; lane += kLanes) {
+#pragma GCC unroll 4
+        for (int first = 0; first < kColumns; first += 8) {  // eight columns never cross a group
+            const int group = first >> group_shift;
+            const VecF s = load(scale + group * kRows + lane), t = load(shift + group * kRows + lane);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) {
+                const VecU q = codes<B>(tile, (first + i) / 2, i & 1, lane);
+                store(out + (first + i) * kRows + lane, to_float(q) * s + t);
+            }
+        }
+    }
+}
+
+// code[g][row] = columns first + step * g of a tile of statistics, as fp32.
+template <int B>
+void decode_statistics(const uint32_t* tile, int first, int step, int groups, float* code) {
+    for (int g = 0; g < groups; ++g) {
+        const int column = first + step * g;
+        for (int lane = 0; lane < kRows; lane += kLanes) {
+            store(code + g * kRows + lane, to_float(codes<B>(tile, column / 2, column & 1, lane)));
+        }
+    }
+}
+
+using DecodeTile = void (*)(const uint32_t*, const float*, const float*, int, float*);
+using DecodeStatistics = void (*)(const uint32_t*, int, int, int, float*);
+
+inline DecodeTile decode_tile_of(int bits) {
+    constexpr DecodeTile kTable[8] = {decode_tile<1>, decode_tile<2>, decode_tile<3>, decode_tile<4>,
+                                      decode_tile<5>, decode_tile<6>, decode_tile<7>, decode_tile<8>};
+    return kTable[bits - 1];
+}
+
+inline DecodeStatistics decode_statistics_of(int bits) {
+    constexpr DecodeStatistics kTable[8] = {decode_statistics<1>, decode_statistics<2>, decode_statistics<3>,
+                                            decode_statistics<4>, decode_statistics<5>, decode_statistics<6>,
+                                            decode_statistics<7>, decode_statistics<8>};
+    return kTable[bits - 1];
+}
+
+// A panel's statistics as fp32: weight = scale * code + shift, both [group][row].
+struct Statistics {
+    alignas(64) float scale[kMaxGroups * kRows];
+    alignas(64) float shift[kMaxGroups * kRows];
+
+    void decode(const Matrix& m, const Panel& panel, DecodeStatistics decode_codes) {
+        if (m.format == Format::spqr) {
+            decode_spqr(m, panel, decode_codes);
+        } else {
+            decode_affine(m, panel, decode_codes);
+        }
+    }
+
+    void decode_spqr(const Matrix& m, const Panel& panel, DecodeStatistics decode_codes) {
+        decode_codes(panel.statistics, 0, 2, panel.groups, scale);
+        decode_codes(panel.statistics, 1, 2, panel.groups, shift);
+        const uint16_t* second = reinterpret_cast<const uint16_t*>(panel.statistics + m.stat_bits * kRows);
+        for (int g = 0; g < panel.groups; ++g) {
+            const uint16_t* four = second + 4 * (g / m.groups_per_second);
+            const float ss = from_f16(four[0]), sz = from_f16(four[1]), zs = from_f16(four[2]), zz = from_f16(four[3]);
+            for (int lane = g * kRows; lane < (g + 1) * kRows; lane += kLanes) {
+                const VecF s = (load(scale + lane) - sz) * ss, z = (load(shift + lane) - zz) * zs;
+                store(scale + lane, s);
+                store(shift + lane, -s * z);
+            }
+        }
+    }
+
+    void decode_affine(const Matrix& m, const Panel& panel, DecodeStatistics decode_codes) {
+        const auto to_f32 = m.scale_bf16 ? from_bf16 : from_f16;
+        const float middle = float(1 << (m.bits - 1));
+        if (m.group == kPerChannel) {
+            for (int r = 0; r < kRows; ++r) {
+                const uint32_t word = panel.statistics[r];
+                scale[r] = to_f32(uint16_t(word));
+                shift[r] = -scale[r] * (m.symmetric ? middle : float(word >> 16));
+            }
+            return;
+        }
+        const uint32_t* zeros = panel.statistics + (panel.groups + 1) / 2 * kRows;
+        if (!m.symmetric) decode_codes(zeros, 0, 1, panel.groups, shift);
+        for (int g = 0; g < panel.groups; ++g) {
+            for (int r = 0; r < kRows; ++r) {
+                const uint32_t word = panel.statistics[g / 2 * kRows + r];
+                const float s = to_f32(uint16_t(g & 1 ? word >> 16 : word));
+                scale[g * kRows + r] = s;
+                shift[g * kRows + r] = -s * (m.symmetric ? middle : shift[g * kRows + r]);
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace hf_spqr

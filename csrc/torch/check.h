@@ -1,0 +1,33 @@
+// Argument checks of the ops, each with a message that names the argument, and the way from tensors to a Matrix.
+#pragma once
+#include <optional>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include "cpu/matrix.h"
+
+namespace hf_spqr {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct SpqrLayout {
+    int64_t out_features, bits, group_size, stat_bits, second_group;
+};
+
+struct AffineLayout {
+    int64_t out_features, bits, group_size;
+    bool symmetric, scale_bf16;
+};
+
+// `op` begins every message.
+Matrix spqr_matrix(const char* op, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
+                   int64_t in_features, const SpqrLayout&);
+Matrix affine_matrix(const char* op, const Tensor& packed, int64_t in_features, const AffineLayout&);
+
+// Pointer to an int32 permutation of in_features columns, null where there is none.
+const int32_t* permutation(const char* op, const std::optional<Tensor>& perm, int64_t in_features);
+
+// Throws unless dtype is float32, bfloat16 or float16.
+DType float_dtype(const char* op, const char* argument, ScalarType);
+
+}  // namespace hf_spqr

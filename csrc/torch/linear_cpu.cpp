@@ -1,0 +1,181 @@
+#include "torch/linear_cpu.h"
+#include <algorithm>
+#include <array>
+#include <vector>
+#include <torch/csrc/stable/ops.h>
+#include "cpu/kernels.h"
+#include "cpu/panels.h"
+
+namespace hf_spqr {
+namespace {
+
+namespace stable = torch::stable;
+
+constexpr int64_t kBytesPerTask = 64 << 10;     // less is not worth a thread
+constexpr int64_t kScratchBytes = 32 << 20;     // of dequantized weights
+constexpr int64_t kElementsPerTask = 32 << 10;  // of activations
+
+// Bytes of the row blocks before `block`. Outlier-heavy rows count for what they are.
+int64_t bytes_before(const Matrix& m, int64_t block) {
+    int64_t bytes = block * m.words * 4;
+    if (m.outlier_row) bytes += int64_t(m.outlier_row[std::min(block * kRows, m.rows)]) * (m.outlier ? 4 : 8);
+    return bytes;
+}
+
+// The first row block of part `part` of `parts` parts with equal bytes.
+int64_t part_begin(const Matrix& m, int64_t part, int64_t parts) {
+    const int64_t blocks = ceil_div(m.rows, kRows);
+    if (part >= parts) return blocks;
+    const int64_t wanted = bytes_before(m, blocks) / parts * part;
+    int64_t low = 0, high = blocks;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (bytes_before(m, middle) < wanted) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+// Runs work(first, last) on row blocks [begin, end) cut into one part per thread.
+template <class Work>
+void over_row_blocks(const Matrix& m, const Work& work) {
+    const int64_t blocks = ceil_div(m.rows, kRows);
+    const int64_t wanted = std::max<int64_t>(1, bytes_before(m, blocks) / kBytesPerTask);
+    const int64_t parts = std::min({wanted, int64_t(stable::get_num_threads()), blocks});
+    stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        const int64_t first = part_begin(m, begin, parts), last = part_begin(m, end, parts);
+        if (first < last) work(first, last);
+    });
+}
+
+int64_t element_size(DType dtype) {
+    return dtype == DType::f32 ? 4 : 2;
+}
+
+// x (contiguous, [tokens, K]) as the kernels want it.
+Tensor prepare(const Tensor& x, int64_t tokens, const Matrix& m, const int32_t* perm, DType dtype) {
+    const int64_t padded = ceil_div(m.columns, kColumns) * kColumns;
+    Tensor out = stable::new_empty(x, {tokens, padded}, ScalarType::Float);
+    const PrepareArgs args{x.const_data_ptr(),
+                           m.columns,
+                           dtype,
+                           perm,
+                           m.columns,
+                           padded,
+                           static_cast<float*>(out.mutable_data_ptr()),
+                           padded};
+    const Kernels& k = kernels();
+    stable::parallel_for(0, tokens, std::max<int64_t>(1, kElementsPerTask / padded),
+                         [&](int64_t first, int64_t last) { k.prepare(args, first, last); });
+    return out;
+}
+
+void linear_few(const Tensor& x, int64_t tokens, const Matrix& m, const int32_t* perm, const void* bias, Tensor& y,
+                DType dtype) {
+    const Tensor prepared = prepare(x, tokens, m, perm, dtype);
+    const LinearArgs args{m,
+                          static_cast<const float*>(prepared.const_data_ptr()),
+                          prepared.size(1),
+                          int(tokens),
+                          bias,
+                          y.mutable_data_ptr(),
+                          m.rows,
+                          dtype};
+    const Kernels& k = kernels();
+    over_row_blocks(m, [&](int64_t first, int64_t last) { k.linear(args, first, last); });
+}
+
+// aten::linear; bias may be empty.
+Tensor torch_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+    std::array<StableIValue, 3> stack{stable::detail::from(x), stable::detail::from(weight),
+                                      stable::detail::from(bias)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    return stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor select_columns(const Tensor& x, const Tensor& index) {
+    std::array<StableIValue, 3> stack{stable::detail::from(x), stable::detail::from(int64_t(1)),
+                                      stable::detail::from(index)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+    return stable::detail::to<Tensor>(stack[0]);
+}
+
+// Rows of row blocks [first, last) at out, in parallel.
+void dequantize_rows(const Matrix& m, const int32_t* perm, void* out, int64_t first, int64_t last, DType dtype) {
+    const Kernels& k = kernels();
+    const int64_t grain = std::max<int64_t>(1, kBytesPerTask / (m.words * 4));
+    stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) {
+        const DequantizeArgs args{m, perm,
+                                  static_cast<char*>(out) + (begin - first) * kRows * m.columns * element_size(dtype),
+                                  m.columns, dtype};
+        k.dequantize(args, begin, end);
+    });
+}
+
+Tensor linear_many(Tensor x, const Matrix& m, const std::optional<Tensor>& perm, std::optional<Tensor> bias,
+                   DType dtype) {
+    // Half precision has no fast product on most processors: fp32, which is exact for its operands.
+    const ScalarType out_dtype = x.scalar_type();
+    const bool wide = dtype != DType::bf16;
+    const ScalarType work_dtype = wide ? ScalarType::Float : ScalarType::BFloat16;
+    if (perm) x = select_columns(x, *perm);
+    if (dtype == DType::f16) {
+        x = stable::to(x, ScalarType::Float);
+        if (bias) bias = stable::to(*bias, ScalarType::Float);
+    }
+    const int64_t blocks = ceil_div(m.rows, kRows);
+    const int64_t block_bytes = kRows * m.columns * (wide ? 4 : 2);
+    const int64_t step = std::min(blocks, std::max<int64_t>(1, kScratchBytes / block_bytes));
+    Tensor scratch = stable::new_empty(x, {step * kRows, m.columns}, work_dtype);
+    std::optional<Tensor> y;
+    for (int64_t first = 0; first < blocks; first += step) {
+        const int64_t last = std::min(blocks, first + step);
+        const int64_t row = first * kRows, rows = std::min(m.rows, last * kRows) - row;
+        dequantize_rows(m, nullptr, scratch.mutable_data_ptr(), first, last, wide ? DType::f32 : DType::bf16);
+        std::optional<Tensor> part_bias;
+        if (bias) part_bias = stable::narrow(*bias, 0, row, rows);
+        const Tensor part = torch_linear(x, stable::narrow(scratch, 0, 0, rows), part_bias);
+        if (rows == m.rows && part.scalar_type() == out_dtype) return part;
+        if (!y) y = stable::new_empty(x, {x.size(0), m.rows}, out_dtype);
+        Tensor target = stable::narrow(*y, 1, row, rows);
+        stable::copy_(target, part);
+    }
+    return *y;
+}
+
+}  // namespace
+
+Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::optional<Tensor>& perm,
+                  const std::optional<Tensor>& bias) {
+    const DType dtype = float_dtype(op, "x", x.scalar_type());
+    const int32_t* order = permutation(op, perm, m.columns);
+    if (bias) {
+        STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == m.rows, op, ": bias must have shape [out_features] = [",
+                        m.rows, "]");
+        STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type(), op, ": bias must have the dtype of x");
+        STD_TORCH_CHECK(bias->is_cpu() && bias->is_contiguous(), op, ": bias must be contiguous and on the CPU");
+    }
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    shape.back() = m.rows;
+    const int64_t tokens = x.numel() / m.columns;
+    if (tokens == 0) return stable::new_empty(x, shape);
+    const Tensor flat = stable::reshape(stable::contiguous(x), {tokens, m.columns});
+    if (tokens > kMaxTokens) return stable::reshape(linear_many(flat, m, perm, bias, dtype), shape);
+    Tensor y = stable::new_empty(x, shape);
+    linear_few(flat, tokens, m, order, bias ? bias->const_data_ptr() : nullptr, y, dtype);
+    return y;
+}
+
+Tensor dequantize_cpu(const char* op, const Tensor& like, const Matrix& m, const std::optional<Tensor>& perm,
+                      ScalarType dtype) {
+    const DType out_dtype = float_dtype(op, "dtype", dtype);
+    const int32_t* order = permutation(op, perm, m.columns);
+    Tensor out = stable::new_empty(like, {m.rows, m.columns}, dtype);
+    dequantize_rows(m, order, out.mutable_data_ptr(), 0, ceil_div(m.rows, kRows), out_dtype);
+    return out;
+}
+
+}  // namespace hf_spqr
