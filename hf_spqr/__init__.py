@@ -1,0 +1,38 @@
+"""SpQR and OmniQuant for Hugging Face Transformers.
+
+Importing this package registers its quantization methods::
+
+    import hf_spqr
+    from transformers import AutoModelForCausalLM
+
+    config = hf_spqr.SpQRConfig(bits=3, dataset=texts)
+    model = AutoModelForCausalLM.from_pretrained("base/model", quantization_config=config)  # quantizes
+    model.save_pretrained("model-SpQR")
+"""
+
+from hf_spqr.config import SpQRConfig
+from hf_spqr.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    HfSpqrError,
+    NonFiniteError,
+    UnsupportedLayerError,
+)
+from hf_spqr.integrations.transformers import register
+from hf_spqr.quantize import quantize_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "HfSpqrError",
+    "NonFiniteError",
+    "SpQRConfig",
+    "UnsupportedLayerError",
+    "quantize_model",
+]
+
+register()

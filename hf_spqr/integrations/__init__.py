@@ -1,0 +1,1 @@
+"""Where hf_spqr meets other libraries."""

@@ -1,0 +1,171 @@
+"""What a packed checkpoint holds, read from the headers of its safetensors files: no tensor data is touched.
+
+The headers decide how the model is built, and everything that can be wrong with a file is found here, before loading.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from hf_spqr.errors import CheckpointError
+
+__all__ = ["Contents", "Spec", "check_complete", "read_contents", "read_headers"]
+
+Spec = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a stored tensor."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+PACKED = "packed"
+"""The tensor that every packed layer has."""
+PACKED_ONLY = ("packed", "outlier_row", "outlier", "perm")
+"""Names that only packed layers use; beside them a packed layer has ``weight`` (empty) and perhaps ``bias``."""
+
+
+@dataclass
+class Contents:
+    """A checkpoint seen with the names of the model it is loaded into.
+
+    ``packed[module][tensor]`` are the tensors of packed layers; ``dense`` all other parameter names; ``modules`` maps
+    a packed layer to its name in the file.
+    """
+
+    packed: dict[str, dict[str, Spec]] = field(default_factory=lambda: defaultdict(dict))
+    dense: set[str] = field(default_factory=set)
+    modules: dict[str, str] = field(default_factory=dict)
+
+
+def read_headers(files: Iterable[str]) -> dict[str, Spec]:
+    """Shape and dtype of every tensor in ``files`` by name.
+
+    Raises:
+        CheckpointError: a file is not safetensors, is truncated or has a damaged header.
+    """
+    specs: dict[str, Spec] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise CheckpointError(f"{file}: packed checkpoints are read from .safetensors files only.")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    part = opened.get_slice(name)
+                    specs[name] = (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.uint8))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is truncated or damaged ({error}). Download or copy the checkpoint again."
+            ) from error
+    return specs
+
+
+def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
+    """Headers of ``files`` with the names that their tensors get in ``model`` (still unpacked, on meta).
+
+    Raises:
+        CheckpointError: a damaged file, a packed tensor that belongs to no linear layer of the model, or a packed
+            layer with a tensor too many.
+    """
+    specs = read_headers(files)
+    rename = _Renamer(model)
+    prefixes = {name.rpartition(".")[0] for name in specs if name.rpartition(".")[2] == PACKED}
+    contents = Contents()
+    stray = []
+    for name in sorted(specs):
+        module, _, leaf = name.rpartition(".")
+        if module not in prefixes and leaf not in PACKED_ONLY:
+            contents.dense.update(rename(name))
+            continue
+        target = rename(f"{module}.weight")[0].rpartition(".")[0]
+        if module not in prefixes or not _is_linear(model, target):
+            stray.append(name)
+            continue
+        contents.packed[target][leaf] = specs[name]
+        contents.modules[target] = module
+    stray = [name for name in stray if not _ignored(name, model, "_keys_to_ignore_on_load_unexpected")]
+    if stray:
+        raise CheckpointError(
+            f"The checkpoint has {len(stray)} packed tensors that belong to no packed linear layer of"
+            f" {type(model).__name__}, for example {stray[0]!r}: a tensor is missing beside them, or the checkpoint is"
+            " of another model."
+        )
+    return contents
+
+
+def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], allowed: Mapping[str, Any]) -> None:
+    """Check that nothing is missing from the decoder blocks and nothing is left over in packed layers.
+
+    Args:
+        model: the model, still unpacked.
+        contents: see :func:`read_contents`.
+        blocks: names of the decoder blocks.
+        allowed: names of the tensors that a packed layer must have; ``perm`` and ``bias`` come besides.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or the empty ``weight`` is not empty.
+    """
+    if not contents.packed:
+        raise CheckpointError(
+            "The config says that this checkpoint is quantized, but it has no packed tensors. Remove"
+            " quantization_config from config.json if the weights are not quantized."
+        )
+    for module, tensors in contents.packed.items():
+        linear = model.get_submodule(module)
+        needed = {*allowed, "weight", *(["bias"] if linear.bias is not None else [])}
+        wrong = needed - set(tensors)
+        if wrong:
+            raise CheckpointError(f"The checkpoint lacks {module}.{min(wrong)}: it is incomplete or damaged.")
+        extra = set(tensors) - needed - {"perm"}
+        if extra:
+            raise CheckpointError(
+                f"The checkpoint has a tensor {module}.{min(extra)} that a packed layer does not know: it was written by"
+                " another version or is damaged."
+            )
+        if tensors["weight"][0] != (0,):
+            raise CheckpointError(f"{module}.weight should be empty beside packed tensors, it is {tensors['weight']}.")
+    starts = tuple(f"{block}." for block in blocks)
+    for name, _ in model.named_parameters():
+        inside = name.startswith(starts) and name.rpartition(".")[0] not in contents.packed
+        if inside and name not in contents.dense and not _ignored(name, model, "_keys_to_ignore_on_load_missing"):
+            raise CheckpointError(f"The checkpoint lacks {name}: it is incomplete or damaged.")
+
+
+class _Renamer:
+    """The names that Transformers gives to the tensors of a file when it loads them into ``model``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.prefix = getattr(model, "base_model_prefix", None)
+        self.meta = dict.fromkeys(model.state_dict(), True)
+
+    def __call__(self, name: str) -> list[str]:
+        new, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.meta)
+        if new not in self.meta and name in self.meta:
+            return [name]
+        if pattern is None:
+            return [new]
+        converter = next(c for c in self.converters if pattern in c.source_patterns)
+        return [new.replace(converter.target_patterns[0], other) for other in converter.target_patterns]
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(name), nn.Linear)
+    except AttributeError:
+        return False
+
+
+def _ignored(name: str, model: nn.Module, attribute: str) -> bool:
+    return any(re.search(pattern, name) for pattern in getattr(model, attribute, None) or ())

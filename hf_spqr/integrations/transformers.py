@@ -1,0 +1,217 @@
+"""Transformers' quantizer API: quantize inside ``from_pretrained``, build packed models, save, dequantize."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from hf_spqr.calibration.blocks import find_blocks
+from hf_spqr.config import FORMAT_VERSION, PackedConfig, SpQRConfig
+from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
+from hf_spqr.integrations.checkpoint import Contents, check_complete, read_contents
+from hf_spqr.nn import PackedLinear, SpQRLinear
+from hf_spqr.quantize import quantize_model
+
+__all__ = ["PackedQuantizer", "SpQRQuantizer", "attach", "register"]
+
+
+class PackedQuantizer(HfQuantizer):
+    """What every packed method shares. A subclass names its module and its config.
+
+    Loading builds packed modules on the meta device with the shapes that the file headers give, so that device maps,
+    offload and memory mapping work as for any model. Without ``pre_quantized`` the model is loaded on the CPU as it
+    is, quantized in place, and then sent to the devices that were asked for.
+    """
+
+    module_class: ClassVar[type[PackedLinear]]
+    config_class: ClassVar[type[PackedConfig]]
+    requires_calibration = False  # True would forbid to quantize inside from_pretrained
+    quantization_config: Any
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.requested_device_map: Any = None
+
+    # -- before loading --------------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            return
+        if self.quantization_config.dataset is None:
+            raise ConfigError(
+                f"To quantize, {type(self.quantization_config).__name__} needs calibration data: pass dataset= (a list"
+                " of strings, the path of a json, jsonl or txt file, a datasets object, or a data set on the Hub)."
+            )
+        if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
+            raise ConfigError(
+                "Cannot quantize a model that is offloaded to disk. Quantize without 'disk' in device_map (weights are"
+                " mapped from the file, one block is in memory at a time), save, and load the result with offload."
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if self.pre_quantized:
+            return device_map
+        self.requested_device_map = device_map
+        return {"": "cpu"}
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        if not checkpoint_files:
+            raise CheckpointError(
+                "A packed model is loaded from .safetensors files, not from state_dict=: use from_pretrained(folder)."
+            )
+        contents = read_contents(model, checkpoint_files)
+        blocks = [block.name for block in find_blocks(model)]
+        check_complete(model, contents, blocks, dict.fromkeys(self.module_class.tensor_names))
+        for name, tensors in contents.packed.items():
+            model.set_submodule(name, self._empty_module(model, name, tensors, contents))
+
+    def _empty_module(self, model: nn.Module, name: str, tensors: dict[str, Any], contents: Contents) -> PackedLinear:
+        config, linear = self.quantization_config, model.get_submodule(name)
+        specs = {key: spec for key, spec in tensors.items() if key not in ("weight", "bias")}
+        # overrides were written for the names of the quantized model, which a head or its absence changes
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        names = dict.fromkeys((name, contents.modules[name], prefix + name, name.removeprefix(prefix)))
+        layouts = [config.layout(n, linear.out_features, linear.in_features) for n in names]
+        fitting = [layout for layout in layouts if layout.packed_shape() == specs["packed"][0]]
+        layout = fitting[0] if fitting else layouts[0]
+        try:
+            return self.module_class.empty(layout, specs, linear.bias, linear.weight.dtype, config.backend)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+    # -- after loading ---------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            self._check_loaded(model)
+            return
+        config = self.quantization_config
+        quantize_model(model, config, device=_calibration_device(self.requested_device_map))
+        config.forget_data()
+        self.pre_quantized = True
+        _drop_conversions(model)
+        _place(model, self.requested_device_map, self)
+
+    def _check_loaded(self, model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if not isinstance(module, PackedLinear):
+                continue
+            for parameter in module.parameters(recurse=False):
+                if parameter is not module.bias:
+                    parameter.requires_grad_(False)
+            if any(tensor.is_meta for tensor in module.packed_tensors().values()):
+                continue  # offloaded to disk
+            try:
+                module.check()
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from error
+
+    # -- the quantized model ---------------------------------------------------------------------------------------
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, PackedLinear):
+                continue
+            if module.packed.is_meta:
+                raise UnsupportedLayerError(f"{name} is offloaded: load the model without offload to dequantize it.")
+            model.set_submodule(name, module.to_linear(dtype))
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        return None, {"hf_spqr_format_version": str(FORMAT_VERSION)}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class SpQRQuantizer(PackedQuantizer):
+    """``quant_method: "hf_spqr"``."""
+
+    module_class = SpQRLinear
+    config_class = SpQRConfig
+
+
+def attach(model: nn.Module, config: PackedConfig) -> None:
+    """Make a model that was quantized in place known to Transformers, so that it can be saved and dequantized."""
+    quantizer = QUANTIZERS[type(config)](config, pre_quantized=True)
+    config.forget_data()
+    model.config.quantization_config = config  # type: ignore[union-attr]
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method
+    _drop_conversions(model)
+
+
+QUANTIZERS: dict[type[PackedConfig], type[PackedQuantizer]] = {SpQRConfig: SpQRQuantizer}
+
+
+def register() -> None:
+    """Make the quantization methods known to Transformers; called by ``import hf_spqr``, harmless when repeated."""
+    for config_class, quantizer in QUANTIZERS.items():
+        method = config_class.quant_method
+        auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
+        if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+            auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config_class,)
+
+
+def _calibration_device(device_map: Any) -> torch.device | None:
+    """The first accelerator that ``device_map`` names; None for the CPU."""
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cuda", 0) if torch.cuda.is_available() else None
+    devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+    for device in devices:
+        if device is not None and torch.device(device).type not in ("cpu", "meta"):
+            return torch.device(device)
+    return None
+
+
+def _drop_conversions(model: nn.Module) -> None:
+    """Forget the weight converters that would take a packed layer apart when the model is saved.
+
+    Transformers reverses on save what it merged on load. A converter whose result was quantized cannot be reversed;
+    the layer is stored under its name in the model instead, where loading finds it without a converter.
+    """
+    from transformers.core_model_loading import WeightConverter
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if not conversions:
+        return
+    packed = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+
+    def touches(converter: WeightConverter) -> bool:
+        back = converter.reverse_transform()
+        return any(back.rename_source_key(name)[1] is not None for name in packed)
+
+    model._weight_conversions = [  # type: ignore[assignment]
+        entry for entry in conversions if not (isinstance(entry, WeightConverter) and touches(entry))
+    ]
+
+
+def _place(model: Any, device_map: Any, quantizer: HfQuantizer) -> None:
+    """Send a quantized model from the CPU to the devices that ``from_pretrained`` was asked for."""
+    if device_map is None:
+        return
+    from accelerate import dispatch_model
+    from transformers.integrations.accelerate import _get_device_map
+
+    device_map = _get_device_map(model, device_map, None, quantizer)
+    if set(map(str, device_map.values())) != {"cpu"}:
+        dispatch_model(model, device_map)
+    model.hf_device_map = device_map

@@ -1,0 +1,77 @@
+"""Lets plain ``from_pretrained`` find hf_spqr without ``import hf_spqr``.
+
+``import torch`` calls :func:`init` through the ``torch.backends`` entry point. It imports nothing and changes nothing
+in torch: it leaves a note for the moment when Transformers' table of quantizers is imported, whose first unknown
+method then imports hf_spqr. Set ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` to keep torch from calling it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
+TABLES = "transformers.quantizers.auto"
+MAPPINGS = ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")
+METHODS = ("hf_spqr", "omniquant")
+
+
+class _LazyMapping(dict):  # type: ignore[type-arg]
+    """A dict that imports hf_spqr, which then adds its methods, when one of them is first asked for."""
+
+    def _load(self, key: object) -> bool:
+        if key not in METHODS or "hf_spqr" in sys.modules:
+            return False
+        try:
+            import hf_spqr  # noqa: F401
+        except Exception as error:  # a broken installation must not break Transformers
+            warnings.warn(f"hf_spqr is installed but cannot be imported: {error!r}", stacklevel=3)
+        return dict.__contains__(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return dict.__contains__(self, key) or self._load(key)
+
+    def __missing__(self, key: object) -> Any:
+        if self._load(key):
+            return dict.__getitem__(self, key)
+        raise KeyError(key)
+
+
+def _prepare(tables: ModuleType) -> None:
+    for name in MAPPINGS:
+        mapping = getattr(tables, name, None)
+        if type(mapping) is dict:
+            setattr(tables, name, _LazyMapping(mapping))
+
+
+class _Finder:
+    """Waits on ``sys.meta_path`` for the import of Transformers' tables, then steps aside."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != TABLES:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _prepare(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def init() -> None:
+    """Entry point of ``torch.backends``. Never raises: torch would turn that into a failed ``import torch``."""
+    try:
+        if TABLES in sys.modules:
+            _prepare(sys.modules[TABLES])
+        elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+    except Exception:
+        pass
