@@ -1,0 +1,71 @@
+# `make demo` and `make test` do all of their own set-up: a virtual environment in .venv, torch and everything else at
+# the versions of constraints-dev.txt, and this package with its compiled kernels. Nothing is done again until one of
+# the files that it depends on changes. Needs python3 (3.10 or newer, with venv), make and, for the kernels, a C++20
+# compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build of torch (190 MB). For the default build of PyPI, with CUDA: make TORCH_INDEX=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := $(shell find csrc _build_backend -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' \) 2>/dev/null)
+
+.PHONY: help setup demo test lint format types bench clean
+
+help:
+	@echo "make demo    quantize the demo model, save, reload, generate, measure (a few minutes)"
+	@echo "make test    all tests; make test ARGS='tests/cli -k doctor' for some"
+	@echo "make lint    ruff and clang-format    make format   apply them    make types   mypy"
+	@echo "make bench   benchmarks, results in benchmarks/results"
+	@echo "make clean   remove build outputs and out/; the virtual environment stays"
+
+setup: $(VENV)/.installed
+
+# --- set-up: each stamp lies in the virtual environment, so that they go together ---
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version) if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The wheel index is asked only where it answers; elsewhere pip takes the same version from its own indexes.
+$(VENV)/.torch: constraints-dev.txt $(VENV)/.created
+	@index="$(TORCH_INDEX)"; \
+	if [ -n "$$index" ] && $(BIN)/python -c "import urllib.request as u; u.urlopen('$$index/torch/', timeout=10)" 2>/dev/null; then \
+		index="--extra-index-url $$index"; else index=""; fi; \
+	echo "installing torch $$index"; $(PIP) install -c constraints-dev.txt $$index torch
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	@echo "installing hf_spqr and the development tools, compiling the kernels"
+	@$(PIP) install -c constraints-dev.txt -e '.[dev]'
+	@touch $@
+
+# --- jobs ---
+
+demo: setup
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -exec $(BIN)/clang-format --dry-run --Werror {} +
+
+format: setup
+	$(BIN)/ruff check --fix .
+	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -exec $(BIN)/clang-format -i {} +
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+clean:
+	rm -rf build dist out *.egg-info hf_spqr/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -f $(VENV)/.installed

@@ -1,0 +1,47 @@
+"""The command ``hf-spqr``. One module per command; this one puts them together and turns mistakes into messages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from hf_spqr.cli.common import err_console, print_json
+from hf_spqr.cli.doctor import doctor_command
+from hf_spqr.cli.eval import eval_command
+from hf_spqr.cli.inspect import inspect_command
+from hf_spqr.cli.quantize import quantize_command
+from hf_spqr.errors import HfSpqrError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hf-spqr",
+    help="Quantize language models with SpQR, look at the result and measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quantize")(quantize_command)
+app.command("eval")(eval_command)
+app.command("inspect")(inspect_command)
+app.command("doctor")(doctor_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code: 0, 1 when the work failed, 2 when the call was wrong.
+
+    What a user can mend (a missing file, a field out of range, a missing optional package) is one message without a
+    traceback; with ``--json`` it is also ``{"error": ...}`` on stdout. Anything else is a bug and shows its traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(arguments)
+    except (HfSpqrError, OSError, ImportError) as error:
+        if "--json" in arguments:
+            print_json({"error": str(error), "type": type(error).__name__})
+        err_console().print("[red]error:[/red]", str(error), markup=True, soft_wrap=True)
+        raise SystemExit(1) from None

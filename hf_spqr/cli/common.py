@@ -1,0 +1,149 @@
+"""What all commands share: consoles, JSON output, options, and how a model is named, found and loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from hf_spqr.errors import ConfigError, HfSpqrError
+
+if TYPE_CHECKING:
+    import torch
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there; messages go to stderr.")
+]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a Transformers model, or a Hub name.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help='Where to run: "cpu", "cuda", "cuda:1". Default: cpu.')
+]
+
+
+class Dtype(str, Enum):
+    """Data types that a model can be loaded in; auto is what the checkpoint says."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class CommandError(HfSpqrError):
+    """The command cannot do what was asked; the message says why and what to do."""
+
+
+def out_console() -> Console:
+    """Results for people: stdout."""
+    return Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def err_console() -> Console:
+    """Messages and progress: stderr."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Any]:
+    """A progress bar on stderr; yields a function (done, total) to call."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err_console(), transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def size_of(nbytes: float) -> str:
+    """Bytes for people: powers of 1024."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def number_or_none(value: float | None, digits: int = 4) -> str:
+    """A number with that many digits after the point, or a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def parse_json_object(option: str, text: str | None) -> dict[str, Any] | None:
+    """The JSON object in ``text``, or in the file that ``text`` names after an @."""
+    if text is None:
+        return None
+    if text.startswith("@"):
+        path = Path(text[1:])
+        if not path.is_file():
+            raise ConfigError(f"{option}: the file {path} does not exist")
+        text = path.read_text(encoding="utf-8")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f'{option} is not JSON ({error}); write it like \'{{"down_proj": {{"bits": 4}}}}\''
+        ) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{option} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def check_model(model: str) -> None:
+    """Raise CommandError when ``model`` is a path that does not exist or a folder without config.json."""
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CommandError(f"{model} is a folder without config.json; give the folder of a Transformers model")
+    elif path.exists():
+        raise CommandError(f"{model} is a file; give the folder of a Transformers model")
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CommandError(f"{model} does not exist")
+
+
+def check_device(device: str | None) -> None:
+    """Raise CommandError for a device that torch does not know or that this machine does not have."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise CommandError(f"--device {device}: use cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CommandError(f"--device {device}: this torch sees no CUDA device (`hf-spqr doctor` shows more)")
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer beside the model; CommandError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{model} has no tokenizer that can be loaded: {error}") from error
+
+
+def load_model(model: str, dtype: Dtype, device: str | None, **kwargs: Any) -> torch.nn.Module:
+    """``AutoModelForCausalLM.from_pretrained``, with hf_spqr registered and without Transformers' own bars."""
+    import transformers
+
+    import hf_spqr  # noqa: F401  (registers the quantization methods)
+
+    check_model(model)
+    check_device(device)
+    if device is not None:
+        kwargs["device_map"] = device
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, **kwargs)

@@ -1,0 +1,167 @@
+"""``hf-spqr doctor``: what is installed, what was compiled, what is registered."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hf_spqr.cli.common import JsonOption, out_console, print_json
+from hf_spqr.report.records import library_versions
+
+ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512_vnni", "avx512_bf16")
+OPTIONAL = ("datasets", "matplotlib", "lm_eval", "peft", "compressed_tensors")
+
+
+def doctor_command(json: JsonOption = False) -> None:
+    """Say what this installation can do, and why it cannot do more.
+
+    Exit code 0 when models can be quantized and loaded (through the PyTorch reference where the kernels are missing),
+    1 when something essential is broken.
+
+    [bold]Examples[/bold]
+
+      hf-spqr doctor
+
+      hf-spqr doctor --json
+    """
+    data = {
+        "versions": library_versions(),
+        "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
+        "kernels": kernels(),
+        "cpu": cpu(),
+        "cuda": cuda(),
+        "transformers": registration(),
+        "autoload": autoload(),
+    }
+    data["ok"] = data["transformers"]["registered"]
+    data["advice"] = advice(data)
+    if json:
+        print_json(data)
+    else:
+        show(data)
+    if not data["ok"]:
+        raise typer.Exit(1)
+
+
+def kernels() -> dict[str, Any]:
+    """Whether the compiled extension is there and loads, with the reason when not."""
+    spec = importlib.util.find_spec("hf_spqr._C")
+    if spec is None or spec.origin is None:
+        reason = "not built: hf-spqr was installed where no C++20 compiler or no torch was found"
+        return {"compiled": False, "file": None, "reason": reason}
+    try:
+        importlib.import_module("torch")
+        importlib.import_module("hf_spqr._C")
+    except (ImportError, OSError) as error:
+        return {"compiled": False, "file": spec.origin, "reason": f"built, but it cannot be loaded: {error}"}
+    return {"compiled": True, "file": spec.origin, "reason": None}
+
+
+def cpu() -> dict[str, Any]:
+    """Name, instruction sets that the kernels can use, cores and torch's threads."""
+    import torch
+
+    name, flags = platform.processor() or platform.machine(), set()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+                break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "name": name,
+        "isa": [flag for flag in ISA_FLAGS if flag in flags],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cuda() -> dict[str, Any]:
+    """Whether torch was built for CUDA and which devices it sees."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"built": torch.version.cuda, "devices": devices}
+
+
+def registration() -> dict[str, Any]:
+    """Whether ``import hf_spqr`` registers the methods with Transformers."""
+    try:
+        importlib.import_module("hf_spqr")
+        from transformers.quantizers import auto
+
+        methods = [name for name in ("hf_spqr", "omniquant") if name in auto.AUTO_QUANTIZER_MAPPING]
+    except Exception as error:  # whatever is broken, the doctor's job is to say so
+        return {"registered": False, "methods": [], "reason": f"{type(error).__name__}: {error}"}
+    reason = None if "hf_spqr" in methods else "import hf_spqr did not register the method"
+    return {"registered": "hf_spqr" in methods, "methods": methods, "reason": reason}
+
+
+def autoload() -> dict[str, Any]:
+    """Whether plain ``from_pretrained`` finds the methods without ``import hf_spqr``."""
+    names = [point.name for point in metadata.entry_points(group="torch.backends")]
+    if "hf_spqr" not in names:
+        return {"active": False, "reason": "the entry point is not installed; pip install hf-spqr (or -e .)"}
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
+        return {"active": False, "reason": "switched off by TORCH_DEVICE_BACKEND_AUTOLOAD=0"}
+    if importlib.util.find_spec("hf_spqr_autoload") is None:
+        return {"active": False, "reason": "hf_spqr_autoload.py is missing; reinstall hf-spqr"}
+    return {"active": True, "reason": None}
+
+
+def advice(data: dict[str, Any]) -> list[str]:
+    """What would help, in the order of importance."""
+    hints = []
+    if not data["transformers"]["registered"]:
+        hints.append(f"transformers does not know the method: {data['transformers']['reason']}")
+    if not data["kernels"]["compiled"]:
+        hints.append(
+            "models run through the PyTorch reference, which is slow. Install a C++20 compiler (g++ 11 or clang 14) "
+            "and torch, then: pip install --force-reinstall --no-deps hf-spqr (or -e .)"
+        )
+    if not data["autoload"]["active"]:
+        hints.append(f"write `import hf_spqr` before from_pretrained; autoload is off: {data['autoload']['reason']}")
+    return hints
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print the findings for people."""
+    console = out_console()
+    yes, no = "[green]yes[/green]", "[yellow]no[/yellow]"
+
+    def line(title: str, text: str) -> None:
+        console.print(f"[bold]{title:<14}[/bold]{text}", soft_wrap=True)
+
+    line("versions", ", ".join(f"{name} {version}" for name, version in data["versions"].items()))
+    line("platform", f"{platform.platform()}, {sys.executable}")
+    compiled = data["kernels"]
+    line("kernels", f"{yes} {compiled['file']}" if compiled["compiled"] else f"{no} {compiled['reason']}")
+    isa = " ".join(data["cpu"]["isa"]) or "none known"
+    line("cpu", f"{data['cpu']['name']}, {data['cpu']['cores']} cores, {data['cpu']['threads']} torch threads")
+    line("instructions", f"{isa} (torch: {data['cpu']['torch_capability']})")
+    built, devices = data["cuda"]["built"], data["cuda"]["devices"]
+    line(
+        "cuda",
+        f"{yes} {', '.join(devices)}" if devices else f"{no} " + ("no device" if built else "torch is CPU only"),
+    )
+    registered = data["transformers"]
+    line("registered", f"{yes} {', '.join(registered['methods'])}" if registered["methods"] else f"{no}")
+    loaded = data["autoload"]
+    line("autoload", yes if loaded["active"] else f"{no} {loaded['reason']}")
+    line("optional", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in data["optional"].items()))
+    for hint in data["advice"]:
+        console.print(f"[yellow]note:[/yellow] {hint}", soft_wrap=True)
+    console.print("[green]ready[/green]" if data["ok"] else "[red]not usable[/red]")

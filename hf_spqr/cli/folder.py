@@ -1,0 +1,67 @@
+"""Output folders that are either complete or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hf_spqr.cli.common import CommandError
+
+__all__ = ["check_output", "complete_folder"]
+
+
+def check_output(out: Path, overwrite: bool, inputs: tuple[str, ...] = ()) -> None:
+    """Raise CommandError unless ``out`` may be written: absent, empty, or a model folder that may be replaced.
+
+    ``inputs`` are models that are read; replacing one of them, or a folder around one, is always refused.
+    """
+    resolved = out.resolve()
+    for model in inputs:
+        path = Path(model)
+        if path.exists() and path.resolve().is_relative_to(resolved):
+            raise CommandError(f"{out} is, or contains, the input {model}; choose another output folder")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CommandError(f"{out} exists and is not a folder; choose another name")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise CommandError(f"{out} exists and is not empty; choose another name or give --overwrite")
+    if not (out / "config.json").is_file():
+        raise CommandError(f"{out} does not look like a model folder (no config.json), so it is not replaced")
+
+
+@contextmanager
+def complete_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``out`` that takes its place, in one rename, when the block ends well.
+
+    On any exception, an interrupt included, the temporary folder is removed and ``out`` is as it was.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        if not out.exists():
+            os.replace(partial, out)
+            return
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+        os.replace(out, old)  # an empty folder may be replaced by a rename
+        try:
+            os.replace(partial, out)
+        except BaseException:
+            os.replace(old, out)
+            raise
+        shutil.rmtree(old)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,203 @@
+"""``hf-spqr quantize``: from a model to a complete folder with the quantized model."""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_spqr.cli.common import (
+    CommandError,
+    DeviceOption,
+    Dtype,
+    JsonOption,
+    ModelArgument,
+    check_device,
+    check_model,
+    err_console,
+    load_model,
+    load_tokenizer,
+    number_or_none,
+    out_console,
+    parse_json_object,
+    print_json,
+    size_of,
+)
+from hf_spqr.cli.folder import check_output, complete_folder
+
+if TYPE_CHECKING:
+    from hf_spqr.config import PackedConfig
+    from hf_spqr.report.records import QuantizationReport
+
+MOST_SEQLEN = 2048
+
+
+class Method(str, Enum):
+    """Quantization methods of the command line."""
+
+    spqr = "spqr"
+
+
+class Mode(str, Enum):
+    """Modes of SpQR: ours, or the published algorithm in every choice."""
+
+    default = "default"
+    reference = "reference"
+
+
+def quantize_command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It appears complete or not at all.")],
+    dataset: Annotated[
+        str,
+        typer.Option("--dataset", "-d", help="Calibration text: txt, json, jsonl file, or Hub name:config:split."),
+    ],
+    method: Annotated[Method, typer.Option("--method", help="Quantization method.")] = Method.spqr,
+    bits: Annotated[int, typer.Option("--bits", help="Bits of a weight code, 2 to 8.")] = 3,
+    group_size: Annotated[
+        int, typer.Option("--group-size", help="Inputs that share a scale: 8, 16, 32, 64, 128, or -1 for a whole row.")
+    ] = 16,
+    outlier_threshold: Annotated[
+        str, typer.Option("--outlier-threshold", help="Smaller keeps more weights in 16 bit; inf keeps none.")
+    ] = "0.2",
+    target_bits: Annotated[
+        float | None,
+        typer.Option("--target-bits", help="Choose the threshold so that the layers take this many bits per weight."),
+    ] = None,
+    nsamples: Annotated[int, typer.Option("--nsamples", help="Number of calibration sequences.")] = 128,
+    seqlen: Annotated[
+        int | None,
+        typer.Option("--seqlen", help=f"Tokens per sequence. Default: the model's positions, at most {MOST_SEQLEN}."),
+    ] = None,
+    mode: Annotated[Mode, typer.Option("--mode", help="reference is the published algorithm.")] = Mode.default,
+    scale_bits: Annotated[int, typer.Option("--scale-bits", help="Bits of a scale's own code.")] = 3,
+    zero_bits: Annotated[int, typer.Option("--zero-bits", help="Bits of a zero point's own code.")] = 3,
+    second_group: Annotated[int, typer.Option("--second-group", help="Statistics per second level: 16 or 32.")] = 16,
+    act_order: Annotated[
+        bool | None, typer.Option("--act-order/--no-act-order", help="Quantize columns by activation energy.")
+    ] = None,
+    percdamp: Annotated[float | None, typer.Option("--percdamp", help="Damping of the Hessian.")] = None,
+    true_sequential: Annotated[
+        bool, typer.Option("--true-sequential", help="Calibrate the layers of a block one after another.")
+    ] = False,
+    skip: Annotated[
+        list[str] | None, typer.Option("--skip", help="Leave layers alone: name, suffix or regular expression.")
+    ] = None,
+    overrides: Annotated[
+        str | None,
+        typer.Option("--overrides", help='Changes per layer as JSON, or @file: \'{"down_proj": {"bits": 4}}\'.'),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Order in which calibration texts are drawn.")] = 0,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type to load and save the rest in.")] = Dtype.auto,
+    device: DeviceOption = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")] = "50GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT if it exists.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Quantize MODEL and write OUT: weights, config, tokenizer, generation config and quantization_report.json.
+
+    This is from_pretrained(MODEL, quantization_config=...) followed by save_pretrained(OUT). The result loads with
+    plain AutoModelForCausalLM.from_pretrained(OUT).
+
+    [bold]Examples[/bold]
+
+      hf-spqr quantize examples/demo-model out/demo -d examples/demo-calibration.jsonl
+
+      hf-spqr quantize MODEL OUT -d c4.jsonl --bits 3 --target-bits 4.0 --seqlen 2048
+
+      hf-spqr quantize MODEL OUT -d text.txt --overrides '{"down_proj": {"bits": 4}}' --skip layers.0
+
+      hf-spqr quantize MODEL OUT -d wikitext:wikitext-2-raw-v1:train --mode reference --percdamp 1.0
+    """
+    check_model(model)
+    check_device(device)
+    check_output(out, overwrite, inputs=(model,))
+    positions = check_base(model)
+    config = build_config(
+        method,
+        bits=bits,
+        group_size=group_size,
+        scale_bits=scale_bits,
+        zero_bits=zero_bits,
+        second_group=second_group,
+        outlier_threshold=parse_threshold(outlier_threshold),
+        target_bits=target_bits,
+        act_order=act_order,
+        percdamp=percdamp,
+        mode=mode.value,
+        true_sequential=true_sequential,
+        dataset=dataset,
+        nsamples=nsamples,
+        seqlen=min(MOST_SEQLEN, positions) if seqlen is None else seqlen,
+        seed=seed,
+        modules_to_not_convert=skip,
+        overrides=parse_json_object("--overrides", overrides),
+    )
+    start = time.monotonic()
+    with complete_folder(out) as partial:
+        report = run(model, config, partial, dtype, device, max_shard_size)
+    seconds = time.monotonic() - start
+    if json:
+        print_json({"out": str(out), "seconds": seconds, **report.to_dict()})
+    else:
+        show(out, report, seconds)
+
+
+def parse_threshold(text: str) -> float:
+    """A number or inf."""
+    try:
+        return float(text)
+    except ValueError:
+        raise CommandError(f"--outlier-threshold {text}: give a number, or inf for no outliers") from None
+
+
+def build_config(method: Method, **fields: Any) -> PackedConfig:
+    """The config of ``method``; raises ConfigError for a field out of range."""
+    from hf_spqr.config import SpQRConfig
+
+    return {Method.spqr: SpQRConfig}[method](**fields)
+
+
+def check_base(model: str) -> int:
+    """Number of positions of the base model; CommandError when it is quantized already."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except ValueError as error:
+        raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = dict(quantization).get("quant_method")
+        raise CommandError(f"{model} is quantized already ({method}); give the model that it was made from")
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_SEQLEN
+
+
+def run(
+    model: str, config: PackedConfig, folder: Path, dtype: Dtype, device: str | None, max_shard_size: str
+) -> QuantizationReport:
+    """Quantize and save into ``folder``; return the report."""
+    tokenizer = load_tokenizer(model)
+    config.tokenizer = tokenizer
+    quantized: Any = load_model(model, dtype, device, quantization_config=config)
+    report: QuantizationReport = quantized.quantization_report
+    quantized.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    report.save(folder)
+    return report
+
+
+def show(out: Path, report: QuantizationReport, seconds: float) -> None:
+    """Print the summary for people."""
+    for note in report.notes:
+        err_console().print(f"note: {note}", markup=False, soft_wrap=True)
+    totals = report.totals()
+    out_console().print(
+        f"[bold]{out}[/bold]  {totals['layers']} layers, {totals['weights']:,} weights in "
+        f"{size_of(totals['nbytes'])}: [bold]{number_or_none(totals['bits_per_weight'], 3)} bits per weight[/bold], "
+        f"{totals['outliers']} outliers, mean layer error {number_or_none(totals['mean_error'])}, {seconds:.0f} s"
+    )
+    out_console().print(f"Next: hf-spqr eval {out} --dataset FILE    hf-spqr inspect {out}")

@@ -1,0 +1,250 @@
+"""What a checkpoint holds, from the headers of its safetensors files: no weights are read and no model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_spqr.errors import CheckpointError
+from hf_spqr.report.records import REPORT_NAME, QuantizationReport
+
+__all__ = ["CheckpointReport", "PackedLayer", "TensorInfo", "inspect_checkpoint", "read_headers"]
+
+PACKED = ".packed"
+PARTS = ("packed", "outlier_row", "outlier", "perm", "weight")
+"""Tensors that belong to a packed matrix; ``weight`` is the empty sentinel."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """dtype as safetensors names it ("BF16", "I32"), shape and size in bytes of one tensor in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass
+class PackedLayer:
+    """One packed layer of a checkpoint.
+
+    ``shape`` is (out_features, in_features); ``error`` comes from the report beside the weights, None without one.
+    ``nbytes`` counts the packed tensors, not the bias.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int | None
+    group_size: int | None
+    outliers: int
+    reordered: bool
+    nbytes: int
+    error: float | None = None
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.weights
+
+
+@dataclass
+class CheckpointReport:
+    """A checkpoint as its files show it.
+
+    quant_method    of config.json, None for a model that is not quantized
+    layers          the packed layers in the order of their names
+    other_weights,
+    other_bytes     elements and bytes of all tensors that do not belong to a packed matrix (embeddings, norms, biases)
+    file_bytes      size of the safetensors files, headers included
+    """
+
+    source: str
+    architecture: str | None
+    quant_method: str | None
+    layers: list[PackedLayer] = field(default_factory=list)
+    other_weights: int = 0
+    other_bytes: int = 0
+    file_bytes: int = 0
+
+    @property
+    def packed_weights(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the packed layers, counted from bytes; NaN when nothing is packed."""
+        return 8 * self.packed_bytes / self.packed_weights if self.layers else math.nan
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """Mean over everything in the files, embeddings and norms included; NaN for an empty checkpoint."""
+        weights = self.packed_weights + self.other_weights
+        return 8 * (self.packed_bytes + self.other_bytes) / weights if weights else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object; what is not defined is null."""
+        layers = [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "bits": layer.bits,
+                "group_size": layer.group_size,
+                "bits_per_weight": layer.bits_per_weight,
+                "outliers": layer.outliers,
+                "reordered": layer.reordered,
+                "error": layer.error,
+                "nbytes": layer.nbytes,
+            }
+            for layer in self.layers
+        ]
+        model_bits = self.model_bits_per_weight
+        return {
+            "source": self.source,
+            "architecture": self.architecture,
+            "quant_method": self.quant_method,
+            "layers": layers,
+            "totals": {
+                "layers": len(self.layers),
+                "weights": self.packed_weights,
+                "nbytes": self.packed_bytes,
+                "bits_per_weight": self.bits_per_weight if self.layers else None,
+                "outliers": sum(layer.outliers for layer in self.layers),
+                "other_weights": self.other_weights,
+                "other_bytes": self.other_bytes,
+                "model_bits_per_weight": None if math.isnan(model_bits) else model_bits,
+                "file_bytes": self.file_bytes,
+            },
+        }
+
+
+def read_headers(path: Path) -> dict[str, TensorInfo]:
+    """Names and sizes of the tensors of one safetensors file. Raises CheckpointError when it is not one."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise CheckpointError(f"{path} is not a safetensors file, or it is cut off; fetch it again")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} has a damaged header ({error}); fetch it again") from error
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), end - begin)
+    if sum(info.nbytes for info in tensors.values()) + 8 + length != size:
+        raise CheckpointError(f"{path} is cut off or has bytes that belong to no tensor; fetch it again")
+    return tensors
+
+
+def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
+    """Describe the checkpoint in ``folder``, quantized or not.
+
+    Raises:
+        CheckpointError: no config.json, no safetensors files, a damaged file, or a packed layer whose shape is known
+            neither from the report nor from the model's config.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no *.safetensors files; only safetensors checkpoints can be inspected")
+    tensors = {name: info for file in files for name, info in read_headers(file).items()}
+    quantization = config.get("quantization_config") or {}
+    architectures = config.get("architectures") or [None]
+    report = CheckpointReport(str(folder), architectures[0], quantization.get("quant_method"))
+    report.file_bytes = sum(file.stat().st_size for file in files)
+
+    names = [name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)]
+    shapes = _layer_shapes(folder, names)
+    written = QuantizationReport.load(folder)
+    for name in names:
+        entry = written.layer(name) if written else None
+        parts = {part: tensors.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors}
+        fields = _layer_fields(folder, quantization, name)
+        report.layers.append(
+            PackedLayer(
+                name=name,
+                shape=shapes[name],
+                bits=fields.get("bits"),
+                group_size=fields.get("group_size"),
+                outliers=math.prod(parts["outlier"].shape) if "outlier" in parts else 0,
+                reordered="perm" in parts,
+                nbytes=sum(info.nbytes for info in parts.values()),
+                error=entry.error if entry else None,
+            )
+        )
+    report.other_weights = sum(math.prod(info.shape) for info in tensors.values())
+    report.other_bytes = sum(info.nbytes for info in tensors.values())
+    return report
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; give the folder of a Transformers model")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON ({error})") from error
+
+
+def _layer_fields(folder: Path, quantization: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The quantization config's fields for one layer, overrides applied; empty for methods of other packages."""
+    from hf_spqr.config import SpQRConfig
+
+    if quantization.get("quant_method") != SpQRConfig.quant_method:
+        return quantization
+    try:
+        return SpQRConfig.from_dict(dict(quantization)).layer_fields(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _layer_shapes(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of the packed layers: from the report if there is one, else from an empty model."""
+    if not names:
+        return {}
+    written = QuantizationReport.load(folder)
+    shapes = {layer.name: layer.shape for layer in written.layers} if written else {}
+    if all(name in shapes for name in names):
+        return shapes
+    shapes = _empty_model_shapes(folder)
+    missing = [name for name in names if name not in shapes]
+    if missing:
+        raise CheckpointError(
+            f"the shape of {missing[0]} is not known: {folder} has no {REPORT_NAME} that names it, "
+            "and the model of config.json has no such linear layer"
+        )
+    return shapes
+
+
+def _empty_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """Shapes of all linear layers of the model that config.json describes, built without memory for weights."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
