@@ -53,8 +53,8 @@ class BuildExtension(build_ext):
             if switch("HF_SPQR_FORCE_EXT"):
                 raise
             say(
-                f"the compiled kernels could not be built ({error}). Installing without them: everything works through "
-                "the PyTorch reference, slowly. Install a C++20 compiler and reinstall to have them."
+                f"the compiled kernels could not be built ({error}). Installing without them: everything works "
+                "through the PyTorch reference, slowly. Install a C++20 compiler and reinstall to have them."
             )
             self.extensions.clear()
 
