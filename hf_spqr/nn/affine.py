@@ -16,6 +16,8 @@ class AffineLinear(PackedLinear):
     """A linear layer whose matrix is in the format of :mod:`hf_spqr.formats.affine`."""
 
     tensor_names = affine.TENSORS
+    linear, reference_linear = ops.affine_linear, reference.affine_linear
+    dequantize, reference_dequantize = ops.affine_dequantize, reference.affine_dequantize
     layout: AffineLayout
 
     @classmethod
@@ -23,17 +25,6 @@ class AffineLinear(PackedLinear):
         """Pack ``weight``; ``dtype`` is that of the layer it replaces."""
         return cls(weight.layout, affine.pack(weight), bias, dtype)
 
-    def _layout_arguments(self) -> tuple[int, int, bool, bool]:
-        lay = self.layout
-        return lay.bits, lay.group_size, lay.symmetric, lay.scale_dtype == torch.bfloat16
-
-    def forward(self, x: Tensor) -> Tensor:
-        linear = ops.affine_linear if self.backend == "auto" else reference.affine_linear
-        return linear(x, self.packed, self.perm, self._bias_for(x), self.out_features, *self._layout_arguments())
-
-    def dequantize_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        dequantize = ops.affine_dequantize if self.backend == "auto" else reference.affine_dequantize
-        return dequantize(
-            self.packed, self.perm, self.out_features, self.in_features, *self._layout_arguments(),
-            dtype or self.weight.dtype,
-        )  # fmt: skip
+    @staticmethod
+    def layout_numbers(layout: AffineLayout) -> tuple[int | bool, ...]:
+        return layout.bits, layout.group_size, layout.symmetric, layout.scale_dtype == torch.bfloat16

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from hf_spqr import ops
 from hf_spqr.errors import CheckpointError
 from hf_spqr.formats.columns import check_perm, nbytes
 
@@ -26,7 +27,11 @@ class PackedLinear(nn.Module):
     """
 
     tensor_names: ClassVar[tuple[str, ...]]
-    """Names of the packed tensors; ``perm`` may come besides."""
+    """Names of the packed tensors in the order of the op's arguments; ``perm`` may come besides."""
+    linear: ClassVar[torch._ops.OpOverload]
+    reference_linear: ClassVar[Callable[..., Tensor]]
+    dequantize: ClassVar[torch._ops.OpOverload]
+    reference_dequantize: ClassVar[Callable[..., Tensor]]
     layout: Any
     packed: Tensor
     perm: Tensor | None
@@ -44,6 +49,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = layout
+        self._numbers = self.layout_numbers(layout)
         self.backend: Backend = backend
         for name in (*self.tensor_names, "perm"):
             tensor = tensors[name] if name in self.tensor_names else tensors.get(name)
@@ -107,12 +113,29 @@ class PackedLinear(nn.Module):
         if self.perm is not None:
             check_perm(self.perm, self.in_features)
 
-    def _bias_for(self, x: Tensor) -> Tensor | None:
-        return self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
+    @staticmethod
+    def layout_numbers(layout: Any) -> tuple[int | bool, ...]:
+        """What the ops take after the features: bits, group_size and so on."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self._parameters  # the plain dict: reading a parameter as an attribute takes a microsecond each
+        bias: Tensor | None = held["bias"]
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        packed = [held[name] for name in self.tensor_names]
+        arguments = (*packed, held["perm"], bias, self.layout.out_features, *self._numbers)
+        if self.backend == "reference":
+            return type(self).reference_linear(x, *arguments)
+        return ops.call_linear(type(self).linear, x, bias, *arguments)
 
     def dequantize_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix [out_features, in_features] in full, of ``dtype`` (the module's float dtype if not given)."""
-        raise NotImplementedError
+        dequantize = type(self).reference_dequantize if self.backend == "reference" else type(self).dequantize
+        packed = [self._parameters[name] for name in self.tensor_names]
+        return dequantize(
+            *packed, self.perm, self.out_features, self.in_features, *self._numbers, dtype or self.weight.dtype
+        )
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary ``nn.Linear`` of the same function."""

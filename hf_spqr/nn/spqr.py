@@ -16,6 +16,8 @@ class SpQRLinear(PackedLinear):
     """A linear layer whose matrix is in the format of :mod:`hf_spqr.formats.spqr`."""
 
     tensor_names = spqr.TENSORS
+    linear, reference_linear = ops.spqr_linear, reference.spqr_linear
+    dequantize, reference_dequantize = ops.spqr_dequantize, reference.spqr_dequantize
     layout: SpQRLayout
     outlier_row: Tensor
     outlier: Tensor
@@ -25,21 +27,9 @@ class SpQRLinear(PackedLinear):
         """Pack ``weight``; ``dtype`` is that of the layer it replaces."""
         return cls(weight.layout, spqr.pack(weight), bias, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        lay = self.layout
-        linear = ops.spqr_linear if self.backend == "auto" else reference.spqr_linear
-        return linear(
-            x, self.packed, self.outlier_row, self.outlier, self.perm, self._bias_for(x),
-            lay.out_features, lay.bits, lay.group_size, lay.stat_bits, lay.second_group,
-        )  # fmt: skip
-
-    def dequantize_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        lay = self.layout
-        dequantize = ops.spqr_dequantize if self.backend == "auto" else reference.spqr_dequantize
-        return dequantize(
-            self.packed, self.outlier_row, self.outlier, self.perm, lay.out_features, lay.in_features,
-            lay.bits, lay.group_size, lay.stat_bits, lay.second_group, dtype or self.weight.dtype,
-        )  # fmt: skip
+    @staticmethod
+    def layout_numbers(layout: SpQRLayout) -> tuple[int, ...]:
+        return layout.bits, layout.group_size, layout.stat_bits, layout.second_group
 
     def _check_indices(self) -> None:
         super()._check_indices()

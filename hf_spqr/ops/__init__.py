@@ -4,8 +4,10 @@
 """
 
 import importlib
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_spqr.ops import autograd, reference
 from hf_spqr.ops.schema import NAMESPACE, SCHEMAS
@@ -43,3 +45,16 @@ spqr_linear = torch.ops.hf_spqr.spqr_linear.default
 spqr_dequantize = torch.ops.hf_spqr.spqr_dequantize.default
 affine_linear = torch.ops.hf_spqr.affine_linear.default
 affine_dequantize = torch.ops.hf_spqr.affine_dequantize.default
+
+
+def call_linear(op: torch._ops.OpOverload, x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    """``op(x, *arguments)``, where ``bias`` is among the arguments.
+
+    Gradients are registered from Python and cost some 20 microseconds a call even where nobody asks for one; then this
+    goes straight to the kernel.
+    """
+    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if wanted or torch.compiler.is_compiling():
+        return op(x, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(x, *arguments)
