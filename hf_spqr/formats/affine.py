@@ -107,7 +107,7 @@ class AffineWeight:
 
     def __post_init__(self) -> None:
         lay = self.layout
-        expected = {
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((lay.out_features, lay.in_features), torch.uint8),
             "scales": ((lay.out_features, lay.groups), lay.scale_dtype),
         }

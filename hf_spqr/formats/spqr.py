@@ -124,7 +124,7 @@ class SpQRWeight:
     def __post_init__(self) -> None:
         lay = self.layout
         stat = (lay.out_features, lay.groups)
-        expected = {
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((lay.out_features, lay.in_features), torch.uint8),
             "scale_codes": (stat, torch.uint8),
             "zero_codes": (stat, torch.uint8),
