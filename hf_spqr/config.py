@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -103,6 +103,7 @@ class PackedConfig(QuantizationConfigMixin):
     quant_method: Any = ""
     LAYER_FIELDS: ClassVar[tuple[str, ...]] = ()
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dataset", "tokenizer", "backend")
+    backend: Literal["auto", "reference"]
     LOADING_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("backend",)
 
     def _init_common(
@@ -128,7 +129,7 @@ class PackedConfig(QuantizationConfigMixin):
         for changes in self.overrides.values():
             if isinstance(changes, dict) and changes.get("outlier_threshold") == "inf":
                 changes["outlier_threshold"] = math.inf
-        self.backend = backend
+        self.backend = backend  # type: ignore[assignment]  # checked in validate
         self.format_version = format_version
         self._accept_unknown(unknown)
         self.validate()
@@ -213,7 +214,7 @@ class PackedConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.to_dict() == other.to_dict()  # type: ignore[attr-defined]
+        return type(other) is type(self) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
 

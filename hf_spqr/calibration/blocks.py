@@ -99,7 +99,7 @@ def record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor])
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             stack.callback(_restore, block.module, block.module.__dict__.get("forward"))
-            block.module.forward = _recorder(recording, index, block, extras)  # type: ignore[method-assign]
+            block.module.forward = _recorder(recording, index, block, extras)
         try:
             for batch in batches:
                 _decoder(model)(input_ids=batch.to(device), use_cache=False)

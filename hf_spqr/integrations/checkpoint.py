@@ -128,8 +128,8 @@ def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], 
         extra = set(tensors) - needed - {"perm"}
         if extra:
             raise CheckpointError(
-                f"The checkpoint has a tensor {module}.{min(extra)} that a packed layer does not know: it was written by"
-                " another version or is damaged."
+                f"The checkpoint has a tensor {module}.{min(extra)} that a packed layer does not know: it was written"
+                " by another version or is damaged."
             )
         if tensors["weight"][0] != (0,):
             raise CheckpointError(f"{module}.weight should be empty beside packed tensors, it is {tensors['weight']}.")

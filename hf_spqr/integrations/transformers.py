@@ -75,6 +75,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _empty_module(self, model: nn.Module, name: str, tensors: dict[str, Any], contents: Contents) -> PackedLinear:
         config, linear = self.quantization_config, model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         specs = {key: spec for key, spec in tensors.items() if key not in ("weight", "bias")}
         # overrides were written for the names of the quantized model, which a head or its absence changes
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -168,7 +169,7 @@ def register() -> None:
         auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
         if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
-            auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config_class,)
+            auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config_class,)  # type: ignore[assignment]
 
 
 def _calibration_device(device_map: Any) -> torch.device | None:

@@ -18,6 +18,7 @@ from hf_spqr.calibration.blocks import Block, Recording, find_blocks, record, re
 from hf_spqr.calibration.data import calibration_batches, calibration_windows
 from hf_spqr.config import SpQRConfig
 from hf_spqr.errors import HfSpqrError, NonFiniteError
+from hf_spqr.formats.spqr import SpQRWeight
 from hf_spqr.methods import spqr
 from hf_spqr.methods.base import LayerResult
 from hf_spqr.nn import SpQRLinear
@@ -155,6 +156,7 @@ class _Run:
         linear = target.linear
         with _named(target.name):
             result = spqr.quantize(linear.weight.detach(), hessian, self.config.params(target.name))
+        assert isinstance(result.weight, SpQRWeight)
         dtype = linear.weight.dtype
         bias = None if linear.bias is None else linear.bias.detach()
         module = SpQRLinear.from_weight(result.weight, bias, dtype)
@@ -197,7 +199,7 @@ class _named(AbstractContextManager[None]):
 
 def _usable_seqlen(model: nn.Module, seqlen: int) -> int:
     """``seqlen``, or what the model's position embeddings allow where that is less."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if isinstance(limit, int) and 0 < limit < seqlen:
