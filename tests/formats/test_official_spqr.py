@@ -163,5 +163,5 @@ def test_the_fixture_matches_its_reference_after_repair(shared_dir):
         hits, total = hits + found[0], total + found[1]
         got = official_spqr.repair(weight).dequantize()
         assert (got - expected).abs().max() <= 2**-10 * expected.abs().max()  # fp16 statistics and values
-        assert (weight.dequantize() - expected).abs().max() > 0.01
+        assert (weight.dequantize() - expected).abs().max() > 0.004
     assert hits / total > 0.99
