@@ -75,13 +75,13 @@ def apply_pair(
     """
     changed: dict[str, Tensor] = {}
     if shift is not None:
-        for site in pair.shifts:
-            spread = _spread(shift, site.index, 0.0)
-            if site.weight is None:
-                changed[site.bias] = tensors[site.bias] - spread
+        for place in pair.shifts:
+            spread = _spread(shift, place.index, 0.0)
+            if place.weight is None:
+                changed[place.bias] = tensors[place.bias] - spread
             else:
-                weight = tensors[site.weight]
-                changed[site.bias] = tensors[site.bias] + (weight @ spread if site.dim == 1 else spread @ weight)
+                weight = tensors[place.weight]
+                changed[place.bias] = tensors[place.bias] + (weight @ spread if place.dim == 1 else spread @ weight)
     for site in pair.scales:
         value = changed.get(site.param, tensors[site.param])
         factor = _spread(scale, site.index, 1.0)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_spqr.errors import ConfigError
+
 PAIR_KINDS = ("norm", "value", "mlp", "qk")
 
 
@@ -17,14 +19,14 @@ class OmniQuantParams:
     act_bits: bits of the dynamic per-token activations (input of every quantized Linear, and q, k, v of attention),
         None for weight-only.
     sym: symmetric weights (zero point fixed at ``2 ** (bits - 1)``).
-    lwc: learn the quantization grid of the weights. With ``rounding=False`` this is the paper's clipping (section 3.2):
-        sigmoid of two factors on the minimum and maximum of each group; with ``rounding=True`` it is a logarithmic scale
-        and a zero-point offset for each group.
+    lwc: learn the quantization grid of the weights. With ``rounding=False`` this is the paper's clipping (section
+        3.2): sigmoid of two factors on the minimum and maximum of each group; with ``rounding=True`` it is a
+        logarithmic scale and a zero-point offset for each group.
     let: learn equivalent transforms (section 3.3); None means "when activations are quantized".
     let_pairs: which kinds of pair may be used: "norm" (norm to consumers), "value" (v to o), "mlp" (up to down),
         "qk" (q against k).
-    let_alpha: migration strengths tried for the starting scale ``act ** a / weight ** (1 - a)``; the one with the lowest
-        block error is taken.
+    let_alpha: migration strengths tried for the starting scale ``act ** a / weight ** (1 - a)``; the one with the
+        lowest block error is taken.
     let_log: learn the logarithm of the transform's scale (else the scale itself, as published).
     rounding: learn the rounding of every weight (an offset in units of the grid step).
     rounding_range: bound of that offset, in steps; 0.5 only chooses between the two neighbours.
@@ -68,23 +70,23 @@ class OmniQuantParams:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be 2 to 8, got {self.bits}")
+            raise ConfigError(f"bits must be 2 to 8, got {self.bits}")
         if self.group_size != -1 and self.group_size < 1:
-            raise ValueError(f"group_size must be positive, or -1 for one scale per channel, got {self.group_size}")
+            raise ConfigError(f"group_size must be positive, or -1 for one scale per channel, got {self.group_size}")
         if self.act_bits is not None and not 2 <= self.act_bits <= 8:
-            raise ValueError(f"act_bits must be 2 to 8, or None for weight-only, got {self.act_bits}")
+            raise ConfigError(f"act_bits must be 2 to 8, or None for weight-only, got {self.act_bits}")
         if self.act_bits is not None and self.group_size != -1:
-            raise ValueError("quantized activations need weights with one scale per channel: set group_size=-1")
+            raise ConfigError("quantized activations need weights with one scale per channel: set group_size=-1")
         if self.epochs < 0 or self.batch_size < 1:
-            raise ValueError(f"epochs must be >= 0 and batch_size >= 1, got {self.epochs} and {self.batch_size}")
+            raise ConfigError(f"epochs must be >= 0 and batch_size >= 1, got {self.epochs} and {self.batch_size}")
         if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout is a share of the samples, 0 <= holdout < 1, got {self.holdout}")
+            raise ConfigError(f"holdout is a share of the samples, 0 <= holdout < 1, got {self.holdout}")
         if self.scale_dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"scale_dtype must be torch.float16 or torch.bfloat16, got {self.scale_dtype}")
+            raise ConfigError(f"scale_dtype must be torch.float16 or torch.bfloat16, got {self.scale_dtype}")
         if unknown := set(self.let_pairs) - set(PAIR_KINDS):
-            raise ValueError(f"unknown let_pairs {sorted(unknown)}; choose from {PAIR_KINDS}")
+            raise ConfigError(f"unknown let_pairs {sorted(unknown)}; choose from {PAIR_KINDS}")
         if self.transforms and not self.let_alpha:
-            raise ValueError("let_alpha needs at least one migration strength, for example (0.5,)")
+            raise ConfigError("let_alpha needs at least one migration strength, for example (0.5,)")
 
     @property
     def transforms(self) -> bool:

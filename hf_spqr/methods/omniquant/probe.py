@@ -24,8 +24,8 @@ def first_tensor(value: Any) -> Tensor | None:
 class Probe:
     """``block`` as a function of its parameters, in float64, on one recorded input.
 
-    hidden: ``[B, T, H]``; kwargs: what the block itself received. Vectors (norms, biases) are perturbed, so that a zero
-    bias or a norm weight of one cannot hide a wrong site.
+    hidden: ``[B, T, H]``; kwargs: what the block itself received. Vectors (norms, biases) are perturbed, so that a
+    zero bias or a norm weight of one cannot hide a wrong site.
     """
 
     def __init__(self, block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], seed: int = 0) -> None:

@@ -2,8 +2,9 @@
 
 Propose: multiply the output channels of one module by random factors and look at the inputs of all others. Where every
 channel of an input is multiplied by exactly one of the factors, that module is a consumer, and which factor it got is
-the index map (identity for norm -> linear, repeated heads for v -> o under grouped-query attention). What feeds nothing
-proportionally may be a query or a key: those are tried against each other under the ways rotary embeddings tie channels.
+the index map (identity for norm -> linear, repeated heads for v -> o under grouped-query attention). What feeds
+nothing proportionally may be a query or a key: those are tried against each other under the ways rotary embeddings
+tie channels.
 Verify: apply random scales and shifts to the parameters, in float64, and compare the block's output. A pair that moves
 it is left out.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,8 +29,8 @@ from .rotary import head_sizes, key_query_ties
 class Port:
     """Output channels ``rows`` of a module: where a factor can be written into parameters.
 
-    dim: output dimension of the weight; bias: name or None; offset: 1 for ``(1 + w)`` norms; norm: whether the weight is
-    a vector; rows: int64 positions in the output, None for all.
+    dim: output dimension of the weight; bias: name or None; offset: 1 for ``(1 + w)`` norms; norm: whether the weight
+    is a vector; rows: int64 positions in the output, None for all.
     """
 
     module: str
@@ -133,7 +135,8 @@ def _own(probe: Probe, name: str) -> dict[str, Tensor]:
 
 
 def _parts(probe: Probe, port: Port) -> Iterator[Port]:
-    """The whole output first, then the slices of a fused projection: of each ``m`` runs of rows the last, or the first.
+    """The whole output first, then the slices of a fused projection: of each ``m`` runs of rows the last, or the
+    first.
 
     Covers [q|k|v], per head or group, [gate|up] in both orders and interleaved, for every consumer width that fits.
     """
@@ -184,8 +187,8 @@ def _consumed(probe: Probe, port: Port) -> EquivalencePair | None:
         if index is None:
             continue
         found = list(_consumer_sites(probe, name, None if _is_identity(index, port.size) else index))
-        if not found:
-            return None
+        if not found:  # a container that hands its input on, or one that no parameter can make up for: verified later
+            continue
         names.append(name)
         scales.extend(found)
         bias = f"{name}.bias"
@@ -221,7 +224,8 @@ def _is_mlp(probe: Probe, port: Port, consumer: str) -> bool:
 
 
 def _consumer_sites(probe: Probe, name: str, index: Tensor | None) -> Iterator[ScaleSite]:
-    """The parameters that a module contracts with its input: columns of a linear, or last dimension of stacked ones."""
+    """The parameters that a module contracts with its input: columns of a linear, or last dimension of stacked
+    ones."""
     width = probe.inputs[name].shape[-1]
     port = _port(probe, name)
     if port is not None:
@@ -245,7 +249,7 @@ def _candidates(probe: Probe, lonely: list[Port]) -> Iterator[tuple[Port, Port]]
             if torch.equal(probe.inputs[first.module], probe.inputs[second.module]):
                 yield (first, second) if first.size >= second.size else (second, first)
     norms = [port for port in lonely if port.norm]
-    for first, second in zip(norms, norms[1:], strict=False):
+    for first, second in pairwise(norms):
         yield (first, second) if first.size >= second.size else (second, first)
 
 
@@ -272,7 +276,8 @@ def _verified(probe: Probe, pair: EquivalencePair) -> EquivalencePair | None:
 
 def _together(probe: Probe, pairs: list[EquivalencePair], rejected: list[str]) -> list[EquivalencePair]:
     """The pairs that also hold one after the other, each on top of those before it."""
-    kept, tensors = [], dict(probe.tensors)
+    kept: list[EquivalencePair] = []
+    tensors = dict(probe.tensors)
     for pair in pairs:
         scale, shift = probe.random(pair.size), probe.random(pair.size) - 1 if pair.shifts else None
         trial = {**tensors, **apply_pair(pair, tensors, scale, shift)}

@@ -1,7 +1,7 @@
 """Differentiable fake quantization of weights and activations, in the grid of the packed affine format.
 
-Every quantizer rounds its scales to the stored 16-bit type and its zero points to integers *inside* the forward pass, so
-what training sees is what :meth:`WeightQuantizer.export` hands to the packer, bit for bit.
+Every quantizer rounds its scales to the stored 16-bit type and its zero points to integers *inside* the forward pass,
+so what training sees is what :meth:`WeightQuantizer.export` hands to the packer, bit for bit.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class _FakeQuantize(torch.autograd.Function):
 def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, qmax: int, offset: Tensor | None = None) -> Tensor:
     """Fake-quantize ``weight`` ``[..., g]`` on the grid ``scale`` ``[..., 1]``, ``zero`` ``[..., 1]`` (integers).
 
-    ``offset`` ``[..., g]`` moves the rounding, in units of the scale. Gradients: straight through the rounding for weight
-    and offset, zero where the code is clamped; the scale and the zero point get theirs exactly.
+    ``offset`` ``[..., g]`` moves the rounding, in units of the scale. Gradients: straight through the rounding for
+    weight and offset, zero where the code is clamped; the scale and the zero point get theirs exactly.
     """
-    return _FakeQuantize.apply(weight, scale, zero, offset, qmax)  # type: ignore[no-any-return]
+    return _FakeQuantize.apply(weight, scale, zero, offset, qmax)
 
 
 class _Round(torch.autograd.Function):
@@ -66,7 +66,7 @@ class _Round(torch.autograd.Function):
 
 def round_through(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Round to the nearest integer, or to ``dtype`` and back; the gradient passes unchanged."""
-    return _Round.apply(value, dtype)  # type: ignore[no-any-return]
+    return _Round.apply(value, dtype)
 
 
 class _FakeQuantizeTokens(torch.autograd.Function):
@@ -93,8 +93,9 @@ def token_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_tokens(x: Tensor, bits: int) -> Tensor:
-    """Fake-quantize activations ``[..., K]`` per token, dynamically (min-max, asymmetric); straight-through gradient."""
-    return _FakeQuantizeTokens.apply(x, bits)  # type: ignore[no-any-return]
+    """Fake-quantize activations ``[..., K]`` per token, dynamically (min-max, asymmetric); straight-through
+    gradient."""
+    return _FakeQuantizeTokens.apply(x, bits)
 
 
 class WeightQuantizer(nn.Module):
@@ -194,8 +195,8 @@ class ClippingQuantizer(WeightQuantizer):
 class RoundingQuantizer(WeightQuantizer):
     """Learned rounding: an offset in [-range, range] steps for every weight, and (with ``lwc``) the grid itself.
 
-    The grid is learned as ``scale = minmax scale * exp(a)`` and ``zero = round(minmax zero + b)``, clamped to the codes:
-    a scale can neither change sign nor reach zero.
+    The grid is learned as ``scale = minmax scale * exp(a)`` and ``zero = round(minmax zero + b)``, clamped to the
+    codes: a scale can neither change sign nor reach zero.
     """
 
     def __init__(self, weight: Tensor, params: OmniQuantParams) -> None:

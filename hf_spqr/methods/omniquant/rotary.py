@@ -12,7 +12,8 @@ SMALLEST_HEAD = 4
 
 
 def head_sizes(block: nn.Module, width: int) -> list[int]:
-    """Likely sizes of an attention head: what the block's modules call a head's size, then the divisors of ``width``."""
+    """Likely sizes of an attention head: what the block's modules call a head's size, then the divisors of
+    ``width``."""
     said = [
         value
         for module in block.modules()
