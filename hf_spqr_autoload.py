@@ -16,13 +16,15 @@ from typing import Any
 TABLES = "transformers.quantizers.auto"
 MAPPINGS = ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")
 METHODS = ("hf_spqr", "omniquant")
+TAKEN_OVER = "spqr"
+"""Transformers' own key for official SpQR checkpoints, which hf_spqr loads in its place."""
 
 
 class _LazyMapping(dict):  # type: ignore[type-arg]
     """A dict that imports hf_spqr, which then adds its methods, when one of them is first asked for."""
 
     def _load(self, key: object) -> bool:
-        if key not in METHODS or "hf_spqr" in sys.modules:
+        if key not in (*METHODS, TAKEN_OVER) or "hf_spqr" in sys.modules:
             return False
         try:
             import hf_spqr  # noqa: F401
@@ -32,6 +34,11 @@ class _LazyMapping(dict):  # type: ignore[type-arg]
 
     def __contains__(self, key: object) -> bool:
         return dict.__contains__(self, key) or self._load(key)
+
+    def __getitem__(self, key: object) -> Any:
+        if key == TAKEN_OVER:
+            self._load(key)
+        return dict.__getitem__(self, key)
 
     def __missing__(self, key: object) -> Any:
         if self._load(key):

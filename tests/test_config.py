@@ -14,7 +14,13 @@ from hf_spqr.formats.spqr import SpQRLayout
 
 def test_defaults_and_round_trip():
     config = SpQRConfig()
-    assert (config.bits, config.group_size, config.scale_bits, config.zero_bits, config.second_group) == (3, 16, 3, 3, 16)
+    assert (config.bits, config.group_size, config.scale_bits, config.zero_bits, config.second_group) == (
+        3,
+        16,
+        3,
+        3,
+        16,
+    )
     assert (config.nsamples, config.seqlen, config.outlier_threshold) == (128, 2048, 0.2)
     stored = json.loads(config.to_json_string())
     assert stored["quant_method"] == "hf_spqr" and stored["format_version"] == FORMAT_VERSION

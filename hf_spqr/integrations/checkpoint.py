@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from hf_spqr.errors import CheckpointError
 
-__all__ = ["Contents", "Spec", "check_complete", "read_contents", "read_headers"]
+__all__ = ["Contents", "Renamer", "Spec", "check_complete", "read_contents", "read_headers"]
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a stored tensor."""
@@ -77,7 +77,7 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
             layer with a tensor too many.
     """
     specs = read_headers(files)
-    rename = _Renamer(model)
+    rename = Renamer(model)
     prefixes = {name.rpartition(".")[0] for name in specs if name.rpartition(".")[2] == PACKED}
     contents = Contents()
     stray = []
@@ -140,7 +140,7 @@ def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], 
             raise CheckpointError(f"The checkpoint lacks {name}: it is incomplete or damaged.")
 
 
-class _Renamer:
+class Renamer:
     """The names that Transformers gives to the tensors of a file when it loads them into ``model``."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -41,7 +41,7 @@ def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
     for index, block in enumerate(blocks):
         for local_name, module in block.module.named_modules():
             name = f"{block.name}.{local_name}"
-            if type(module) is not nn.Linear or config.excludes(name) or f"{name}.weight" in tied_names:
+            if not _is_linear(module) or config.excludes(name) or f"{name}.weight" in tied_names:
                 continue
             if any(part in keep for part in name.split(".")):
                 continue
@@ -56,6 +56,18 @@ def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
             " are not supported."
         )
     return targets
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is an ``nn.Linear``, or a subclass that computes the same (Falcon's, for example)."""
+    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
+        return type(module) is nn.Linear
+    weight, bias = module.weight, module.bias
+    if weight.is_meta or {name for name, _ in module.named_parameters()} - {"weight", "bias"}:
+        return False
+    with torch.no_grad():
+        probe = torch.linspace(-1, 1, module.in_features, dtype=weight.dtype, device=weight.device)[None]
+        return torch.allclose(module(probe), nn.functional.linear(probe, weight, bias), rtol=1e-2, atol=1e-2)
 
 
 def left_alone(model: nn.Module, targets: Sequence[Target]) -> list[str]:

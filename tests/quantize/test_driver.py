@@ -1,0 +1,173 @@
+"""The whole-model run on tiny random models of many architectures."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_spqr import CalibrationError, NonFiniteError, SpQRConfig, UnsupportedLayerError
+from hf_spqr.nn import SpQRLinear
+from hf_spqr.quantize import quantize_model
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+IDS = torch.arange(40)[None]
+
+
+def make_config(texts, **changes):
+    return SpQRConfig(**{"bits": 4, "dataset": texts, "nsamples": 8, "seqlen": 64, **changes})
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits.float()
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture(kind, texts, tokenizer):
+    model = tiny_model(kind)
+    before = logits(model)
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    report = quantize_model(model, make_config(texts), tokenizer=tokenizer, progress=False)
+    packed = {n for n, m in model.named_modules() if isinstance(m, SpQRLinear)}
+    left = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert packed == linears - left and all("layers" in n or ".h." in n for n in packed)
+    assert [layer.name for layer in report.layers] == [n for n, m in model.named_modules() if n in packed]
+    assert set(report.skipped) == left
+    assert all(0 < layer.error < 0.2 for layer in report.layers)
+    assert report.nbytes == sum(m.nbytes() for m in model.modules() if isinstance(m, SpQRLinear))
+    assert 4.6 < report.bits_per_weight < 8
+    assert model.quantization_report is report
+    assert 0 < distance(logits(model), before) < 0.35
+
+
+def test_packed_model_equals_what_was_simulated(texts, tokenizer):
+    """Layers after the first block were calibrated on the dequantized weights of the packed ones."""
+    model = tiny_model("llama")
+    quantize_model(model, make_config(texts), tokenizer=tokenizer, progress=False)
+    dense = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, SpQRLinear):
+            dense.set_submodule(name, module.to_linear())
+    assert distance(logits(model), logits(dense)) < 1e-5
+
+
+def test_sequential_inside_the_block(texts, tokenizer):
+    together, one_by_one = tiny_model("llama"), tiny_model("llama")
+    quantize_model(together, make_config(texts), tokenizer=tokenizer, progress=False)
+    quantize_model(one_by_one, make_config(texts, true_sequential=True), tokenizer=tokenizer, progress=False)
+    name = "model.layers.0.self_attn.q_proj"  # the first input of the model is the same either way
+    assert torch.equal(together.get_submodule(name).packed, one_by_one.get_submodule(name).packed)
+    name = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(together.get_submodule(name).packed, one_by_one.get_submodule(name).packed)
+    assert distance(logits(one_by_one), logits(tiny_model("llama"))) < 0.35
+
+
+def test_layers_that_share_an_input_share_a_hessian(texts, tokenizer, monkeypatch):
+    from hf_spqr.quantize import capture
+
+    made = []
+
+    class Counting(capture.HessianAccumulator):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(capture, "HessianAccumulator", Counting)
+    quantize_model(tiny_model("llama"), make_config(texts), tokenizer=tokenizer, progress=False)
+    assert len(made) == 2 * 4  # q/k/v, o, gate/up, down in each block
+    assert {h.tokens for h in made} == {8 * 64}
+
+
+def test_exclusions_and_overrides(texts, tokenizer):
+    model = tiny_model("llama")
+    config = make_config(
+        texts, modules_to_not_convert=["layers.0.mlp", r"o_proj$"], overrides={"k_proj": {"bits": 8, "group_size": -1}}
+    )
+    report = quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert type(model.model.layers[1].self_attn.o_proj) is nn.Linear
+    assert "model.layers.0.mlp.up_proj" in report.skipped and "lm_head" in report.skipped
+    layout = model.model.layers[1].self_attn.k_proj.layout
+    assert (layout.bits, layout.group_size) == (8, -1)
+    assert report.layer("model.layers.1.self_attn.k_proj").bits == 8
+
+
+def test_dtype_bias_and_backend_are_kept(texts, tokenizer):
+    model = tiny_model("qwen2", torch.bfloat16)
+    bias = model.model.layers[0].self_attn.q_proj.bias.clone()
+    quantize_model(model, make_config(texts, backend="reference"), tokenizer=tokenizer, progress=False)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert torch.equal(layer.bias, bias) and layer.weight.dtype == torch.bfloat16 and layer.backend == "reference"
+    assert model(IDS).logits.dtype == torch.bfloat16
+
+
+def test_token_ids_need_no_tokenizer():
+    ids = torch.randint(0, 256, (4, 32))
+    report = quantize_model(tiny_model("llama"), make_config(ids, seqlen=32), progress=False)
+    assert (report.calibration.samples, report.calibration.tokens) == (4, 128)
+
+
+def test_long_windows_are_limited_to_the_positions_of_the_model(texts, tokenizer):
+    report = quantize_model(
+        tiny_model("llama"), make_config(texts * 8, seqlen=2048), tokenizer=tokenizer, progress=False
+    )
+    assert report.calibration.tokens <= 8 * 256
+
+
+def test_report_round_trip(texts, tokenizer, tmp_path):
+    from hf_spqr.report import QuantizationReport
+
+    report = quantize_model(tiny_model("llama"), make_config(texts), tokenizer=tokenizer, progress=False)
+    report.save(tmp_path)
+    assert QuantizationReport.load(tmp_path).to_dict() == report.to_dict()
+    assert report.calibration.description == "list of 8 items"
+    assert "dataset" not in report.config
+
+
+# -- errors before work is lost ----------------------------------------------------------------------------------------
+
+
+def test_nan_weights_are_named(texts, tokenizer):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains NaN"):
+        quantize_model(model, make_config(texts), tokenizer=tokenizer, progress=False)
+    assert not any(isinstance(m, SpQRLinear) for m in model.modules())
+
+
+def test_infinite_activations_are_named(texts, tokenizer):
+    model = tiny_model("llama")
+    model.model.layers[0].post_attention_layernorm.weight.data.fill_(torch.inf)
+    with pytest.raises(NonFiniteError, match=r"layers\.0|gate_proj"):
+        quantize_model(model, make_config(texts), tokenizer=tokenizer, progress=False)
+
+
+def test_no_data(tokenizer):
+    with pytest.raises(CalibrationError, match="dataset="):
+        quantize_model(tiny_model("llama"), SpQRConfig(), tokenizer=tokenizer, progress=False)
+    with pytest.raises(CalibrationError, match="tokenizer="):
+        quantize_model(tiny_model("llama"), SpQRConfig(dataset=["text"]), progress=False)
+
+
+def test_nothing_to_quantize(texts, tokenizer):
+    with pytest.raises(UnsupportedLayerError, match="Conv1D"):
+        quantize_model(tiny_model("gpt2"), make_config(texts), tokenizer=tokenizer, progress=False)
+    with pytest.raises(UnsupportedLayerError, match="modules_to_not_convert"):
+        config = make_config(texts, modules_to_not_convert=[".*"])
+        quantize_model(tiny_model("llama"), config, tokenizer=tokenizer, progress=False)
+
+
+def test_model_without_data(texts, tokenizer):
+    with pytest.raises(UnsupportedLayerError, match="meta device"):
+        quantize_model(tiny_model("llama").to("meta"), make_config(texts), tokenizer=tokenizer, progress=False)
+
+
+def test_progress_names_layer_error_and_bits(texts, tokenizer, capsys):
+    quantize_model(tiny_model("llama"), make_config(texts), tokenizer=tokenizer)
+    shown = capsys.readouterr().err
+    assert "14/14" in shown and "down_proj error 0." in shown and "bits" in shown
