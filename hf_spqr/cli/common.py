@@ -42,8 +42,8 @@ class CommandError(HfSpqrError):
 
 
 def out_console() -> Console:
-    """Results for people: stdout."""
-    return Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), highlight=False)
+    """Results for people: stdout. Into a file or a pipe tables are as wide as they need to be."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 400, highlight=False)
 
 
 def err_console() -> Console:

@@ -32,7 +32,7 @@ def doctor_command(json: JsonOption = False) -> None:
 
       hf-spqr doctor --json
     """
-    data = {
+    data: dict[str, Any] = {
         "versions": library_versions(),
         "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
         "kernels": kernels(),

@@ -142,7 +142,7 @@ def show(dataset: str, results: list[dict[str, Any]]) -> None:
     console = out_console()
     console.print(f"[bold]{dataset}[/bold]  {results[-1]['protocol_text']}")
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for name in ("perplexity", "mean of documents", "nll", "bits/weight", "dtype", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:

@@ -83,7 +83,7 @@ def show(report: CheckpointReport) -> None:
     console.print(f"[bold]{report.source}[/bold]  {report.architecture or 'unknown architecture'}, {method}")
     if report.layers:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("layer")
+        table.add_column("layer", overflow="fold")
         for name in ("shape", "bits", "group", "bits/weight", "outliers", "error", "bytes"):
             table.add_column(name, justify="right", no_wrap=True)
         for layer in report.layers:

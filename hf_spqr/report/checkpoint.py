@@ -167,7 +167,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     report = CheckpointReport(str(folder), architectures[0], quantization.get("quant_method"))
     report.file_bytes = sum(file.stat().st_size for file in files)
 
-    names = [name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)]
+    names = sorted((name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)), key=_natural)
     shapes = _layer_shapes(folder, names)
     written = QuantizationReport.load(folder)
     for name in names:
@@ -189,6 +189,11 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     report.other_weights = sum(math.prod(info.shape) for info in tensors.values())
     report.other_bytes = sum(info.nbytes for info in tensors.values())
     return report
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

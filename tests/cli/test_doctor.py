@@ -1,0 +1,42 @@
+import importlib.util
+
+from hf_spqr.cli import doctor
+
+
+def test_json(run) -> None:
+    result = run("doctor", "--json")
+    assert result.code == 0
+    data = result.json
+    assert data["ok"] and "hf_spqr" in data["transformers"]["methods"]
+    assert data["cpu"]["threads"] >= 1
+    compiled = importlib.util.find_spec("hf_spqr._C") is not None
+    assert data["kernels"]["compiled"] == compiled
+    assert (data["kernels"]["reason"] is None) == compiled
+
+
+def test_text(run) -> None:
+    result = run("doctor")
+    assert result.code == 0
+    assert "kernels" in result.out and "ready" in result.out
+
+
+def test_says_why_there_are_no_kernels(run, monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "hf_spqr._C" else find(name))
+    result = run("doctor")
+    assert result.code == 0
+    assert "C++20 compiler" in result.out and "reference" in result.out
+
+
+def test_says_when_autoload_is_off(run, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    data = run("doctor", "--json").json
+    assert not data["autoload"]["active"]
+    assert any("import hf_spqr" in hint for hint in data["advice"])
+
+
+def test_a_broken_registration_fails(run, monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "registration", lambda: {"registered": False, "methods": [], "reason": "broken"})
+    result = run("doctor", "--json")
+    assert result.code == 1
+    assert "broken" in result.json["advice"][0]

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+
+
+def test_json_states_protocol_and_true_bits(run, quantized: Path, base: Path, dataset: Path) -> None:
+    result = run("eval", quantized, "--base", base, "--dataset", dataset, "--json")
+    assert result.code == 0
+    data = result.json
+    assert data["protocol"] == "per-document"
+    assert data["documents"] == 8
+    assert data["bits_per_weight"] > 3
+    assert data["base"]["bits_per_weight"] is None
+    assert data["base"]["tokens"] == data["tokens"]
+    assert data["perplexity_ratio"] == pytest.approx(data["perplexity"] / data["base"]["perplexity"])
+
+
+def test_table_for_people(run, quantized: Path, dataset: Path) -> None:
+    result = run("eval", quantized, "-d", dataset, "--protocol", "sliding-window", "--seqlen", 32, "--stride", 8)
+    assert result.code == 0
+    assert "sliding-window, windows of 32 tokens, stride 8" in result.out
+    assert str(quantized) in result.out
+
+
+def test_limit_and_dtype(run, base: Path, dataset: Path) -> None:
+    data = run("eval", base, "-d", dataset, "--limit", 2, "--dtype", "bfloat16", "--json").json
+    assert data["documents"] == 2
+    assert data["dtype"] == "bfloat16"
+
+
+def test_mistakes_are_messages(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for arguments, message in [
+        ((tmp_path / "absent", "-d", dataset), "does not exist"),
+        ((base, "-d", tmp_path / "absent.jsonl"), "does not exist"),
+        ((base, "-d", empty), "no documents"),
+        ((base, "-d", dataset, "--stride", 3), "stride has no meaning"),
+        ((base, "-d", dataset, "--protocol", "concatenated", "--seqlen", 100000), "nothing to score"),
+    ]:
+        result = run("eval", *arguments)
+        assert result.code == 1
+        assert message in result.err
+        assert "Traceback" not in result.err
+    assert run("eval", base).code == 2

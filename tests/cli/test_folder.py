@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+
+from hf_spqr.cli.common import CommandError
+from hf_spqr.cli.folder import check_output, complete_folder
+
+
+def test_new_empty_and_old_folders_are_replaced(tmp_path: Path) -> None:
+    for prepare in ("new", "empty", "old"):
+        out = tmp_path / "a" / prepare
+        if prepare != "new":
+            out.mkdir()
+        if prepare == "old":
+            (out / "old").write_text("old")
+        with complete_folder(out) as partial:
+            assert partial.parent == out.parent
+            (partial / "new").write_text("new")
+        assert [path.name for path in out.iterdir()] == ["new"]
+        assert out.stat().st_mode & 0o700 == 0o700
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["empty", "new", "old"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with pytest.raises(RuntimeError, match="broken"), complete_folder(out) as partial:
+        (partial / "new").write_text("new")
+        raise RuntimeError("broken")
+    assert (out / "old").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_may_be_written(tmp_path: Path) -> None:
+    check_output(tmp_path / "new", overwrite=False)
+    out = tmp_path / "out"
+    out.mkdir()
+    check_output(out, overwrite=False)
+    (out / "letters.txt").write_text("dear")
+    with pytest.raises(CommandError, match="not empty"):
+        check_output(out, overwrite=False)
+    with pytest.raises(CommandError, match="does not look like a model"):
+        check_output(out, overwrite=True)
+    (out / "config.json").write_text("{}")
+    check_output(out, overwrite=True)
+    with pytest.raises(CommandError, match="choose another output"):
+        check_output(out, overwrite=True, inputs=(str(out),))
+    with pytest.raises(CommandError, match="choose another output"):
+        check_output(tmp_path, overwrite=True, inputs=(str(out),))
+    check_output(out, overwrite=True, inputs=("hub/name",))
+    (tmp_path / "link").symlink_to(out)
+    for path in (out / "config.json", tmp_path / "link"):
+        with pytest.raises(CommandError, match="not a folder"):
+            check_output(path, overwrite=True)

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from hf_spqr.report import QuantizationReport
+
+
+def test_json_agrees_with_the_report(run, quantized: Path) -> None:
+    data = run("inspect", quantized, "--json").json
+    report = QuantizationReport.load(quantized)
+    assert report is not None
+    assert data["quant_method"] == "hf_spqr"
+    assert data["totals"]["bits_per_weight"] == pytest.approx(report.bits_per_weight)
+    assert data["totals"]["outliers"] == report.outliers
+    layers = {layer["name"]: layer for layer in data["layers"]}
+    assert layers.keys() == {layer.name for layer in report.layers}
+    for layer in report.layers:
+        shown = layers[layer.name]
+        assert tuple(shown["shape"]) == layer.shape
+        assert shown["nbytes"] == layer.nbytes
+        assert shown["error"] == layer.error
+
+
+def test_table_csv_and_plot(run, quantized: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    csv, plot = tmp_path / "layers.csv", tmp_path / "layers.png"
+    result = run("inspect", quantized, "--csv", csv, "--plot", plot)
+    assert result.code == 0
+    assert "model.layers.0.self_attn.q_proj" in result.out
+    assert "bits per weight of the whole model" in result.out
+    assert csv.read_text().count("\n") == 1 + len(QuantizationReport.load(quantized).layers)
+    assert plot.stat().st_size > 1000
+
+
+def test_a_model_that_is_not_quantized(run, base: Path, tmp_path: Path) -> None:
+    result = run("inspect", base)
+    assert result.code == 0
+    assert "not quantized" in result.out
+    data = run("inspect", base, "--json").json
+    assert data["layers"] == [] and data["totals"]["bits_per_weight"] is None
+    assert data["totals"]["model_bits_per_weight"] == 32
+    failed = run("inspect", base, "--csv", tmp_path / "layers.csv")
+    assert failed.code == 1 and "quantization_report.json" in failed.err
+
+
+def test_mistakes_are_messages(run, tmp_path: Path) -> None:
+    assert "does not exist" in run("inspect", tmp_path / "absent").err
+    result = run("inspect", tmp_path, "--json")
+    assert result.code == 1
+    assert "config.json" in result.json["error"]

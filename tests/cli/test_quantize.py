@@ -1,0 +1,149 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import hf_spqr
+from hf_spqr.report import REPORT_NAME, QuantizationReport
+
+FAST = ("--nsamples", "8", "--seqlen", "32")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_out_is_a_complete_folder(quantized: Path) -> None:
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", REPORT_NAME} <= names(
+        quantized
+    )
+    AutoTokenizer.from_pretrained(quantized)
+    GenerationConfig.from_pretrained(quantized)
+    model = AutoModelForCausalLM.from_pretrained(quantized)
+    assert model.config.quantization_config.bits == 3
+    report = QuantizationReport.load(quantized)
+    assert report is not None
+    assert len(report.layers) == 7 * model.config.num_hidden_layers
+    assert report.calibration is not None and report.calibration.description == "texts.jsonl"
+
+
+def test_is_the_same_as_from_pretrained(quantized: Path, base: Path, dataset: Path) -> None:
+    config = hf_spqr.SpQRConfig(dataset=str(dataset), nsamples=8, seqlen=32)
+    expected = AutoModelForCausalLM.from_pretrained(base, quantization_config=config).state_dict()
+    got = AutoModelForCausalLM.from_pretrained(quantized).state_dict()
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_json_is_the_report(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    result = run("quantize", base, tmp_path / "q", "-d", dataset, *FAST, "--bits", 4, "--json")
+    assert result.code == 0
+    assert result.json["config"]["bits"] == 4
+    assert result.json["totals"]["bits_per_weight"] > 4
+    assert result.json["layers"][0]["bits_per_weight"] > 4
+
+
+def test_summary_for_people(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    result = run("quantize", base, tmp_path / "q", "-d", dataset, *FAST, "--outlier-threshold", "inf")
+    assert result.code == 0
+    assert "bits per weight, 0 outliers" in result.out
+
+
+def test_overrides_and_skip_reach_the_layers(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    overrides = tmp_path / "overrides.json"
+    overrides.write_text('{"down_proj": {"bits": 5}}')
+    result = run(
+        "quantize",
+        base,
+        tmp_path / "q",
+        "-d",
+        dataset,
+        *FAST,
+        "--skip",
+        "layers.0",
+        "--overrides",
+        f"@{overrides}",
+        "--json",
+    )
+    assert result.code == 0
+    bits = {layer["name"]: layer["bits"] for layer in result.json["layers"]}
+    assert all(".layers.0." not in name for name in bits)
+    assert {name.rpartition(".")[2] for name, width in bits.items() if width == 5} == {"down_proj"}
+
+
+def test_refuses_a_full_folder_and_replaces_it_when_told(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "old.txt").write_text("old")
+    result = run("quantize", base, out, "-d", dataset, *FAST)
+    assert result.code == 1
+    assert "--overwrite" in result.err
+    assert names(out) == {"config.json", "old.txt"}
+    assert run("quantize", base, out, "-d", dataset, *FAST, "--overwrite").code == 0
+    assert "old.txt" not in names(out) and "model.safetensors" in names(out)
+    assert names(tmp_path) == {"q"}
+
+
+@pytest.mark.parametrize("broken", ["weights", "interrupt"])
+def test_nothing_is_left_after_a_failure(run, base: Path, dataset: Path, tmp_path: Path, monkeypatch, broken) -> None:
+    from transformers import LlamaForCausalLM
+
+    def fail(self, folder, **kwargs):
+        Path(folder, "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt if broken == "interrupt" else OSError("no space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+    out = tmp_path / "deep" / "q"
+    result = run("quantize", base, out, "-d", dataset, *FAST, "--json")
+    assert result.code != 0
+    assert list((tmp_path / "deep").iterdir()) == []
+    if broken == "weights":
+        assert result.json["error"] == "no space left on device"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--bits", "9"), "bits=9"),
+        (("--group-size", "24"), "group_size=24"),
+        (("--outlier-threshold", "low"), "give a number, or inf"),
+        (("--overrides", "{bits: 4}"), "--overrides is not JSON"),
+        (("--overrides", "[]"), "must be a JSON object"),
+        (("--overrides", "@absent.json"), "does not exist"),
+        (("--device", "gpu"), "use cpu, cuda"),
+    ],
+)
+def test_mistakes_are_messages(run, base: Path, dataset: Path, tmp_path: Path, arguments, message) -> None:
+    result = run("quantize", base, tmp_path / "q", "-d", dataset, *FAST, *arguments)
+    assert result.code == 1
+    assert message in result.err
+    assert "Traceback" not in result.err
+    assert names(tmp_path) == set()
+
+
+def test_models_and_data_that_are_not_there(run, base: Path, quantized: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    assert "does not exist" in run("quantize", tmp_path / "absent", out, "-d", dataset).err
+    assert "without config.json" in run("quantize", dataset.parent, out, "-d", dataset).err
+    assert "is a file" in run("quantize", dataset, out, "-d", dataset).err
+    assert "quantized already" in run("quantize", quantized, out, "-d", dataset).err
+    assert "does not exist" in run("quantize", base, out, "-d", tmp_path / "absent.jsonl").err
+    assert not out.exists()
+
+
+def test_without_a_tokenizer(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    result = run("quantize", bare, tmp_path / "q", "-d", dataset, *FAST, "--json")
+    assert result.code == 1
+    assert "tokenizer" in json.loads(result.out)["error"]
+
+
+def test_wrong_calls_exit_with_2(run, base: Path) -> None:
+    assert run("quantize", base).code == 2
+    assert run("quantize", base, "out", "--method", "magic", "-d", "x").code == 2
+    assert run("nothing").code == 2

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from hf_spqr.errors import CheckpointError
+from hf_spqr.report import REPORT_NAME
+from hf_spqr.report.checkpoint import inspect_checkpoint, read_headers
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint with one packed layer [32, 64] in two shards, and nothing else of the model but a norm."""
+    quantization = {"quant_method": "hf_spqr", "bits": 3, "group_size": 16, "overrides": {"q_proj": {"bits": 4}}}
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16, vocab_size=8
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**data, "quantization_config": quantization}))
+    packed = {
+        f"{NAME}.packed": torch.zeros(2, 100, dtype=torch.int32),
+        f"{NAME}.outlier_row": torch.zeros(33, dtype=torch.int32),
+        f"{NAME}.weight": torch.zeros(0),
+    }
+    rest = {f"{NAME}.outlier": torch.zeros(5, dtype=torch.int32), "model.norm.weight": torch.zeros(64)}
+    save_file(packed, tmp_path / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    save_file(rest, tmp_path / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+def test_without_a_report_the_shape_comes_from_the_config(folder: Path) -> None:
+    report = inspect_checkpoint(folder)
+    (layer,) = report.layers
+    assert (layer.name, layer.shape, layer.bits, layer.group_size) == (NAME, (32, 64), 4, 16)
+    assert (layer.outliers, layer.reordered, layer.error) == (5, False, None)
+    assert layer.nbytes == 4 * (200 + 33 + 5)
+    assert report.bits_per_weight == 8 * layer.nbytes / 2048
+    assert (report.other_weights, report.other_bytes) == (64, 256)
+    assert report.file_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def test_a_layer_that_the_model_does_not_have(folder: Path) -> None:
+    save_file({"other.packed": torch.zeros(1, 1)}, folder / "z.safetensors")
+    with pytest.raises(CheckpointError, match=f"shape of other is not known.*{REPORT_NAME}"):
+        inspect_checkpoint(folder)
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "header", "empty"])
+def test_damaged_files_are_refused(folder: Path, damage: str) -> None:
+    path = folder / "model-00001-of-00002.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(
+        {"short": data[:-4], "long": data + b"1234", "header": data[:8] + b"{" * (len(data) - 8), "empty": b""}[damage]
+    )
+    with pytest.raises(CheckpointError):
+        inspect_checkpoint(folder)
+
+
+def test_headers_have_no_metadata(folder: Path) -> None:
+    headers = read_headers(folder / "model-00002-of-00002.safetensors")
+    assert headers.keys() == {f"{NAME}.outlier", "model.norm.weight"}
+    assert headers["model.norm.weight"].dtype == "F32"
+
+
+def test_missing_files_and_damaged_configs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        inspect_checkpoint(empty)
+    (empty / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        inspect_checkpoint(empty)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        inspect_checkpoint(folder)
