@@ -94,9 +94,9 @@ def run(model: nn.Module, calib: Tensor, held: Tensor, params: OmniQuantParams) 
             held_q = runner(held_q, samples, tensors, params.act_bits, attention)
         fp, quant = result.outputs_fp, result.outputs_q
         rows.append({
-            "error": float(F.mse_loss(held_q, held_fp)), "nearest": result.loss_nearest, 
-            "initial": result.loss_initial, "final": result.loss_final, "kept_initial": result.kept_initial, "skipped": result.skipped,
-            "steps": len(result.losses), "pairs": result.pairs,
+            "error": float(F.mse_loss(held_q, held_fp)), "nearest": result.loss_nearest,
+            "initial": result.loss_initial, "final": result.loss_final, "kept_initial": result.kept_initial,
+            "skipped": result.skipped, "steps": len(result.losses), "pairs": result.pairs,
         })  # fmt: skip
     return {"blocks": rows, "perplexity": perplexity_from(model, blocks[-1], held_q, held), "cpu_seconds": seconds}
 

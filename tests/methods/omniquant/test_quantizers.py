@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_spqr.formats.affine import AffineLayout, AffineWeight, pack, unpack
+from hf_spqr.methods.omniquant import OmniQuantParams
+from hf_spqr.methods.omniquant.quantizers import fake_quantize, make_quantizer, quantize_tokens, token_grid
+
+KINDS = {
+    "nearest": OmniQuantParams(bits=3, group_size=32, rounding=False, lwc=False),
+    "clipping": OmniQuantParams(bits=2, group_size=32, rounding=False),
+    "rounding": OmniQuantParams(bits=4, group_size=32),
+    "symmetric": OmniQuantParams(bits=4, group_size=32, sym=True),
+    "channel": OmniQuantParams(bits=3, scale_dtype=torch.bfloat16),
+    "ragged": OmniQuantParams(bits=3, group_size=64),
+}
+
+
+def straight(value: Tensor) -> Tensor:
+    return value + (value.round() - value).detach()
+
+
+def plain_fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, qmax: int, offset: Tensor) -> Tensor:
+    steps = straight(weight / scale + offset) + zero
+    inside = (steps >= 0) & (steps <= qmax)
+    clamped = torch.where(inside, steps, steps.detach().clamp(0, qmax))
+    return (clamped - zero) * scale
+
+
+def test_gradients_equal_those_of_plain_autograd() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(6, 4, 16), torch.rand(6, 4, 1) * 0.3 + 0.05, torch.randint(0, 8, (6, 4, 1)).float()]
+    inputs.append(torch.rand(6, 4, 16) - 0.5)
+    upstream = torch.randn(6, 4, 16)
+    grads = []
+    for function in (fake_quantize, plain_fake_quantize):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        weight, scale, zero, offset = leaves
+        out = function(weight, scale, zero, 7, offset)
+        out.backward(upstream)
+        grads.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_is_what_the_packed_weight_dequantizes_to(kind: str) -> None:
+    torch.manual_seed(1)
+    params = KINDS[kind]
+    weight = torch.randn(48, 96)
+    quantizer = make_quantizer(weight, params)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        quantizer.clamp_()
+        seen = quantizer(weight)
+    codes, scales, zeros = quantizer.export(weight)
+    assert codes.dtype == torch.uint8 and int(codes.max()) <= 2**params.bits - 1
+    group_size = -1 if quantizer.groups == 1 else quantizer.size
+    layout = AffineLayout(48, 96, params.bits, group_size, symmetric=params.sym, scale_dtype=params.scale_dtype)
+    packed = pack(AffineWeight(layout, codes, scales, zeros))
+    assert torch.equal(unpack(layout, packed).dequantize(), seen)
+
+
+@pytest.mark.parametrize("kind", ["clipping", "rounding"])
+def test_remembering_the_ranges_changes_nothing(kind: str) -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
+    quantizer = make_quantizer(weight, KINDS[kind])
+    before = quantizer(weight)
+    quantizer.fix(weight)
+    assert torch.equal(quantizer(weight), before)
+
+
+def test_groups_of_one_sign_keep_their_zero_point_in_range() -> None:
+    weight = torch.rand(16, 64) + 3.0
+    for sign in (1, -1):
+        quantizer = make_quantizer(sign * weight, KINDS["clipping"])
+        _, _, zeros = quantizer.export(sign * weight)
+        assert zeros is not None and int(zeros.max()) <= 3
+        assert (quantizer(sign * weight) - sign * weight).abs().max() < 1.5
+
+
+def test_nothing_overflows_on_extreme_weights() -> None:
+    weight = torch.zeros(16, 64)
+    weight[0, 0], weight[1, 1], weight[2] = 3e5, -1e-12, 0
+    for params in (*KINDS.values(), replace(KINDS["rounding"], bits=8)):
+        quantizer = make_quantizer(weight, params)
+        out = quantizer(weight)
+        out.sum().backward() if out.requires_grad else None
+        assert torch.isfinite(out).all()
+        assert all(torch.isfinite(p.grad).all() for p in quantizer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tokens_are_quantized_on_their_own_grid(bits: int) -> None:
+    x = torch.randn(2, 5, 32) * torch.logspace(-3, 3, 5)[None, :, None]
+    x[0, 0] = x[0, 0].abs()
+    scale, zero = token_grid(x, bits)
+    assert float(zero.min()) >= 0 and float(zero.max()) <= 2**bits - 1
+    leaf = x.clone().requires_grad_()
+    out = quantize_tokens(leaf, bits)
+    assert ((out - x).abs() <= scale * 0.51 + scale * (zero - -x.amin(-1, keepdim=True) / scale).abs()).all()
+    out.backward(torch.full_like(out, 2.0))
+    assert torch.equal(leaf.grad, torch.full_like(x, 2.0))
