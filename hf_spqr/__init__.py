@@ -19,8 +19,8 @@ from hf_spqr.errors import (
     NonFiniteError,
     UnsupportedLayerError,
 )
-from hf_spqr.integrations.transformers import register
-from hf_spqr.quantize import quantize_model
+from hf_spqr.integrations import legacy
+from hf_spqr.integrations.transformers import quantize_model, register
 
 __version__ = "0.1.0"
 
@@ -36,3 +36,4 @@ __all__ = [
 ]
 
 register()
+legacy.register()
