@@ -31,6 +31,7 @@ ISA_FLAGS = {  # by the end of the file name
 }
 CXX_FLAGS = [
     "-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wall",
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC 12 warns inside its own intrinsics
     "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030A0000",
 ]  # fmt: skip
 

@@ -11,7 +11,8 @@ Isa detect() {
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;
+    const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    if (avx2) return avx512 ? vnni ? Isa::avx512_vnni : Isa::avx512 : Isa::avx2;
 #endif
     return Isa::scalar;
 }
@@ -21,7 +22,7 @@ std::atomic<int> lowered{kIsaCount};  // kIsaCount: not lowered
 }  // namespace
 
 const char* isa_name(Isa isa) {
-    constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512"};
+    constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_vnni"};
     return kNames[int(isa)];
 }
 
@@ -44,6 +45,8 @@ bool lower_isa(Isa isa) {
 const Kernels& kernels() {
 #if defined(__x86_64__)
     switch (current_isa()) {
+        case Isa::avx512_vnni:
+            return kVnniKernels;
         case Isa::avx512:
             return kAvx512Kernels;
         case Isa::avx2:

@@ -15,9 +15,14 @@ struct PrepareArgs {
     int64_t columns, padded_columns;
     float* out;
     int64_t out_stride;
+    const Matrix* weight;
+    char* planes;  // integer form of the same, where the kernels want one
+    int64_t planes_stride;
 };
 
 struct Kernels {
+    // Bytes of the integer form of one token; null where the kernels want none.
+    int64_t (*planes_bytes)(const Matrix&);
     // Activations, for tokens [first, last).
     void (*prepare)(const PrepareArgs&, int64_t first, int64_t last);
     // Row blocks [first, last), at most kMaxTokens tokens.
@@ -30,10 +35,11 @@ extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kVnniKernels;  // AVX-512 with VNNI and VBMI
 #endif
 
-enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
-constexpr int kIsaCount = 3;
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3 };
+constexpr int kIsaCount = 4;
 const char* isa_name(Isa);
 Isa best_isa();            // of this machine
 Isa current_isa();         // best_isa() unless lowered

@@ -55,36 +55,23 @@ int64_t element_size(DType dtype) {
     return dtype == DType::f32 ? 4 : 2;
 }
 
-// x (contiguous, [tokens, K]) as the kernels want it.
-Tensor prepare(const Tensor& x, int64_t tokens, const Matrix& m, const int32_t* perm, DType dtype) {
-    const int64_t padded = ceil_div(m.columns, kColumns) * kColumns;
-    Tensor out = stable::new_empty(x, {tokens, padded}, ScalarType::Float);
-    const PrepareArgs args{x.const_data_ptr(),
-                           m.columns,
-                           dtype,
-                           perm,
-                           m.columns,
-                           padded,
-                           static_cast<float*>(out.mutable_data_ptr()),
-                           padded};
-    const Kernels& k = kernels();
-    stable::parallel_for(0, tokens, std::max<int64_t>(1, kElementsPerTask / padded),
-                         [&](int64_t first, int64_t last) { k.prepare(args, first, last); });
-    return out;
-}
-
+// Straight from the packed weights.
 void linear_few(const Tensor& x, int64_t tokens, const Matrix& m, const int32_t* perm, const void* bias, Tensor& y,
                 DType dtype) {
-    const Tensor prepared = prepare(x, tokens, m, perm, dtype);
-    const LinearArgs args{m,
-                          static_cast<const float*>(prepared.const_data_ptr()),
-                          prepared.size(1),
-                          int(tokens),
-                          bias,
-                          y.mutable_data_ptr(),
-                          m.rows,
-                          dtype};
     const Kernels& k = kernels();
+    const int64_t padded = ceil_div(m.columns, kColumns) * kColumns;
+    const int64_t planes_bytes = k.planes_bytes ? ceil_div(k.planes_bytes(m), 64) * 64 : 0;
+    const int64_t x_bytes = padded * 4 * tokens;
+    Tensor scratch = stable::new_empty(x, {x_bytes + planes_bytes * tokens}, ScalarType::Byte);
+    char* memory = static_cast<char*>(scratch.mutable_data_ptr());
+    float* prepared = reinterpret_cast<float*>(memory);
+    char* planes = memory + x_bytes;
+    const PrepareArgs prepare{x.const_data_ptr(), m.columns, dtype, perm,   m.columns,   padded,
+                              prepared,           padded,    &m,    planes, planes_bytes};
+    stable::parallel_for(0, tokens, std::max<int64_t>(1, kElementsPerTask / padded),
+                         [&](int64_t first, int64_t last) { k.prepare(prepare, first, last); });
+    const LinearArgs args{m,      prepared, padded, planes, planes_bytes, int(tokens), bias, y.mutable_data_ptr(),
+                          m.rows, dtype};
     over_row_blocks(m, [&](int64_t first, int64_t last) { k.linear(args, first, last); });
 }
 

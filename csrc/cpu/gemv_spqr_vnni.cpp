@@ -1,0 +1,172 @@
+// SpQR, one token: codes and both levels of statistics go straight from the stream into registers.
+#include "cpu/outliers_avx512.h"
+#include "cpu/planes.h"
+#include "cpu/store_avx512.h"
+#include "cpu/unpack_vbmi.h"
+#include "cpu/vnni.h"
+
+namespace hf_spqr {
+namespace {
+
+constexpr int kGroups = 16;       // of a panel
+constexpr int64_t kAhead = 2048;  // bytes to prefetch ahead
+constexpr int kMaxStatBits = 4;   // a vpermps looks up sixteen values
+
+// Where the scale code of each group of a panel lies in the tile of statistics; the zero code is 16 bits higher.
+struct CodePlaces {
+    int vector[kGroups];
+    int32_t shift[kGroups];
+    __m512 value;  // of a field's low four bits
+
+    explicit CodePlaces(int stat_bits) {
+        static constexpr int kVector3[kGroups] = {0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 2, 2, 2, 2, 2, 3};
+        static constexpr int kPlace3[kGroups] = {0, 1, 2, 3, 0, 1, 4, 4, 2, 3, 0, 1, 2, 3, 4, 0};
+        const int per_half = 16 / stat_bits;
+        for (int g = 0; g < kGroups; ++g) {
+            vector[g] = stat_bits == 3 ? kVector3[g] : g / per_half;
+            shift[g] = stat_bits * (stat_bits == 3 ? kPlace3[g] : g % per_half);
+        }
+        alignas(64) float table[16];
+        for (int i = 0; i < 16; ++i) table[i] = float(i & ((1 << stat_bits) - 1));
+        value = _mm512_load_ps(table);
+    }
+};
+
+// A panel's statistics for one row block: the codes, and per group (ss, ss sz, zs X, zs X zz), X being the sum of the
+// group's activations. The numbers stay in memory: broadcasting from there costs no vector operation.
+struct PanelStatistics {
+    alignas(64) uint32_t codes[4][kRows];
+    alignas(64) float four[kGroups][4];
+
+    void load(const Matrix& m, const uint32_t* p, const float* quads) {
+        for (int i = 0; i < m.stat_bits; ++i) _mm512_store_si512(codes[i], _mm512_loadu_si512(p + i * kRows));
+        if (m.stat_bits == 3) {  // group 15 lies in the spare bits
+            const __m512i bit0 = _mm512_set1_epi16(1), bit1 = _mm512_set1_epi16(2), bit2 = _mm512_set1_epi16(4);
+            const __m512i a = _mm512_load_si512(codes[0]), b = _mm512_load_si512(codes[1]),
+                          c = _mm512_load_si512(codes[2]);
+            const __m512i s = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(a, 15), bit0),
+                                              _mm512_and_si512(_mm512_srli_epi16(b, 14), bit1));
+            _mm512_store_si512(codes[3], _mm512_or_si512(s, _mm512_and_si512(_mm512_srli_epi16(c, 13), bit2)));
+        }
+        const __m128i* second = reinterpret_cast<const __m128i*>(p + m.stat_bits * kRows);
+        // What lies behind a shorter last panel is read, and not used.
+        const __m512i twice = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);
+        for (int g = 0; g < kGroups; g += 4) {
+            __m512 v;
+            if (m.groups_per_second == 1) {
+                v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second) + g / 4));
+            } else {
+                const __m512 two = _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128(second + g / 4)));
+                v = _mm512_castsi512_ps(_mm512_permutexvar_epi64(twice, _mm512_castps_si512(two)));
+            }
+            v = _mm512_mul_ps(v, _mm512_loadu_ps(quads + 4 * g));
+            _mm512_store_ps(four[g], _mm512_mask_mul_ps(v, 0xaaaa, v, _mm512_moveldup_ps(v)));
+        }
+    }
+
+    // y + scale * (xs dot - zero X) for group g, where dot is the integer sum of the group's codes and activations.
+    __attribute__((always_inline)) __m512 apply(const CodePlaces& places, int g, __m512i dot, float xs,
+                                                __m512 y) const {
+        const float* n = four[g];
+        const __m512i c = _mm512_load_si512(codes[places.vector[g]]);
+        const __m512i s = _mm512_srlv_epi32(c, _mm512_set1_epi32(places.shift[g]));
+        const __m512i z = _mm512_srlv_epi32(c, _mm512_set1_epi32(places.shift[g] + 16));
+        __m512 f = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(xs), _mm512_set1_ps(n[3]));
+        f = _mm512_fnmadd_ps(_mm512_permutexvar_ps(z, places.value), _mm512_set1_ps(n[2]), f);
+        const __m512 scale =
+            _mm512_fmsub_ps(_mm512_permutexvar_ps(s, places.value), _mm512_set1_ps(n[0]), _mm512_set1_ps(n[1]));
+        return _mm512_fmadd_ps(scale, f, y);
+    }
+};
+
+// R row blocks at once. PerTile groups share a tile (4, 2), or a group covers `tiles` tiles (PerTile 1).
+template <int B, int PerTile, int R>
+void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
+    const Matrix& m = a.weight;
+    const Planes planes(m);
+    const int32_t* hi = reinterpret_cast<const int32_t*>(planes.hi(a.planes));
+    const int32_t* lo = reinterpret_cast<const int32_t*>(planes.lo(a.planes));
+    const float* xs = planes.scale(a.planes);
+    const int tiles = PerTile == 1 ? m.group / kColumns : 1;
+    const Unpack<B> unpack;
+    PanelStatistics statistics[R];
+    __m512 y[R];
+    for (int r = 0; r < R; ++r) y[r] = _mm512_setzero_ps();
+    int64_t first_group = 0;
+    for (PanelWalk walk(m, block); walk.next(); first_group += kGroups) {
+        const Panel& panel = walk.panel;
+        for (int r = 0; r < R; ++r) {
+            statistics[r].load(m, panel.statistics + r * m.words, planes.quads(a.planes) + 4 * first_group);
+        }
+        int group = 0;
+        for (int64_t tile = 0; tile < panel.count; tile += tiles, group += PerTile) {
+            const int64_t word = (panel.first_tile + tile) * 8;  // of four activations
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const uint32_t* codes = panel.tiles + r * m.words + tile * B * kRows;
+                for (int i = 0; i < B; ++i) {
+                    _mm_prefetch(reinterpret_cast<const char*>(codes + i * kRows) + kAhead, _MM_HINT_T0);
+                }
+                __m512i w[8];
+                unpack(codes, w);
+                if constexpr (PerTile > 1) {
+#pragma GCC unroll 4
+                    for (int i = 0; i < PerTile; ++i) {
+                        constexpr int kCount = 8 / PerTile;
+                        const __m512i sum =
+                            dot<kCount>(w + i * kCount, hi + word + i * kCount, lo + word + i * kCount);
+                        y[r] = statistics[r].apply(places, group + i, sum, xs[first_group + group + i], y[r]);
+                    }
+                } else {
+                    __m512i sum = dot<8>(w, hi + word, lo + word);
+                    const int64_t left = panel.count - tile < tiles ? panel.count - tile : tiles;
+                    for (int64_t t = 1; t < left; ++t) {
+                        unpack(codes + t * B * kRows, w);
+                        sum = _mm512_add_epi32(sum, dot<8>(w, hi + word + 8 * t, lo + word + 8 * t));
+                    }
+                    y[r] = statistics[r].apply(places, group, sum, xs[first_group + group], y[r]);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) store_block(a, 0, block + r, add_outliers(m, block + r, a.x, y[r]));
+}
+
+template <int B, int PerTile>
+void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
+    const CodePlaces places(a.weight.stat_bits);
+    constexpr int kInFlight = 1;
+    int64_t block = first;
+    for (; block + kInFlight <= last; block += kInFlight) row_blocks<B, PerTile, kInFlight>(a, places, block);
+    for (; block < last; ++block) row_blocks<B, PerTile, 1>(a, places, block);
+}
+
+template <int B>
+void by_group(const LinearArgs& a, int64_t first, int64_t last) {
+    if (a.weight.group == 8) {
+        all_row_blocks<B, 4>(a, first, last);
+    } else if (a.weight.group == 16) {
+        all_row_blocks<B, 2>(a, first, last);
+    } else {
+        all_row_blocks<B, 1>(a, first, last);
+    }
+}
+
+}  // namespace
+
+bool has_gemv_spqr_vnni(const Matrix& m) {
+    return m.format == Format::spqr && m.bits <= 4 && m.stat_bits <= kMaxStatBits && m.group != kPerChannel;
+}
+
+void gemv_spqr_vnni(const LinearArgs& a, int64_t first, int64_t last) {
+    switch (a.weight.bits) {
+        case 2:
+            return by_group<2>(a, first, last);
+        case 3:
+            return by_group<3>(a, first, last);
+        default:
+            return by_group<4>(a, first, last);
+    }
+}
+
+}  // namespace hf_spqr

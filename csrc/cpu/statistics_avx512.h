@@ -1,0 +1,98 @@
+// A panel's statistics as fp32 scale and zero point per group and row. Internal linkage (see vec.h).
+#pragma once
+#include "cpu/panels.h"
+#include "cpu/unpack_vbmi.h"
+
+namespace hf_spqr {
+namespace {
+
+struct PanelScales {
+    alignas(64) float scale[kMaxGroups * kRows];  // [group][row]
+    alignas(64) float zero[kMaxGroups * kRows];
+
+    void load(const Matrix& m, const uint32_t* p, int groups) {
+        if (m.format == Format::spqr) {
+            load_spqr(m, p, groups);
+        } else if (m.group == kPerChannel) {
+            load_channel(m, p);
+        } else {
+            load_affine(m, p, groups);
+        }
+    }
+
+    static void unpack_codes(int bits, const uint32_t* tile, __m512i* w) {
+        switch (bits) {
+            case 1:
+                return Unpack<1>()(tile, w);
+            case 2:
+                return Unpack<2>()(tile, w);
+            case 3:
+                return Unpack<3>()(tile, w);
+            case 4:
+                return Unpack<4>()(tile, w);
+            case 5:
+                return Unpack<5>()(tile, w);
+            case 6:
+                return Unpack<6>()(tile, w);
+            case 7:
+                return Unpack<7>()(tile, w);
+            default:
+                return Unpack<8>()(tile, w);
+        }
+    }
+
+    // Byte `byte` of each word, as fp32.
+    static __m512 code(__m512i w, int byte) {
+        w = _mm512_and_si512(_mm512_srlv_epi32(w, _mm512_set1_epi32(8 * byte)), _mm512_set1_epi32(0xff));
+        return _mm512_cvtepi32_ps(w);
+    }
+
+    void load_spqr(const Matrix& m, const uint32_t* p, int groups) {
+        __m512i w[8];
+        unpack_codes(m.stat_bits, p, w);
+        const uint16_t* second = reinterpret_cast<const uint16_t*>(p + m.stat_bits * kRows);
+        for (int g = 0; g < groups; ++g) {  // columns 2g and 2g + 1 of the tile
+            alignas(16) float four[4];
+            const void* quad = second + 4 * (g / m.groups_per_second);
+            _mm_store_ps(four, _mm_cvtph_ps(_mm_loadl_epi64(static_cast<const __m128i*>(quad))));
+            const __m512 s = _mm512_sub_ps(code(w[g / 2], g % 2 * 2), _mm512_set1_ps(four[1]));
+            const __m512 z = _mm512_sub_ps(code(w[g / 2], g % 2 * 2 + 1), _mm512_set1_ps(four[3]));
+            _mm512_store_ps(scale + g * kRows, _mm512_mul_ps(s, _mm512_set1_ps(four[0])));
+            _mm512_store_ps(zero + g * kRows, _mm512_mul_ps(z, _mm512_set1_ps(four[2])));
+        }
+    }
+
+    // The 16-bit scale in the low or the high half of each word.
+    static __m512 half(__m512i w, bool high, bool bf16) {
+        if (bf16) {
+            return _mm512_castsi512_ps(high ? _mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000)))
+                                            : _mm512_slli_epi32(w, 16));
+        }
+        return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(high ? _mm512_srli_epi32(w, 16) : w));
+    }
+
+    void load_channel(const Matrix& m, const uint32_t* p) {
+        const __m512i w = _mm512_loadu_si512(p);
+        _mm512_store_ps(scale, half(w, false, m.scale_bf16));
+        _mm512_store_ps(zero, m.symmetric ? _mm512_set1_ps(float(1 << (m.bits - 1)))
+                                          : _mm512_cvtepi32_ps(_mm512_srli_epi32(w, 16)));
+    }
+
+    void load_affine(const Matrix& m, const uint32_t* p, int groups) {
+        for (int g = 0; g < groups; ++g) {
+            const __m512i w = _mm512_loadu_si512(p + g / 2 * kRows);
+            _mm512_store_ps(scale + g * kRows, half(w, g & 1, m.scale_bf16));
+        }
+        if (m.symmetric) {
+            const __m512 middle = _mm512_set1_ps(float(1 << (m.bits - 1)));
+            for (int g = 0; g < groups; ++g) _mm512_store_ps(zero + g * kRows, middle);
+            return;
+        }
+        __m512i w[8];
+        unpack_codes(m.bits, p + (groups + 1) / 2 * kRows, w);
+        for (int g = 0; g < groups; ++g) _mm512_store_ps(zero + g * kRows, code(w[g / 4], g % 4));
+    }
+};
+
+}  // namespace
+}  // namespace hf_spqr

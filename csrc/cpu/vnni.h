@@ -1,0 +1,16 @@
+// The parts of the VNNI kernels. Each lies in a file of its own.
+#pragma once
+#include "cpu/matrix.h"
+
+namespace hf_spqr {
+
+int64_t planes_bytes_vnni(const Matrix&);
+void split_planes_vnni(const Matrix&, const float* x, char* out);
+
+// One token of SpQR, row blocks [first, last), for matrices that has_gemv_spqr_vnni accepts.
+bool has_gemv_spqr_vnni(const Matrix&);
+void gemv_spqr_vnni(const LinearArgs&, int64_t first, int64_t last);
+// Any matrix, 1 to kMaxTokens tokens.
+void batch_vnni(const LinearArgs&, int64_t first, int64_t last);
+
+}  // namespace hf_spqr

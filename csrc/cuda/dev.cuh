@@ -1,0 +1,119 @@
+// Every device-specific instruction that the kernels use, with two bodies: PTX for nvcc, plain C++ (csrc/emu/emu.h) for
+// tests without a GPU. Half-precision pairs travel as uint32_t: low half first.
+#pragma once
+#include <cstdint>
+
+#ifdef HF_SPQR_EMU
+#include "emu/emu.h"
+#else
+#include <cuda_runtime.h>
+
+#define HF_DEVICE __device__ __forceinline__
+#define HF_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+
+namespace hf_spqr {
+namespace dev {
+
+HF_DEVICE int thread() { return int(threadIdx.x); }
+HF_DEVICE int64_t block_x() { return blockIdx.x; }
+HF_DEVICE int64_t block_y() { return blockIdx.y; }
+HF_DEVICE int64_t grid_x() { return gridDim.x; }
+HF_DEVICE void sync_block() { __syncthreads(); }
+HF_DEVICE void sync_warp() { __syncwarp(); }
+
+// The block's dynamic shared memory, aligned to 1024 bytes.
+HF_DEVICE unsigned char* shared_memory() {
+    extern __shared__ __align__(1024) unsigned char hf_spqr_shared[];
+    return hf_spqr_shared;
+}
+
+HF_DEVICE uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+HF_DEVICE uint32_t hmul2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+HF_DEVICE uint32_t hadd2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+// Both halves = one half of a; free, an operand modifier of the half-precision instructions.
+HF_DEVICE uint32_t low_twice(uint32_t a) {
+    uint32_t r;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(r) : "r"(a));
+    return r;
+}
+HF_DEVICE uint32_t high_twice(uint32_t a) {
+    uint32_t r;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(r) : "r"(a));
+    return r;
+}
+HF_DEVICE float low_float(uint32_t a) {
+    float r;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(r) : "r"(a));
+    return r;
+}
+HF_DEVICE float high_float(uint32_t a) {
+    float r;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "r"(a));
+    return r;
+}
+HF_DEVICE uint32_t to_half2(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+HF_DEVICE uint32_t to_bfloat2(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+HF_DEVICE float as_float(uint32_t a) { return __uint_as_float(a); }
+HF_DEVICE uint32_t as_bits(float a) { return __float_as_uint(a); }
+// a * b + c and a * b, rounded after each operation: the same on every device and in every build.
+HF_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
+HF_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+HF_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+HF_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+// The largest value of the warp, in every lane.
+HF_DEVICE uint32_t max_of_warp(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
+
+// c += a b: a 16 x 16 fp16 (row), b 16 x 8 fp16 (column), c fp32.
+HF_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Read-only data that is used once: does not displace what others keep in L1.
+HF_DEVICE uint2 load_stream(const uint2* p) {
+    uint2 v;
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+HF_DEVICE uint32_t load_stream(const uint32_t* p) {
+    uint32_t v;
+    asm("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+HF_DEVICE uint2 load_shared(const uint2* p) { return *p; }
+HF_DEVICE uint4 load_shared(const uint4* p) { return *p; }
+
+// 16 bytes from global to shared memory, asynchronously; zeros when not valid.
+HF_DEVICE void copy_async(void* shared, const void* global, bool valid) {
+    const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+// Waits for all copies of this thread.
+HF_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+}  // namespace dev
+}  // namespace hf_spqr
+#endif

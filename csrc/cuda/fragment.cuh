@@ -1,0 +1,79 @@
+// From codes to tensor-core operands.
+//
+// mma.m16n8k16: lane 4 g + t holds A rows g and g + 8 and k 2t, 2t + 1, 2t + 8, 2t + 9. Rows and k may be permuted as long
+// as both operands (and the result) agree. Here A row g is row 2g of the row block and A row g + 8 is row 2g + 1, so that
+// both words of a lane lie side by side; and each thread t of a quad takes k from a tile of its own: four tiles, a set of
+// 128 columns, in eight mma. A quarter is a quarter of a tile: 8 columns, 4 column pairs, 2 mma.
+#pragma once
+#include "cuda/tile.cuh"
+
+namespace hf_spqr {
+
+// fp16 bits of 2^exponent, as both halves.
+constexpr uint32_t half2_power(int exponent) {
+    return (exponent >= -14 ? uint32_t(exponent + 15) << 10 : 1u << (exponent + 24)) * 0x00010001u;
+}
+
+// fp16 bits of (1, 2^exponent).
+constexpr uint32_t one_and_power(int exponent) {
+    return (half2_power(0) & 0x0000ffffu) | (half2_power(exponent) & 0xffff0000u);
+}
+
+// The statistics of a lane's two rows in one quarter.
+// weight = field * scale + shift, where scale's low half is for fields at kLow and its high half for those at kHigh,
+// and shift is in both halves.
+struct Quarter {
+    uint32_t scale[2], shift[2];
+};
+
+// 8-bit codes: (q - z) is made exact before the scale rounds it, as a shift of -s z would be too coarse.
+template <int BITS>
+constexpr bool kSubtractFirst = BITS == 8;
+
+template <int BITS, int PAIR>
+HF_DEVICE uint32_t weight_pair(const uint32_t (&w)[BITS], uint32_t scale, uint32_t shift) {
+    const uint32_t q = field<BITS, PAIR>(w);
+    if constexpr (kSubtractFirst<BITS>) {
+        return dev::hmul2(dev::hfma2(q, half2_power(12), shift), dev::low_twice(scale));
+    } else if constexpr (place_of<BITS>(PAIR) == Fields<BITS>::kLow) {
+        return dev::hfma2(q, dev::low_twice(scale), shift);
+    } else {
+        return dev::hfma2(q, dev::high_twice(scale), shift);
+    }
+}
+
+// Exact integers: (q - z) * 2^-12, with shift = -z * 2^-12.
+template <int BITS, int PAIR>
+HF_DEVICE uint32_t integer_pair(const uint32_t (&w)[BITS], uint32_t shift) {
+    return dev::hfma2(field<BITS, PAIR>(w), half2_power(12 - place_of<BITS>(PAIR)), shift);
+}
+
+// Quarter I of the lane's tile. `w[row]` are the tile's words; `x(j, i)` are the quarter's 8 columns of token 8 j + g.
+template <int BITS, int NT, int I, bool INTEGER, class X>
+HF_DEVICE void multiply_quarter(float (&acc)[NT][4], const uint32_t (&w)[2][BITS], const Quarter& q, X x) {
+    uint32_t a[4][2];  // [pair][row]
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if constexpr (INTEGER) {
+            a[0][r] = integer_pair<BITS, 4 * I>(w[r], q.shift[r]);
+            a[1][r] = integer_pair<BITS, 4 * I + 1>(w[r], q.shift[r]);
+            a[2][r] = integer_pair<BITS, 4 * I + 2>(w[r], q.shift[r]);
+            a[3][r] = integer_pair<BITS, 4 * I + 3>(w[r], q.shift[r]);
+        } else {
+            a[0][r] = weight_pair<BITS, 4 * I>(w[r], q.scale[r], q.shift[r]);
+            a[1][r] = weight_pair<BITS, 4 * I + 1>(w[r], q.scale[r], q.shift[r]);
+            a[2][r] = weight_pair<BITS, 4 * I + 2>(w[r], q.scale[r], q.shift[r]);
+            a[3][r] = weight_pair<BITS, 4 * I + 3>(w[r], q.scale[r], q.shift[r]);
+        }
+    }
+    const uint32_t first[4] = {a[0][0], a[0][1], a[1][0], a[1][1]};
+    const uint32_t second[4] = {a[2][0], a[2][1], a[3][0], a[3][1]};
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+        const uint4 b = x(j);
+        dev::mma_f16(acc[j], first, b.x, b.y);
+        dev::mma_f16(acc[j], second, b.z, b.w);
+    }
+}
+
+}  // namespace hf_spqr

@@ -1,0 +1,66 @@
+// The launches: what csrc/torch calls. Plain C, no torch, no CUDA header. Every function returns the cudaError_t of its
+// launch (0 = success), never waits, never allocates, and runs on the current device in `stream`.
+#pragma once
+#include "cuda/matrix.h"
+
+namespace hf_spqr {
+
+constexpr int kMaxFusedTokens = 64;
+
+// y[tokens, rows] = x W^T + bias, W with outliers. x is what `prepare` writes, or an fp16 matrix like it.
+struct LinearArgs {
+    Matrix weight;
+    const uint16_t* x;         // fp16 [tokens, x_stride], stored order of columns, 16-byte aligned rows, zeros past the end
+    int64_t x_stride;          // a multiple of 8, at least columns
+    const float* token_scale;  // [tokens], a row of x stands for x * token_scale; null = 1
+    int tokens;
+    const void* bias;  // [rows] of dtype, or null
+    void* y;           // [tokens, rows] of dtype
+    DType dtype;
+};
+
+// x [tokens, columns] of any dtype to fp16 in stored order; rows padded with zeros to x_stride. bf16 and fp32 are scaled
+// per token by a power of two so that nothing overflows.
+struct PrepareArgs {
+    const void* x;
+    DType dtype;
+    const int32_t* perm;  // stored column j is original column perm[j]; or null
+    int tokens, columns;
+    uint16_t* out;
+    int64_t x_stride;
+    float* token_scale;  // [tokens]; not written for fp16
+};
+
+// y[token, first_row + r] = product[token, r] * token_scale[token] + bias[first_row + r]
+struct FinishArgs {
+    const void* product;  // [tokens, part_rows] of product_dtype
+    DType product_dtype;
+    int part_rows, first_row, rows, tokens;
+    const float* token_scale;  // or null
+    const void* bias;          // [rows] of dtype, or null
+    void* y;                   // [tokens, rows] of dtype
+    DType dtype;
+};
+
+// Rows [first_row, first_row + part_rows) of the dense matrix, outliers included; out points at first_row's. first_row is
+// a multiple of 16. With perm, stored column j goes to column perm[j].
+struct DequantizeArgs {
+    Matrix weight;
+    const int32_t* perm;
+    int first_row, part_rows;
+    void* out;
+    int64_t out_stride;
+    DType dtype;
+};
+
+extern "C" {
+// 1 when `hf_spqr_cuda_linear` has a kernel for this matrix and number of tokens; by shape only.
+int hf_spqr_cuda_can_fuse(const Matrix*, int tokens);
+int hf_spqr_cuda_linear(const LinearArgs*, void* stream);
+int hf_spqr_cuda_prepare(const PrepareArgs*, void* stream);
+int hf_spqr_cuda_finish(const FinishArgs*, void* stream);
+int hf_spqr_cuda_dequantize(const DequantizeArgs*, void* stream);
+const char* hf_spqr_cuda_error(int status);
+}
+
+}  // namespace hf_spqr

@@ -1,0 +1,128 @@
+// Statistics of any layout, at run time: what has no faster way of its own. Each lane decodes some (group, row) of the
+// step in fp32 and leaves (s, shift) as half2 in shared memory; scaling as in stats_spqr16.cuh.
+#pragma once
+#include "cuda/matrix.h"
+#include "cuda/step_scale.cuh"
+
+namespace hf_spqr {
+
+struct ScaleZero {
+    float scale, zero;
+};
+
+// A row block's statistics, group by group. FORMAT is known at compile time, all the rest is not.
+template <Format FORMAT>
+class StatReader {
+  public:
+    HF_DEVICE StatReader(const Matrix& m, const uint32_t* stream) : m_(m), stream_(stream) {}
+
+    // s and z of one group and row.
+    HF_DEVICE ScaleZero read(int group, int row) const {
+        if constexpr (FORMAT == Format::spqr) {
+            const uint32_t* panel = stream_ + (group >> 4) * m_.panels.panel_words;
+            const uint32_t codes = code_pair(m_.stat_bits, group & 15, panel, row);
+            const uint2 four = second(group);
+            const float ss = dev::low_float(four.x), sz = dev::high_float(four.x);
+            const float zs = dev::low_float(four.y), zz = dev::high_float(four.y);
+            return {dev::mul(ss, dev::add(float(codes & 0xffffu), -sz)), dev::mul(zs, dev::add(float(codes >> 16), -zz))};
+        } else {
+            const int in_panel = group & 31;
+            const uint32_t* panel = stream_ + (group >> 5) * m_.panels.panel_words;
+            const float middle = float(1 << (m_.bits - 1));
+            if (m_.group == kPerChannel) {
+                const uint32_t word = panel[row];
+                return {half_float(word & 0xffffu), m_.symmetric ? middle : float(word >> 16)};
+            }
+            const float s = scale_of(group, row);
+            if (m_.symmetric) return {s, middle};
+            const int here = group >> 5 == m_.panels.last_panel ? m_.panels.groups - (group & ~31) : 32;
+            const uint32_t pair = code_pair(m_.bits, in_panel >> 1, panel + (here + 1) / 2 * kRows, row);
+            return {s, float(in_panel & 1 ? pair >> 16 : pair & 0xffffu)};
+        }
+    }
+
+    // At least |s| of that group and row.
+    HF_DEVICE float bound(int group, int row) const {
+        if constexpr (FORMAT == Format::spqr) {
+            const uint2 four = second(group);
+            const float sz = dev::high_float(four.x), most = float((1 << m_.stat_bits) - 1);
+            return dev::mul(fabsf(dev::low_float(four.x)), fmaxf(fabsf(sz), fabsf(most - sz)));
+        } else {
+            return fabsf(scale_of(group, row));
+        }
+    }
+
+  private:
+    HF_DEVICE uint2 second(int group) const {
+        const uint32_t* panel = stream_ + (group >> 4) * m_.panels.panel_words + m_.stat_bits * kRows;
+        const int entry = m_.groups_per_second == 2 ? (group & 15) >> 1 : group & 15;
+        return reinterpret_cast<const uint2*>(panel)[entry];
+    }
+
+    HF_DEVICE float scale_of(int group, int row) const {
+        const uint32_t* panel = stream_ + (group >> 5) * m_.panels.panel_words;
+        if (m_.group == kPerChannel) return half_float(panel[row] & 0xffffu);
+        const uint32_t word = panel[(group & 31) / 2 * kRows + row];
+        return half_float(group & 1 ? word >> 16 : word & 0xffffu);
+    }
+
+    HF_DEVICE float half_float(uint32_t half) const {
+        return m_.scale_bf16 ? dev::as_float(half << 16) : dev::low_float(half);
+    }
+
+    const Matrix& m_;
+    const uint32_t* stream_;
+};
+
+template <Format FORMAT, int BITS>
+class StatsAny {
+  public:
+    static constexpr bool kInteger = false;
+    static constexpr int kTileShift = -1;  // as the matrix says
+    static constexpr int kSharedWords = 32 * 24;
+
+    HF_DEVICE StatsAny(const Matrix& m, const uint32_t* stream, int lane, uint32_t* shared)
+        : m_(m), reader_(m, stream), lane_(lane), shared_(shared) {}
+
+    HF_DEVICE void prefetch(int) {}
+
+    HF_DEVICE void decode(int step) {
+        const int shift = m_.panels.group_shift, first = step * kStepColumns >> shift;
+        const int full = shift < 8 ? kStepColumns >> shift : 1;
+        const int left = m_.panels.groups - first, items = kRows * (full < left ? full : left);
+        float largest = 0.f;
+        for (int i = lane_; i < items; i += 32) largest = fmaxf(largest, reader_.bound(first + i / kRows, i % kRows));
+        const StepScale scale(dev::max_of_warp(dev::as_bits(largest)));
+        factor_ = scale.back(kSubtractFirst<BITS> ? 12 : 24 - Fields<BITS>::kLow);
+        for (int i = lane_; i < kRows * full; i += 32) {
+            uint32_t word = 0;
+            if (i < items) {
+                const ScaleZero sz = reader_.read(first + i / kRows, i % kRows);
+                const float s = dev::mul(sz.scale, scale.up());
+                const float z = dev::mul(sz.zero, dev::as_float(uint32_t(127 - kPlace) << 23));
+                word = dev::to_half2(s, kSubtractFirst<BITS> ? -z : -dev::mul(s, z));
+            }
+            shared_[i / kRows * 24 + i % kRows] = word;
+        }
+    }
+
+    template <int H, int I>
+    HF_DEVICE void quarter(Quarter& q) const {
+        const int t = lane_ & 3, g = lane_ >> 2;
+        const int group = ((4 * H + t) * kColumns + 8 * I) >> m_.panels.group_shift;
+        fill<BITS>(q, dev::load_shared(reinterpret_cast<const uint2*>(shared_ + group * 24 + 2 * g)));
+    }
+
+    HF_DEVICE float factor(int, int) const { return factor_; }
+
+  private:
+    static constexpr int kPlace = kSubtractFirst<BITS> ? 12 : 24 - Fields<BITS>::kLow;
+
+    const Matrix& m_;
+    StatReader<FORMAT> reader_;
+    int lane_;
+    uint32_t* shared_;
+    float factor_;
+};
+
+}  // namespace hf_spqr

@@ -1,0 +1,33 @@
+// What the statistics of all layouts share.
+#pragma once
+#include "cuda/fragment.cuh"
+#include "cuda/kernels.h"
+
+namespace hf_spqr {
+
+// The power of two that brings the largest scale of a step into [2^14, 2^15), from that scale's fp32 bits.
+class StepScale {
+  public:
+    HF_DEVICE explicit StepScale(uint32_t largest) {
+        const int e = int(largest >> 23);
+        exponent_ = e < 20 ? 20 : e;  // zero and what is far too small for fp16
+    }
+    HF_DEVICE float up() const { return dev::as_float(uint32_t(268 - exponent_) << 23); }
+    // 1 / up() * 2^more
+    HF_DEVICE float back(int more) const { return dev::as_float(uint32_t(exponent_ - 14 + more) << 23); }
+
+  private:
+    int exponent_;
+};
+
+// From the words (s, shift) of the rows 2g and 2g + 1.
+template <int BITS>
+HF_DEVICE void fill(Quarter& q, uint2 both) {
+    constexpr uint32_t kFactors = one_and_power(Fields<BITS>::kLow - Fields<BITS>::kHigh);
+    q.scale[0] = dev::hmul2(dev::low_twice(both.x), kFactors);
+    q.scale[1] = dev::hmul2(dev::low_twice(both.y), kFactors);
+    q.shift[0] = dev::high_twice(both.x);
+    q.shift[1] = dev::high_twice(both.y);
+}
+
+}  // namespace hf_spqr
