@@ -186,21 +186,20 @@ class PackedConfig(QuantizationConfigMixin):
 
     # -- what a layer gets -----------------------------------------------------------------------------------------
 
-    def layer_fields(self, name: str | None = None) -> dict[str, Any]:
-        """The per-layer fields, for the layer called ``name`` (all matching overrides applied in order)."""
+    def layer_fields(self, *names: str) -> dict[str, Any]:
+        """The per-layer fields, for the layer that goes by ``names`` (overrides that match any, applied in order)."""
         fields = {key: getattr(self, key) for key in self.LAYER_FIELDS}
-        if name is not None:
-            for pattern, changes in self.overrides.items():
-                if name_matches(pattern, name):
-                    fields.update(changes)
+        for pattern, changes in self.overrides.items():
+            if any(name_matches(pattern, name) for name in names):
+                fields.update(changes)
         return fields
 
     def excludes(self, name: str) -> bool:
         """Whether ``modules_to_not_convert`` selects the module called ``name``."""
         return any(name_matches(pattern, name) for pattern in self.modules_to_not_convert or ())
 
-    def layout(self, name: str, out_features: int, in_features: int) -> SpQRLayout | AffineLayout:
-        """How the weight ``[out_features, in_features]`` of the layer called ``name`` is stored."""
+    def layout(self, out_features: int, in_features: int, *names: str) -> SpQRLayout | AffineLayout:
+        """How the weight ``[out_features, in_features]`` of the layer that goes by ``names`` is stored."""
         raise NotImplementedError
 
     # -- what Transformers needs -----------------------------------------------------------------------------------
@@ -344,10 +343,10 @@ class SpQRConfig(PackedConfig):
         if fields["percdamp"] is not None:
             check_number("percdamp", fields["percdamp"], 0)
 
-    def layout(self, name: str, out_features: int, in_features: int) -> SpQRLayout:
+    def layout(self, out_features: int, in_features: int, *names: str) -> SpQRLayout:
         from .formats.spqr import SpQRLayout
 
-        fields = self.layer_fields(name)
+        fields = self.layer_fields(*names)
         return SpQRLayout(
             out_features=out_features,
             in_features=in_features,

@@ -145,7 +145,7 @@ def test_overrides_in_order_and_layout():
     assert config.layer_fields("layers.0.mlp.up_proj")["bits"] == 4
     assert config.layer_fields("layers.0.mlp.down_proj")["bits"] == 5
     assert config.layer_fields("layers.0.self_attn.q_proj")["bits"] == 3
-    layout = config.layout("layers.0.mlp.down_proj", 48, 64)
+    layout = config.layout(48, 64, "layers.0.mlp.down_proj")
     assert layout == SpQRLayout(48, 64, bits=5, group_size=16, stat_bits=4, second_group=16)
 
 

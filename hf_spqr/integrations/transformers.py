@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -9,14 +10,15 @@ from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from hf_spqr import quantize
 from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import FORMAT_VERSION, PackedConfig, SpQRConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from hf_spqr.integrations.checkpoint import Contents, check_complete, read_contents
 from hf_spqr.nn import PackedLinear, SpQRLinear
-from hf_spqr.quantize import quantize_model
+from hf_spqr.report import QuantizationReport
 
-__all__ = ["PackedQuantizer", "SpQRQuantizer", "attach", "register"]
+__all__ = ["PackedQuantizer", "SpQRQuantizer", "attach", "quantize_model", "register"]
 
 
 class PackedQuantizer(HfQuantizer):
@@ -79,10 +81,8 @@ class PackedQuantizer(HfQuantizer):
         specs = {key: spec for key, spec in tensors.items() if key not in ("weight", "bias")}
         # overrides were written for the names of the quantized model, which a head or its absence changes
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        names = dict.fromkeys((name, contents.modules[name], prefix + name, name.removeprefix(prefix)))
-        layouts = [config.layout(n, linear.out_features, linear.in_features) for n in names]
-        fitting = [layout for layout in layouts if layout.packed_shape() == specs["packed"][0]]
-        layout = fitting[0] if fitting else layouts[0]
+        names = {name, contents.modules[name], prefix + name, name.removeprefix(prefix)}
+        layout = config.layout(linear.out_features, linear.in_features, *names)
         try:
             return self.module_class.empty(layout, specs, linear.bias, linear.weight.dtype, config.backend)
         except CheckpointError as error:
@@ -95,7 +95,7 @@ class PackedQuantizer(HfQuantizer):
             self._check_loaded(model)
             return
         config = self.quantization_config
-        quantize_model(model, config, device=_calibration_device(self.requested_device_map))
+        quantize.quantize_model(model, config, device=_calibration_device(self.requested_device_map))
         config.forget_data()
         self.pre_quantized = True
         _drop_conversions(model)
@@ -117,13 +117,14 @@ class PackedQuantizer(HfQuantizer):
 
     # -- the quantized model ---------------------------------------------------------------------------------------
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        target = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string there
         for name, module in list(model.named_modules()):
             if not isinstance(module, PackedLinear):
                 continue
             if module.packed.is_meta:
                 raise UnsupportedLayerError(f"{name} is offloaded: load the model without offload to dequantize it.")
-            model.set_submodule(name, module.to_linear(dtype))
+            model.set_submodule(name, module.to_linear(target))
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
@@ -148,10 +149,21 @@ class SpQRQuantizer(PackedQuantizer):
     config_class = SpQRConfig
 
 
-def attach(model: nn.Module, config: PackedConfig) -> None:
-    """Make a model that was quantized in place known to Transformers, so that it can be saved and dequantized."""
-    quantizer = QUANTIZERS[type(config)](config, pre_quantized=True)
+def quantize_model(model: nn.Module, config: SpQRConfig, **arguments: Any) -> QuantizationReport:
+    """Quantize a loaded model in place and make the result known to Transformers, so that it can be saved.
+
+    Takes the arguments of :func:`hf_spqr.quantize.quantize_model` and raises what it raises.
+    """
+    report = quantize.quantize_model(model, config, **arguments)
+    config = copy.deepcopy(config)
     config.forget_data()
+    attach(model, config)
+    return report
+
+
+def attach(model: nn.Module, config: PackedConfig) -> None:
+    """Make a model whose layers are packed already known to Transformers, so that it can be saved and dequantized."""
+    quantizer = QUANTIZERS[type(config)](config, pre_quantized=True)
     model.config.quantization_config = config  # type: ignore[union-attr]
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]

@@ -45,7 +45,7 @@ def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
                 continue
             if any(part in keep for part in name.split(".")):
                 continue
-            rows, words = config.layout(name, module.out_features, module.in_features).packed_shape()
+            rows, words = config.layout(module.out_features, module.in_features, name).packed_shape()
             if 4 * rows * words < module.weight.nbytes:
                 targets.append(Target(name, local_name, index, module))
     if not targets:

@@ -129,7 +129,7 @@ def test_report_round_trip(texts, tokenizer, tmp_path):
     assert "dataset" not in report.config
 
 
-# -- errors before work is lost ----------------------------------------------------------------------------------------
+# -- errors before work is lost
 
 
 def test_nan_weights_are_named(texts, tokenizer):

@@ -1,0 +1,172 @@
+"""A packed checkpoint that is damaged, incomplete, or met without the plugin never becomes a running model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hf_spqr import CheckpointError
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the quantized folder whose tensors were changed by a function."""
+
+    def make(change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        path = tmp_path / "damaged"
+        shutil.copytree(folder, path)
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+        return path
+
+    return make
+
+
+def fails(path, message):
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("leaf", ["packed", "outlier_row", "outlier", "weight"])
+def test_missing_tensor(damaged, leaf):
+    path = damaged(lambda t: t.pop(f"{UP}.{leaf}"))
+    fails(path, r"incomplete|missing beside them")
+
+
+def test_missing_layer(damaged):
+    def drop(tensors):
+        for name in [n for n in tensors if n.startswith(UP)]:
+            del tensors[name]
+
+    fails(damaged(drop), rf"lacks {UP}\.weight")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.o_proj.perm"])
+def test_missing_norm_or_order(damaged, name):
+    path = damaged(lambda t: t.pop(name))
+    if name.endswith("perm"):  # the file cannot tell: a layer without a stored order is in its original order
+        AutoModelForCausalLM.from_pretrained(path)
+    else:
+        fails(path, f"lacks {name}")
+
+
+def test_missing_shard(quantized, tmp_path):
+    quantized.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
+    next(iter(sorted(tmp_path.glob("model-0000[3-9]*")))).unlink()
+    with pytest.raises((CheckpointError, OSError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (f"{UP}.scales", "does not know"),
+        ("model.layers.0.input_layernorm.packed", "no packed linear layer"),
+        ("model.layers.7.mlp.up_proj.packed", "no packed linear layer"),
+        ("model.norm.outlier", "no packed linear layer"),
+        (f"{UP}.bias", "does not know"),
+    ],
+)
+def test_extra_tensor(damaged, name, message):
+    fails(damaged(lambda t: t.update({name: torch.zeros(4, dtype=torch.int32)})), message)
+
+
+def test_dense_weight_beside_packed(damaged):
+    fails(damaged(lambda t: t.update({f"{UP}.weight": torch.zeros(96, 64)})), "should be empty")
+
+
+def test_truncated_tensor(damaged):
+    fails(damaged(lambda t: t.update({f"{UP}.packed": t[f"{UP}.packed"][:, :-16]})), f"{UP}: 'packed' should be")
+
+
+def test_truncated_file(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "cut")
+    data = (folder / "model.safetensors").read_bytes()
+    for size in (len(data) - 100, 5000, 4):
+        (tmp_path / "cut" / "model.safetensors").write_bytes(data[:size])
+        fails(tmp_path / "cut", "truncated or damaged")
+
+
+def change_outliers(change):
+    def apply(tensors):
+        name = next(n for n in tensors if n.endswith(".outlier") and tensors[n].numel() > 2)
+        change(tensors, name)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t, n: t.update({n: t[n][:-1]}),
+        lambda t, n: t.update({n: t[n] | 0x7FFF}),
+        lambda t, n: t.update({f"{n}_row": -t[f"{n}_row"]}),
+        lambda t, n: t.update({f"{n}_row": t[f"{n}_row"][:-1]}),
+    ],
+    ids=["fewer values", "column too large", "counts fall", "rows missing"],
+)
+def test_outliers_that_kernels_cannot_trust(damaged, change):
+    path = damaged(change_outliers(change))
+    with pytest.raises((CheckpointError, RuntimeError)):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_order_that_is_no_permutation(damaged):
+    name = f"{UP}.perm"
+    fails(damaged(lambda t: t.update({name: torch.full_like(t[name], 3)})), f"{UP}: damaged")
+
+
+def edit_config(folder, tmp_path, **changes):
+    shutil.copytree(folder, tmp_path / "edited")
+    file = tmp_path / "edited" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"].update(changes)
+    file.write_text(json.dumps(config))
+    return tmp_path / "edited"
+
+
+def test_future_version(folder, tmp_path):
+    fails(edit_config(folder, tmp_path, format_version=2), "Install the version")
+
+
+@pytest.mark.parametrize("changes", [{"bits": 4}, {"scale_bits": 4}, {"group_size": 8}])
+def test_config_that_contradicts_the_file(folder, tmp_path, changes):
+    fails(edit_config(folder, tmp_path, **changes), "should be")
+
+
+def test_config_without_packed_tensors(base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "plain")
+    file = tmp_path / "plain" / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "hf_spqr"}}
+    file.write_text(json.dumps(config))
+    fails(tmp_path / "plain", "no packed tensors")
+
+
+def test_state_dict_instead_of_files(quantized):
+    with pytest.raises(CheckpointError, match="from_pretrained"):
+        type(quantized).from_pretrained(None, config=quantized.config, state_dict=quantized.state_dict())
+
+
+def test_without_the_plugin(folder):
+    """Plain Transformers stops at the empty weights instead of filling the layers at random."""
+    code = f"""
+import transformers
+try:
+    transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})
+except (RuntimeError, ValueError) as error:
+    print("refused:", type(error).__name__)
+"""
+    environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "refused: RuntimeError" in result.stdout, result.stderr[-2000:]

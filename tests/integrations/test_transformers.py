@@ -1,0 +1,290 @@
+"""Quantize inside from_pretrained, save, reload, move, cast, compile, dequantize: all through Transformers' own API."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_spqr import ConfigError, SpQRConfig
+from hf_spqr.nn import SpQRLinear
+from tests.integrations.conftest import IDS, quantize_folder
+from tests.tiny_models import ARCHITECTURES, byte_tokenizer, tiny_model
+
+load = AutoModelForCausalLM.from_pretrained
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS.to(model.device)).logits
+
+
+def assert_same(a, b):
+    """The same tensors under the same names, bit for bit."""
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor, right[name]), name
+
+
+def packed_layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, SpQRLinear)}
+
+
+# -- quantize and round trip
+
+
+def test_quantized_on_the_fly(quantized):
+    assert len(packed_layers(quantized)) == 14
+    assert type(quantized.lm_head) is nn.Linear
+    assert quantized.is_quantized and quantized.quantization_method == "hf_spqr"
+    assert quantized.quantization_report.bits_per_weight > 3
+    assert quantized.config.quantization_config.dataset is None
+    assert not any(p.requires_grad for m in packed_layers(quantized).values() for p in m.parameters())
+
+
+def test_users_config_keeps_its_data(base_folder, texts):
+    config = SpQRConfig(dataset=texts, nsamples=2, seqlen=32)
+    load(base_folder, quantization_config=config)
+    assert config.dataset is texts
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_round_trip_is_exact(quantized, tmp_path, shard):
+    quantized.save_pretrained(tmp_path, max_shard_size=shard)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard == "20KB")
+    again, info = load(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_same(quantized, again)
+    assert torch.equal(logits(quantized), logits(again))
+    assert not any(p.requires_grad for m in packed_layers(again).values() for p in m.parameters())
+    again.save_pretrained(tmp_path / "again")
+    assert_same(quantized, load(tmp_path / "again"))
+
+
+def test_files_say_what_they_are(folder):
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "hf_spqr" and stored["format_version"] == 1
+    assert "dataset" not in stored and "shapes" not in stored
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata()["hf_spqr_format_version"] == "1"
+        assert file.get_slice("model.layers.0.mlp.up_proj.weight").get_shape() == [0]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_round_trips(kind, model_dir, texts, tmp_path):
+    model = quantize_folder(model_dir(kind, torch.bfloat16), texts, torch.bfloat16, nsamples=2, seqlen=32)
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "q")
+    again = load(tmp_path / "q")
+    assert again.dtype == torch.bfloat16
+    assert_same(model, again)
+    assert torch.equal(logits(model), logits(again))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_tied_embeddings(kind, model_dir, texts, tmp_path):
+    model = quantize_folder(model_dir(kind, tie_word_embeddings=True), texts, nsamples=2, seqlen=32)
+    model.save_pretrained(tmp_path / "q")
+    with safe_open(tmp_path / "q" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()
+    again = load(tmp_path / "q")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(logits(model), logits(again))
+
+
+def test_mixture_of_experts_keeps_its_experts(model_dir, texts, tmp_path):
+    """Fused experts are left as they are, and are still saved one by one as in the original file."""
+    base = model_dir("mixtral")
+    model = quantize_folder(base, texts, nsamples=2, seqlen=32)
+    model.save_pretrained(tmp_path / "q")
+    with safe_open(base / "model.safetensors", "pt") as file:
+        experts = {name for name in file.keys() if "experts" in name}
+    with safe_open(tmp_path / "q" / "model.safetensors", "pt") as file:
+        assert experts and experts <= set(file.keys())
+    again = load(tmp_path / "q")
+    assert_same(model, again)
+    assert torch.equal(logits(model), logits(again))
+
+
+def test_mixed_precision_is_read_from_the_file(base_folder, texts, tmp_path):
+    overrides = {"mlp": {"bits": 4, "group_size": 32}, r"layers\.1\.self_attn": {"bits": 2}}
+    model = quantize_folder(
+        base_folder, texts, overrides=overrides, modules_to_not_convert=["layers.0.self_attn", "down_proj"]
+    )
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert_same(model, again)
+    assert type(again.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert again.model.layers[1].self_attn.q_proj.layout.bits == 2
+    assert again.model.layers[1].mlp.up_proj.layout.group_size == 32
+
+
+def test_quantize_in_place_then_save(base_folder, texts, tmp_path):
+    import hf_spqr
+
+    model = load(base_folder)
+    hf_spqr.quantize_model(
+        model, SpQRConfig(dataset=texts, nsamples=2, seqlen=32), tokenizer=byte_tokenizer(), progress=False
+    )
+    model.save_pretrained(tmp_path)
+    assert_same(model, load(tmp_path))
+    assert not packed_layers(model.dequantize())
+
+
+# -- devices
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", "auto", {"": "cpu"}])
+def test_device_maps(folder, quantized, device_map):
+    model = load(folder, device_map=device_map)
+    assert_same(quantized, model)
+    assert torch.equal(logits(quantized), logits(model))
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_maps_while_quantizing(base_folder, texts, quantized, device_map):
+    config = SpQRConfig(bits=3, dataset=texts, nsamples=8, seqlen=64, act_order=True)
+    assert_same(quantized, load(base_folder, quantization_config=config, device_map=device_map))
+
+
+def test_offload_to_disk(folder, quantized, tmp_path):
+    device_map = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert model.model.layers[1].mlp.up_proj.packed.is_meta
+    assert torch.equal(logits(quantized), logits(model))
+    arguments = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(IDS, **arguments), quantized.generate(IDS, **arguments))
+    model.save_pretrained(tmp_path / "saved")
+    assert_same(quantized, load(tmp_path / "saved"))
+
+
+def test_quantizing_with_disk_offload_is_refused(base_folder, texts):
+    with pytest.raises(ConfigError, match="offloaded to disk"):
+        config = SpQRConfig(dataset=texts)
+        load(base_folder, quantization_config=config, device_map={"model": "cpu", "lm_head": "disk"})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device_map", ["cuda", "auto"])
+def test_cuda(folder, base_folder, texts, quantized, device_map):
+    model = load(folder, device_map=device_map)
+    torch.testing.assert_close(logits(model).cpu(), logits(quantized), rtol=1e-3, atol=1e-3)
+    config = SpQRConfig(bits=3, dataset=texts, nsamples=8, seqlen=64)
+    model = load(base_folder, quantization_config=config, device_map=device_map)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert logits(model).isfinite().all()
+
+
+# -- base model and heads
+
+
+def test_base_model_under_a_head_and_back(folder, quantized, tmp_path):
+    base = AutoModel.from_pretrained(folder)
+    assert torch.equal(base.layers[0].mlp.up_proj.packed, quantized.model.layers[0].mlp.up_proj.packed)
+    base.save_pretrained(tmp_path / "base")
+    head, info = load(tmp_path / "base", output_loading_info=True)
+    assert set(info["missing_keys"]) == {"lm_head.weight"}
+    assert_same(base, head.model)
+    other = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert len(packed_layers(other)) == 14
+
+
+def test_overrides_with_full_names_survive_the_change(base_folder, texts, tmp_path):
+    model = quantize_folder(base_folder, texts, overrides={r"^model\.layers\.0\.mlp": {"bits": 5}})
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert base.layers[0].mlp.up_proj.layout.bits == 5 and base.layers[1].mlp.up_proj.layout.bits == 3
+    assert_same(model.model, base)
+
+
+# -- dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_load_in_another_dtype(folder, quantized, dtype):
+    model = load(folder, dtype=dtype)
+    layer, original = model.model.layers[0].mlp.up_proj, quantized.model.layers[0].mlp.up_proj
+    assert model.dtype == layer.weight.dtype == dtype
+    assert torch.equal(layer.packed, original.packed) and torch.equal(layer.outlier, original.outlier)
+    assert logits(model).dtype == dtype
+    assert (
+        torch.nn.functional.cosine_similarity(logits(model).flatten().float(), logits(quantized).flatten(), 0) > 0.99
+    )
+
+
+def test_casts_leave_packed_tensors_alone(folder, quantized):
+    model = load(folder)
+    model.to(torch.bfloat16)
+    for name, layer in packed_layers(model).items():
+        for key, tensor in layer.packed_tensors().items():
+            assert torch.equal(tensor, quantized.get_submodule(name).packed_tensors()[key])
+        assert layer.weight.dtype == torch.bfloat16
+    assert logits(model).dtype == torch.bfloat16
+
+
+# -- loading attributes, dequantize, compile
+
+
+def test_loading_attributes(folder, quantized):
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        model = load(folder, quantization_config=SpQRConfig(backend="reference", bits=8))
+    config = model.config.quantization_config
+    assert (config.backend, config.bits) == ("reference", 3)
+    assert {layer.backend for layer in packed_layers(model).values()} == {"reference"}
+    torch.testing.assert_close(logits(model), logits(quantized), rtol=1e-4, atol=1e-4)
+
+
+def test_config_of_a_loaded_model_can_be_passed_again(folder, quantized):
+    model = load(folder)
+    assert_same(quantized, load(folder, config=model.config))
+
+
+def test_dequantize(folder, quantized, tmp_path):
+    model = load(folder).dequantize()
+    assert not packed_layers(model) and not model.is_quantized
+    torch.testing.assert_close(logits(model), logits(quantized), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = load(tmp_path)
+    assert type(again.model.layers[0].mlp.up_proj) is nn.Linear
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.slow
+def test_compile_in_one_graph(folder, quantized):
+    model = load(folder)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IDS).logits, logits(quantized), rtol=1e-4, atol=1e-4)
+    layer = torch.compile(model.model.layers[0].mlp.up_proj, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_generate_with_static_cache(folder, quantized):
+    arguments = {"max_new_tokens": 4, "do_sample": False}
+    model = load(folder)
+    expected = quantized.generate(IDS, **arguments)
+    assert torch.equal(model.generate(IDS, **arguments), expected)
+    assert torch.equal(model.generate(IDS, cache_implementation="static", disable_compile=True, **arguments), expected)
+
+
+def test_needs_calibration_data(base_folder):
+    with pytest.raises(ConfigError, match="pass dataset="):
+        load(base_folder, quantization_config=SpQRConfig())
+
+
+def test_memory_footprint(folder, base_folder):
+    model, base = load(folder), load(base_folder)
+    blocks = sum(m.weight.nbytes for m in base.model.layers.modules() if isinstance(m, nn.Linear))
+    packed = sum(layer.nbytes() for layer in packed_layers(model).values())
+    assert packed < blocks / 4
+    assert model.get_memory_footprint() < base.get_memory_footprint()
