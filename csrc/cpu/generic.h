@@ -1,6 +1,7 @@
 // The kernels that work for every matrix: each tile is dequantized to fp32 once and used for all tokens.
 // Included by one file per instruction set, which exports them under its own name.
 #pragma once
+#include "cpu/dequantize.h"
 #include "cpu/kernels.h"
 #include "cpu/row_block.h"
 
@@ -62,37 +63,22 @@ void linear_generic(const LinearArgs& a, int64_t first_block, int64_t last_block
 }
 
 template <DType D>
-void store_row(const float* w, const DequantizeArgs& a, int64_t row, int64_t first, int columns, int r) {
-    for (int c = 0; c < columns; ++c) {
-        const int64_t column = a.perm ? a.perm[first + c] : first + c;
-        store_one(a.out, row * a.out_stride + column, w[c * kRows + r], D);
+void prepare_token(const PrepareArgs& a, int64_t t) {
+    float* out = a.out + t * a.out_stride;
+    const int64_t base = t * a.x_stride;
+    if (a.perm) {
+        for (int64_t k = 0; k < a.columns; ++k) out[k] = load_one(a.x, base + a.perm[k], D);
+    } else {
+        for (int64_t k = 0; k < a.columns; ++k) out[k] = load_one(a.x, base + k, D);
     }
-}
-
-void dequantize_generic(const DequantizeArgs& a, int64_t first_block, int64_t last_block) {
-    const Matrix& m = a.weight;
-    const auto store_row_of = a.dtype == DType::f32    ? store_row<DType::f32>
-                              : a.dtype == DType::bf16 ? store_row<DType::bf16>
-                                                       : store_row<DType::f16>;
-    for (int64_t block = first_block; block < last_block; ++block) {
-        const int64_t row = block * kRows;
-        const int rows = m.rows - row < kRows ? int(m.rows - row) : kRows;
-        for_each_tile(m, block, [&](int64_t first, const float* w) {
-            const int columns = m.columns - first < kColumns ? int(m.columns - first) : kColumns;
-            for (int r = 0; r < rows; ++r) {
-                store_row_of(w, a, (block - first_block) * kRows + r, first, columns, r);
-            }
-        });
-    }
+    for (int64_t k = a.columns; k < a.padded_columns; ++k) out[k] = 0.f;
 }
 
 void prepare_generic(const PrepareArgs& a, int64_t first_token, int64_t last_token) {
-    for (int64_t t = first_token; t < last_token; ++t) {
-        float* out = a.out + t * a.out_stride;
-        const int64_t base = t * a.x_stride;
-        for (int64_t k = 0; k < a.columns; ++k) out[k] = load_one(a.x, base + (a.perm ? a.perm[k] : k), a.dtype);
-        for (int64_t k = a.columns; k < a.padded_columns; ++k) out[k] = 0.f;
-    }
+    const auto prepare = a.dtype == DType::f32    ? prepare_token<DType::f32>
+                         : a.dtype == DType::bf16 ? prepare_token<DType::bf16>
+                                                  : prepare_token<DType::f16>;
+    for (int64_t t = first_token; t < last_token; ++t) prepare(a, t);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #define HF_DEVICE __device__ __forceinline__
+#define HF_CONSTANT __host__ __device__ constexpr
 #define HF_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace hf_spqr {

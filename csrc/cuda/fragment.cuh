@@ -10,12 +10,12 @@
 namespace hf_spqr {
 
 // fp16 bits of 2^exponent, as both halves.
-constexpr uint32_t half2_power(int exponent) {
+HF_CONSTANT uint32_t half2_power(int exponent) {
     return (exponent >= -14 ? uint32_t(exponent + 15) << 10 : 1u << (exponent + 24)) * 0x00010001u;
 }
 
 // fp16 bits of (1, 2^exponent).
-constexpr uint32_t one_and_power(int exponent) {
+HF_CONSTANT uint32_t one_and_power(int exponent) {
     return (half2_power(0) & 0x0000ffffu) | (half2_power(exponent) & 0xffff0000u);
 }
 

@@ -20,7 +20,7 @@ struct LinearShape {
 
     // Tokens that x has room for. A tile of tokens that is not full is read with repeated tokens, or as garbage whose
     // results nobody reads.
-    static HF_DEVICE constexpr int x_tokens(int tokens) { return NT > 1 ? kTokens : tokens; }
+    static HF_CONSTANT int x_tokens(int tokens) { return NT > 1 ? kTokens : tokens; }
     static constexpr int x_bytes(int tokens) { return 2 * SLICES * (NT > 1 ? kTokens : tokens) * kStepColumns * 2; }
     static constexpr int shared_bytes(int tokens, int stat_words) {
         const int loop = x_bytes(tokens) + kWarps * stat_words * 4, sums = kWarps * kRows * kTokens * 4;

@@ -25,16 +25,16 @@ constexpr int kVector3[16] = {0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 2, 2, 2, 2, 2, 0};
 constexpr int kShift3[16] = {0, 3, 6, 9, 0, 3, 12, 12, 6, 9, 0, 3, 6, 9, 12, 15};
 
 template <int BITS>
-constexpr int vector_of(int pair) {
+HF_CONSTANT int vector_of(int pair) {
     return BITS == 3 ? kVector3[pair] : pair / (16 / BITS);
 }
 template <int BITS>
-constexpr int shift_of(int pair) {
+HF_CONSTANT int shift_of(int pair) {
     return BITS == 3 ? kShift3[pair] : BITS * (pair % (16 / BITS));
 }
 // The place that column pair `pair` is brought to: kLow or kHigh.
 template <int BITS>
-constexpr int place_of(int pair) {
+HF_CONSTANT int place_of(int pair) {
     if (BITS == 8) return 0;
     if (BITS == 3) return kShift3[pair] == 6 || kShift3[pair] == 12 ? 6 : 3;
     return shift_of<BITS>(pair) % (2 * BITS) == 0 ? Fields<BITS>::kLow : Fields<BITS>::kHigh;

@@ -1,0 +1,48 @@
+// What happens to activations before and after the multiplication.
+#pragma once
+#include "cuda/kernels.h"
+#include "cuda/store.cuh"
+
+namespace hf_spqr {
+
+constexpr int kPrepareThreads = 256;
+constexpr int kFinishThreads = 256;
+
+// One block per token. fp16 is only reordered and padded; bf16 and fp32 are scaled by a power of two so that the largest
+// |x| lands in [16, 32): nothing overflows, and what is 2^19 times smaller still has all its bits.
+static HF_KERNEL(kPrepareThreads, 1) prepare_kernel(const PrepareArgs a) {
+    uint32_t* warp_max = reinterpret_cast<uint32_t*>(dev::shared_memory());
+    const int64_t token = dev::block_x(), from = token * a.columns, to = token * a.x_stride;
+    float up = 1.f;
+    if (a.dtype != DType::f16) {
+        float largest = 0.f;
+        for (int i = dev::thread(); i < a.columns; i += kPrepareThreads) {
+            largest = fmaxf(largest, fabsf(read_as(a.x, from + i, a.dtype)));
+        }
+        const uint32_t of_warp = dev::max_of_warp(dev::as_bits(largest));
+        if (dev::thread() % 32 == 0) warp_max[dev::thread() / 32] = of_warp;
+        dev::sync_block();
+        uint32_t bits = 0;
+        for (int w = 0; w < kPrepareThreads / 32; ++w) bits = warp_max[w] > bits ? warp_max[w] : bits;
+        const uint32_t e = bits >> 23, exponent = e < 5 ? 5 : e > 253 ? 253 : e;
+        up = dev::as_float((258 - exponent) << 23);
+        if (dev::thread() == 0) a.token_scale[token] = dev::as_float((exponent - 4) << 23);
+    }
+    for (int i = dev::thread(); i < a.x_stride; i += kPrepareThreads) {
+        float v = 0.f;
+        if (i < a.columns) v = dev::mul(read_as(a.x, from + (a.perm ? a.perm[i] : i), a.dtype), up);
+        write_as(a.out, to + i, DType::f16, v);
+    }
+}
+
+// Grid: x = stretches of kFinishThreads rows of the part, y = tokens.
+static HF_KERNEL(kFinishThreads, 1) finish_kernel(const FinishArgs a) {
+    const int64_t token = dev::block_y(), r = dev::block_x() * kFinishThreads + dev::thread();
+    if (r >= a.part_rows) return;
+    float y = read_as(a.product, token * a.part_rows + r, a.product_dtype);
+    if (a.token_scale) y = dev::mul(y, a.token_scale[token]);
+    if (a.bias) y = dev::add(y, read_as(a.bias, a.first_row + r, a.dtype));
+    write_as(a.y, token * a.rows + a.first_row + r, a.dtype, y);
+}
+
+}  // namespace hf_spqr

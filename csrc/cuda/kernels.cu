@@ -1,0 +1,74 @@
+// The C interface of kernels.h, apart from the linear kernels' own files.
+#include "cuda/kernels.h"
+#include "cuda/activations.cuh"
+#include "cuda/dequantize.cuh"
+#include "cuda/linear_launch.cuh"
+
+namespace hf_spqr {
+namespace {
+
+template <Format FORMAT, int BITS>
+int dequantize_bits(const DequantizeArgs& a, void* stream) {
+    const Grid grid{ceil_div(a.weight.panels.tiles, kDequantizeTiles), ceil_div(a.part_rows, kRows)};
+    const int shared = kRows * dequantize_stride(a.dtype == DType::f32 ? 4 : 2);
+    return launch<dequantize_kernel<FORMAT, BITS>>(grid, 256, shared, stream, a);
+}
+
+template <Format FORMAT>
+int dequantize_format(const DequantizeArgs& a, void* stream) {
+    switch (a.weight.bits) {
+        case 1: return dequantize_bits<FORMAT, 1>(a, stream);
+        case 2: return dequantize_bits<FORMAT, 2>(a, stream);
+        case 3: return dequantize_bits<FORMAT, 3>(a, stream);
+        case 4: return dequantize_bits<FORMAT, 4>(a, stream);
+        case 5: return dequantize_bits<FORMAT, 5>(a, stream);
+        case 6: return dequantize_bits<FORMAT, 6>(a, stream);
+        case 7: return dequantize_bits<FORMAT, 7>(a, stream);
+        default: return dequantize_bits<FORMAT, 8>(a, stream);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int hf_spqr_cuda_can_fuse(const Matrix* m, int tokens) {
+    if (tokens > kMaxFusedTokens) return 0;
+    if (m->format == Format::affine) return m->bits == 2 || m->bits == 3 || m->bits == 4 || m->bits == 8;
+    return m->bits >= 2 && m->bits <= 4 && m->columns <= 65536;  // beyond, outliers are wide
+}
+
+int hf_spqr_cuda_linear(const LinearArgs* a, void* stream) {
+    const Matrix& m = a->weight;
+    if (m.format == Format::spqr) {
+        return m.group == 16 && m.stat_bits == 3 ? linear_spqr16(*a, stream) : linear_spqr_any(*a, stream);
+    }
+    if (m.group == kPerChannel) return linear_affine_channel(*a, stream);
+    return m.group == 128 ? linear_affine128(*a, stream) : linear_affine_any(*a, stream);
+}
+
+int hf_spqr_cuda_prepare(const PrepareArgs* a, void* stream) {
+    return launch<prepare_kernel>({a->tokens, 1}, kPrepareThreads, kPrepareThreads / 32 * 4, stream, *a);
+}
+
+int hf_spqr_cuda_finish(const FinishArgs* a, void* stream) {
+    return launch<finish_kernel>({ceil_div(a->part_rows, kFinishThreads), a->tokens}, kFinishThreads, 0, stream, *a);
+}
+
+int hf_spqr_cuda_dequantize(const DequantizeArgs* a, void* stream) {
+    const bool spqr = a->weight.format == Format::spqr;
+    const int status = spqr ? dequantize_format<Format::spqr>(*a, stream) : dequantize_format<Format::affine>(*a, stream);
+    if (status != 0 || !spqr || !(a->weight.outlier || a->weight.outlier_wide)) return status;
+    return launch<add_outliers_kernel>({a->part_rows, 1}, 128, 0, stream, *a);
+}
+
+const char* hf_spqr_cuda_error(int status) {
+#ifdef HF_SPQR_EMU
+    return status ? "emulated launch failed" : "no error";
+#else
+    return cudaGetErrorString(static_cast<cudaError_t>(status));
+#endif
+}
+
+}  // extern "C"
+}  // namespace hf_spqr

@@ -1,0 +1,13 @@
+#include "cuda/linear_launch.cuh"
+#include "cuda/stats_affine128.cuh"
+
+namespace hf_spqr {
+
+int linear_affine_channel(const LinearArgs& a, void* stream) {
+    if (a.weight.bits == 2) return launch_linear<StatsAffine128<2, true>, 2>(a, stream);
+    if (a.weight.bits == 3) return launch_linear<StatsAffine128<3, true>, 3>(a, stream);
+    if (a.weight.bits == 4) return launch_linear<StatsAffine128<4, true>, 4>(a, stream);
+    return launch_linear<StatsAffine128<8, true>, 8>(a, stream);
+}
+
+}  // namespace hf_spqr
