@@ -1,4 +1,4 @@
-"""Quantize inside from_pretrained, save, reload, move, cast, compile, dequantize: all through Transformers' own API."""
+"""Quantize inside from_pretrained, save, reload, move, cast, compile, dequantize, all through Transformers' API."""
 
 import json
 import warnings
@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from hf_spqr import ConfigError, SpQRConfig
 from hf_spqr.nn import SpQRLinear
 from tests.integrations.conftest import IDS, quantize_folder
-from tests.tiny_models import ARCHITECTURES, byte_tokenizer, tiny_model
+from tests.tiny_models import ARCHITECTURES, byte_tokenizer
 
 load = AutoModelForCausalLM.from_pretrained
 

@@ -53,7 +53,7 @@ def test_packed_model_equals_what_was_simulated(texts, tokenizer):
     for name, module in model.named_modules():
         if isinstance(module, SpQRLinear):
             dense.set_submodule(name, module.to_linear())
-    assert distance(logits(model), logits(dense)) < 1e-5
+    assert distance(logits(model), logits(dense)) < 1e-3
 
 
 def test_sequential_inside_the_block(texts, tokenizer):
