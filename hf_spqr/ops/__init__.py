@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_spqr.ops import autograd, reference
+from hf_spqr.ops import autograd, grouped, reference
 from hf_spqr.ops.schema import NAMESPACE, SCHEMAS
 
 WHY_NOT: dict[str, str] = {}
@@ -40,11 +40,14 @@ for _name, _schema in SCHEMAS.items():
         if not (_device == "CPU" and COMPILED) and not (_device == "CUDA" and COMPILED_CUDA):
             _library.impl(_name, getattr(reference, _name), _device)
 autograd.register(NAMESPACE)
+grouped.register(_library, NAMESPACE)
 
 spqr_linear = torch.ops.hf_spqr.spqr_linear.default
 spqr_dequantize = torch.ops.hf_spqr.spqr_dequantize.default
 affine_linear = torch.ops.hf_spqr.affine_linear.default
 affine_dequantize = torch.ops.hf_spqr.affine_dequantize.default
+spqr_grouped_linear = torch.ops.hf_spqr.spqr_grouped_linear.default
+affine_grouped_linear = torch.ops.hf_spqr.affine_grouped_linear.default
 
 
 def call_linear(op: torch._ops.OpOverload, x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:

@@ -1,0 +1,158 @@
+"""Linear layers of many experts in one opaque op: rows sorted by expert in, each times the matrix of its expert out.
+
+How many rows each expert has is known only at run time, so a loop over experts cannot be traced; inside an op it can
+stay a loop. ``ends`` int64 [E] says where the rows of each expert end; rows after the last end belong to nobody and
+give zeros. The tensors are those of :mod:`hf_spqr.formats` with one dimension more, [E, ...], except that the
+outliers, whose number differs, follow each other in one tensor; ``outlier_row`` [E, out_features + 1] counts from 0
+for each expert. ``transpose`` multiplies by the matrix instead of by its transpose: x [S, out_features] gives
+[S, in_features], which is the gradient.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_spqr.ops import reference
+from hf_spqr.ops.autograd import fake_linear
+
+_SHAPE = "int out_features, int in_features"
+SCHEMAS = {
+    "spqr_grouped_linear": "(Tensor x, Tensor ends, Tensor packed, Tensor outlier_row, Tensor outlier, Tensor? perm, "
+    f"{_SHAPE}, int bits, int group_size, int stat_bits, int second_group, bool transpose) -> Tensor",
+    "affine_grouped_linear": "(Tensor x, Tensor ends, Tensor packed, Tensor? perm, "
+    f"{_SHAPE}, int bits, int group_size, bool symmetric, bool scale_bf16, bool transpose) -> Tensor",
+}
+
+Linear = Callable[..., Tensor]
+
+
+def split_outliers(outlier_row: Tensor, outlier: Tensor) -> tuple[Tensor, ...]:
+    """The outliers [nnz] of all experts as one tensor for each."""
+    return outlier.split(outlier_row[:, -1].tolist())
+
+
+def spqr_grouped_linear(
+    linear: Linear,
+    dequantize: Linear,
+    x: Tensor,
+    ends: Tensor,
+    packed: Tensor,
+    outlier_row: Tensor,
+    outlier: Tensor,
+    perm: Tensor | None,
+    *shape_and_layout: Any,
+) -> Tensor:
+    """x [S, in_features] -> [S, out_features] by ``linear`` and ``dequantize``; other arguments as in the schema."""
+    outliers = split_outliers(outlier_row, outlier)
+
+    def tensors(expert: int) -> tuple[Tensor | None, ...]:
+        return packed[expert], outlier_row[expert], outliers[expert], None if perm is None else perm[expert]
+
+    return _loop(linear, dequantize, x, ends, tensors, *shape_and_layout)
+
+
+def affine_grouped_linear(
+    linear: Linear,
+    dequantize: Linear,
+    x: Tensor,
+    ends: Tensor,
+    packed: Tensor,
+    perm: Tensor | None,
+    *shape_and_layout: Any,
+) -> Tensor:
+    """x [S, in_features] -> [S, out_features] by ``linear`` and ``dequantize``; other arguments as in the schema."""
+
+    def tensors(expert: int) -> tuple[Tensor | None, ...]:
+        return packed[expert], None if perm is None else perm[expert]
+
+    return _loop(linear, dequantize, x, ends, tensors, *shape_and_layout)
+
+
+def _loop(
+    linear: Linear,
+    dequantize: Linear,
+    x: Tensor,
+    ends: Tensor,
+    tensors: Callable[[int], tuple[Tensor | None, ...]],
+    out_features: int,
+    in_features: int,
+    *layout_and_transpose: Any,
+) -> Tensor:
+    *layout, transpose = layout_and_transpose
+    y = x.new_empty((x.shape[0], in_features if transpose else out_features))
+    last = 0
+    for expert, begin, end in _rows(ends):
+        if transpose:
+            weight = dequantize(*tensors(expert), out_features, in_features, *layout, x.dtype)
+            torch.mm(x[begin:end], weight, out=y[begin:end])
+        else:
+            y[begin:end] = linear(x[begin:end], *tensors(expert), None, out_features, *layout)
+        last = end
+    y[last:].zero_()
+    return y
+
+
+def _rows(ends: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Expert, first row and row after the last, for experts that have rows."""
+    begin = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > begin:
+            yield expert, begin, end
+        begin = end
+
+
+def register(library: torch.library.Library, namespace: str) -> None:
+    """Define the ops with fake and gradient of x; once, after the linear ops are defined."""
+    ops = getattr(torch.ops, namespace)
+    kernels: dict[str, tuple[Linear, Linear, Linear, int]] = {
+        "spqr_grouped_linear": (spqr_grouped_linear, ops.spqr_linear.default, ops.spqr_dequantize.default, 4),
+        "affine_grouped_linear": (affine_grouped_linear, ops.affine_linear.default, ops.affine_dequantize.default, 2),
+    }
+    for name, (loop, linear, dequantize, packed_tensors) in kernels.items():
+        library.define(name + SCHEMAS[name])
+        library.impl(name, _bind(loop, linear, dequantize), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", _fake(2 + packed_tensors))
+        backward, setup = _gradient(getattr(ops, name).default, packed_tensors)
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
+
+
+def _bind(loop: Linear, linear: Linear, dequantize: Linear) -> Linear:
+    def run(*arguments: Any) -> Tensor:
+        return loop(linear, dequantize, *arguments)
+
+    return run
+
+
+def _fake(shape_at: int) -> Linear:
+    def fake(*arguments: Any) -> Tensor:
+        out_features, in_features = arguments[shape_at : shape_at + 2]
+        return fake_linear(arguments[0], in_features if arguments[-1] else out_features)
+
+    return fake
+
+
+def _gradient(op: Linear, packed_tensors: int) -> tuple[Any, Any]:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1 : 2 + packed_tensors])
+        *ctx.numbers, ctx.transpose = inputs[2 + packed_tensors :]
+        ctx.inputs = len(inputs)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * ctx.inputs
+        if ctx.needs_input_grad[0]:
+            grads[0] = op(grad, *ctx.saved_tensors, *ctx.numbers, not ctx.transpose)
+        return tuple(grads)
+
+    return backward, setup_context
+
+
+def reference_spqr_grouped_linear(*arguments: Any) -> Tensor:
+    """The op in plain PyTorch."""
+    return spqr_grouped_linear(reference.spqr_linear, reference.spqr_dequantize, *arguments)
+
+
+def reference_affine_grouped_linear(*arguments: Any) -> Tensor:
+    """The op in plain PyTorch."""
+    return affine_grouped_linear(reference.affine_linear, reference.affine_dequantize, *arguments)
