@@ -5,7 +5,7 @@ Everything the model sees is already on the machine: the ``.py`` files of the ru
 and the seed are fixed, so that the same Python version gives the same data.
 
     python examples/train_demo_model.py                 # about 40 minutes on one core
-    python examples/train_demo_model.py --steps 50      # a smoke test
+    python examples/train_demo_model.py --steps 50 --files 40 --out /tmp/try
 
 Writes ``examples/demo-model/`` (a normal Transformers folder), ``examples/demo-heldout.jsonl`` (documents of files
 that the model never saw) and ``examples/demo-calibration.jsonl`` (documents of training files).
@@ -45,7 +45,10 @@ def source_files() -> list[Path]:
 
 
 def documents(path: Path) -> Iterator[str]:
-    """Cut one file into documents of at most ``DOCUMENT_CHARS`` characters, at blank lines where there is one."""
+    """Cut one file into documents of 200 to ``DOCUMENT_CHARS`` characters, at blank lines where there is one.
+
+    Shorter pieces are dropped.
+    """
     text = path.read_text(encoding="utf-8", errors="ignore")
     while text:
         cut = len(text)
@@ -223,6 +226,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=HERE, help="folder that receives demo-model/ and the two jsonl files"
     )
+    parser.add_argument("--files", type=int, help="take only the first N source files, for a quick try")
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -239,7 +243,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
-    training_files, held_files = split_files(source_files(), args.seed)
+    training_files, held_files = split_files(source_files()[: args.files], args.seed)
     training = [text for path in training_files for text in documents(path)]
     held = [text for path in held_files for text in documents(path)]
     random.Random(args.seed).shuffle(held)
