@@ -1,0 +1,239 @@
+"""Write quantized models in other people's formats: official SpQR, GPTQ v2 and compressed-tensors.
+
+The affine formats are then served by vLLM, SGLang and plain Transformers without this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_spqr.errors import UnsupportedLayerError
+from hf_spqr.formats import affine, compressed_tensors, gptq_v2, official_spqr, spqr
+from hf_spqr.formats.affine import AffineLayout, AffineWeight
+from hf_spqr.nn import AffineLinear, PackedLinear, SpQRLinear
+
+__all__ = ["FORMATS", "export_model"]
+
+Layers = dict[str, PackedLinear]
+Written = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
+"""Tensors by layer and name, and the quantization_config of the written model."""
+
+
+def export_model(model: Any, out: str | os.PathLike[str], format: str, *, max_shard_size: int | str = "50GB") -> Path:
+    """Write ``model``, quantized by hf_spqr, into the folder ``out`` in another format; the model stays as it is.
+
+    format: ``"spqr"`` (official SpQR, for 3-bit SpQR models in groups of 16), ``"gptq_v2"``, ``"compressed-tensors"``
+    (``int-quantized`` where activations are quantized too or weights have 8 bits, else ``pack-quantized``).
+
+    Raises:
+        UnsupportedLayerError: a layer cannot be said in that format; the message names it. Nothing is written then.
+    """
+    if format not in FORMATS:
+        raise UnsupportedLayerError(f"format={format!r}: use one of {', '.join(map(repr, FORMATS))}.")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    if not layers:
+        raise UnsupportedLayerError("The model has no packed layers: export takes models that hf_spqr has quantized.")
+    tensors, config = FORMATS[format](model, layers)
+    dtype = torch.float16 if format == "spqr" else None
+    state = _other_tensors(model, layers, dtype)
+    for name, parts in tensors.items():
+        bias = layers[name].bias
+        if bias is not None:
+            parts = {**parts, "bias": bias.detach().to(dtype or bias.dtype)}
+        state.update({f"{name}.{leaf}": tensor for leaf, tensor in parts.items()})
+    with _as_foreign(model, config):
+        model.save_pretrained(out, state_dict=state, max_shard_size=max_shard_size)
+    if dtype is not None:
+        path = Path(out) / "config.json"
+        written = json.loads(path.read_text(encoding="utf-8"))
+        written["dtype"] = str(dtype).removeprefix("torch.")
+        path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Path(out)
+
+
+def to_official_spqr(model: nn.Module, layers: Layers) -> Written:
+    """Official SpQR. Its reader wants float16, so all other tensors are written in it."""
+    tensors = {}
+    for name, module in _of_kind(layers, SpQRLinear, "official SpQR holds SpQR models only"):
+        if module.bias is not None:
+            raise UnsupportedLayerError(f"{name} has a bias, which official SpQR does not know.")
+        weight = spqr.unpack(module.layout, _on_host(module, name))
+        tensors[name] = _written(name, official_spqr.encode, weight)
+    shapes = {f"{name}.{leaf}.shape": t.numel() for name, parts in tensors.items() for leaf, t in parts.items()}
+    others = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in layers]
+    config = {
+        "quant_method": "spqr",
+        "bits": official_spqr.BITS,
+        "beta1": official_spqr.TILE,
+        "beta2": official_spqr.TILE,
+        "outlier_values": "residual",
+        "modules_to_not_convert": others,
+        "shapes": shapes,
+    }
+    return tensors, config
+
+
+def to_gptq_v2(model: nn.Module, layers: Layers) -> Written:
+    """GPTQ v2 with one width and group size for all layers."""
+    _refuse_activations(model, "GPTQ v2")
+    modules = list(_of_kind(layers, AffineLinear, "GPTQ v2 holds affine models only"))
+    kinds = {(m.layout.bits, m.layout.group_size, m.layout.symmetric) for _, m in modules}
+    if len(kinds) > 1:
+        raise UnsupportedLayerError(
+            f"GPTQ v2 is written with one width and group size for all layers; this model has {sorted(kinds)}."
+            " Use compressed-tensors."
+        )
+    bits, group_size, symmetric = kinds.pop()
+    tensors = {name: _written(name, gptq_v2.encode, _affine_weight(name, module)) for name, module in modules}
+    config = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": any(module.perm is not None for _, module in modules),
+        "checkpoint_format": "gptq_v2",
+        "lm_head": False,
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in _left_alone(model, layers)},
+    }
+    return tensors, config
+
+
+def to_compressed_tensors(model: nn.Module, layers: Layers) -> Written:
+    """compressed-tensors: a group of the config for every kind of layer that occurs."""
+    activations = _activations(model)
+    groups: dict[AffineLayout, dict[str, Any]] = {}
+    tensors = {}
+    kinds = set()
+    for name, module in _of_kind(layers, AffineLinear, "compressed-tensors holds affine models only"):
+        lay = module.layout
+        plain = lay.bits == 8 or activations is not None
+        write = compressed_tensors.int_quantized if plain else compressed_tensors.pack_quantized
+        kinds.add("int-quantized" if plain else "pack-quantized")
+        weight = _affine_weight(name, module)
+        tensors[name] = _written(name, partial(write, dtype=module.weight.dtype), weight)
+        kind = AffineLayout(1, lay.group_size if lay.group_size > 0 else 1, lay.bits, lay.group_size, lay.symmetric)
+        group = groups.setdefault(kind, _scheme(kind, activations, "int-quantized" if plain else "pack-quantized"))
+        group["targets"].append(name)
+    if len(groups) == 1:
+        next(iter(groups.values()))["targets"] = ["Linear"]
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{index}": group for index, group in enumerate(groups.values())},
+        "ignore": _left_alone(model, layers),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    return tensors, config
+
+
+FORMATS: dict[str, Callable[[nn.Module, Layers], Written]] = {
+    "spqr": to_official_spqr,
+    "gptq_v2": to_gptq_v2,
+    "compressed-tensors": to_compressed_tensors,
+}
+
+
+def _scheme(layout: AffineLayout, activations: dict[str, Any] | None, format: str) -> dict[str, Any]:
+    per_channel = layout.per_channel
+    weights = {
+        "num_bits": layout.bits,
+        "type": "int",
+        "symmetric": layout.symmetric,
+        "strategy": "channel" if per_channel else "group",
+        "group_size": None if per_channel else layout.group_size,
+        "dynamic": False,
+    }
+    return {"targets": [], "weights": weights, "input_activations": activations, "format": format}
+
+
+def _activations(model: nn.Module) -> dict[str, Any] | None:
+    """The activation scheme of a weight-activation model in the words of compressed-tensors, else None."""
+    config = _config_of(model)
+    bits = getattr(config, "act_bits", None)
+    if bits is None:
+        return None
+    symmetric = bool(getattr(config, "act_sym", False))
+    return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "token", "dynamic": True}
+
+
+def _refuse_activations(model: nn.Module, format: str) -> None:
+    bits = getattr(_config_of(model), "act_bits", None)
+    if bits is not None:
+        raise UnsupportedLayerError(
+            f"{format} has no quantized activations; this model has {bits}-bit ones and would silently become another"
+            " model. Use compressed-tensors."
+        )
+
+
+def _config_of(model: nn.Module) -> Any:
+    return getattr(getattr(model, "config", None), "quantization_config", None)
+
+
+def _of_kind(layers: Layers, kind: type[Any], otherwise: str) -> Iterator[tuple[str, Any]]:
+    for name, module in layers.items():
+        if not isinstance(module, kind):
+            raise UnsupportedLayerError(f"{name} is a {type(module).__name__}: {otherwise}.")
+        yield name, module
+
+
+def _on_host(module: PackedLinear, name: str) -> dict[str, Tensor]:
+    tensors = module.packed_tensors()
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise UnsupportedLayerError(f"{name} is offloaded: load the model without offload to export it.")
+    return {leaf: tensor.cpu() for leaf, tensor in tensors.items()}
+
+
+def _affine_weight(name: str, module: AffineLinear) -> AffineWeight:
+    return affine.unpack(module.layout, _on_host(module, name))
+
+
+def _written(name: str, write: Callable[[Any], dict[str, Tensor]], weight: Any) -> dict[str, Tensor]:
+    try:
+        return write(weight)
+    except ValueError as error:
+        raise UnsupportedLayerError(f"{name}: {error}.") from error
+
+
+def _left_alone(model: nn.Module, layers: Layers) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in layers]
+
+
+def _other_tensors(model: nn.Module, layers: Layers, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state of the model without its packed layers; float tensors of ``dtype`` if given."""
+    state: Mapping[str, Tensor] = model.state_dict()
+    rest = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in layers}
+    strange = [name for name in rest if name.endswith("packed")]
+    if strange:
+        raise UnsupportedLayerError(
+            f"{strange[0]} belongs to packed experts, which this export cannot write. Keep the model in our format."
+        )
+    if dtype is None:
+        return rest
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in rest.items()}
+
+
+@contextmanager
+def _as_foreign(model: Any, quantization_config: dict[str, Any]) -> Iterator[None]:
+    """Let Transformers save the model under another quantization_config, and none of our code take part."""
+    ours, quantizer = _config_of(model), model.__dict__.pop("hf_quantizer", None)
+    dtype, architectures = model.config.dtype, model.config.architectures
+    model.config.quantization_config = quantization_config
+    try:
+        yield
+    finally:
+        model.config.quantization_config = ours
+        model.config.dtype, model.config.architectures = dtype, architectures
+        if quantizer is not None:
+            model.hf_quantizer = quantizer

@@ -1,0 +1,132 @@
+"""Exports of affine models, loaded by plain Transformers and by a decoder written for the test."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hf_spqr.errors import UnsupportedLayerError
+from hf_spqr.integrations.export import export_model
+from hf_spqr.methods import rtn
+from hf_spqr.methods.base import AffineParams
+from hf_spqr.nn import AffineLinear
+from tests.formats.test_exchange import gptq_by_hand
+from tests.tiny_models import tiny_model
+
+IDS = torch.arange(40)[None] * 5 % 258
+LOADER = """
+import sys, torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+for line in sys.stdin:
+    folder, dense = line.split()
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dense == "dense" else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    with torch.no_grad():
+        torch.save(model(torch.arange(40)[None] * 5 % 258).logits, f"{folder}/logits.pt")
+assert "hf_spqr" not in sys.modules
+"""
+# Packed zero points are read on the way to dense weights only: on the other way the library (0.20) expects them
+# unpacked on its meta device and stops with a shape mismatch.
+CASES = {
+    "asymmetric": ({"bits": 4}, "pack-quantized", "dense"),
+    "symmetric": ({"bits": 4, "symmetric": True, "group_size": -1}, "pack-quantized", "packed"),
+    "three": ({"bits": 3, "group_size": 16}, "pack-quantized", "dense"),
+    "eight": ({"bits": 8, "group_size": -1}, "int-quantized", "packed"),
+    "mixed": ({"bits": 4, "symmetric": True, "overrides": {"down_proj": 8}}, "mixed-precision", "packed"),
+    "biases": ({"symmetric": True, "kind": "qwen2", "skip": ("layers.0.mlp.up_proj",)}, "pack-quantized", "packed"),
+    "shards": ({"symmetric": True, "tie_word_embeddings": True}, "pack-quantized", "packed"),
+}
+
+
+def affine_model(bits=4, group_size=32, symmetric=False, overrides=None, kind="llama", skip=(), **changes):
+    """A tiny model, rounded to nearest into affine layers."""
+    changes = {"hidden_size": 64, "intermediate_size": 96, **changes}
+    model = tiny_model(kind, torch.float32, **changes)
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, nn.Linear) and name not in skip:
+            width = (overrides or {}).get(name.rpartition(".")[2], bits)
+            weight = rtn.quantize(linear.weight.detach(), AffineParams(width, group_size, symmetric=symmetric)).weight
+            bias = None if linear.bias is None else linear.bias.detach()
+            packed = AffineLinear.from_weight(weight, bias, torch.float32)
+            packed.backend = "reference"  # float32 throughout: the two sides are compared closely
+            model.model.set_submodule(name, packed)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_compressed_tensors_is_read_by_plain_transformers(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    expected = {}
+    for name, (options, format, _) in CASES.items():
+        model = affine_model(**options)
+        expected[name] = logits(model)
+        export_model(
+            model, tmp_path / name, "compressed-tensors", max_shard_size="60KB" if name == "shards" else "1GB"
+        )
+        config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert config["format"] == format
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) >= 2
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER], capture_output=True, text=True, cwd=tmp_path,
+        input="".join(f"{tmp_path / name} {way}\n" for name, (_, _, way) in CASES.items()),
+        env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in CASES:
+        got = torch.load(tmp_path / name / "logits.pt")
+        torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gptq_v2_is_read_by_an_independent_decoder(bits, symmetric, tmp_path):
+    model = affine_model(bits, symmetric=symmetric, skip=("layers.1.mlp.down_proj",))
+    export_model(model, tmp_path, "gptq_v2")
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["checkpoint_format"]) == ("gptq", "gptq_v2")
+    assert (config["bits"], config["group_size"], config["sym"]) == (bits, 32, symmetric)
+    assert set(config["dynamic"]) == {r"-:^model\.layers\.1\.mlp\.down_proj$", "-:^lm_head$"}
+    stored = load_file(tmp_path / "model.safetensors")
+    dense = tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            module = name.removesuffix(".weight")
+            if name in stored:
+                parameter.copy_(stored[name])
+            else:
+                leaves = {leaf: stored[f"{module}.{leaf}"] for leaf in ("qweight", "qzeros", "scales", "g_idx")}
+                parameter.copy_(gptq_by_hand(leaves, bits))
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_format_cannot_say_is_refused_and_nothing_is_written(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UnsupportedLayerError, match="use one of"):
+        export_model(affine_model(), out, "awq")
+    with pytest.raises(UnsupportedLayerError, match="no packed layers"):
+        export_model(tiny_model(), out, "gptq_v2")
+    with pytest.raises(UnsupportedLayerError, match="SpQR models only"):
+        export_model(affine_model(), out, "spqr")
+    with pytest.raises(UnsupportedLayerError, match="bits 2, 3, 4, 8"):
+        export_model(affine_model(bits=6), out, "gptq_v2")
+    with pytest.raises(UnsupportedLayerError, match="one width"):
+        export_model(affine_model(overrides={"q_proj": 8}), out, "gptq_v2")
+    assert not out.exists()
+
+
+def test_export_leaves_the_model_as_it_was(tmp_path):
+    model = affine_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_model(model, tmp_path, "gptq_v2")
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert isinstance(AutoModelForCausalLM.from_config(model.config), type(model))
