@@ -1,0 +1,119 @@
+// Runs cases written by tests/cuda/emulator.py through the kernels: emu IN OUT.
+//
+// IN: for each case 16 int64 (see Header), then its tensors, each as its size in bytes (int64) and the bytes; an empty
+// tensor stands for a missing one. OUT: the result of each case, likewise. Every tensor has an allocation of its own, so
+// that AddressSanitizer guards both its ends.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include "cuda/kernels.h"
+#include "cuda/plan.h"
+#include "emu/emu.h"
+
+namespace hf_spqr {
+namespace {
+
+enum class Job : int64_t { linear = 0, dequantize = 1 };
+
+struct Header {
+    int64_t job, format, bits, group, rows, columns, stat_bits, groups_per_second, symmetric, scale_bf16, tokens, dtype,
+        first_row, part_rows, wide, seed;
+};
+
+struct Bytes {
+    void* data = nullptr;
+    int64_t size = 0;
+
+    explicit Bytes(int64_t n) : size(n) {
+        if (n > 0 && posix_memalign(&data, 256, size_t(n))) abort();
+    }
+    Bytes(const Bytes&) = delete;
+    ~Bytes() { free(data); }
+    template <class T>
+    T* as() const {
+        return static_cast<T*>(data);
+    }
+};
+
+void expect(bool ok, const char* what) {
+    if (ok) return;
+    fprintf(stderr, "emu: %s\n", what);
+    exit(2);
+}
+
+std::unique_ptr<Bytes> read_tensor(FILE* in) {
+    int64_t size = 0;
+    expect(fread(&size, sizeof size, 1, in) == 1, "input ends early");
+    auto bytes = std::make_unique<Bytes>(size);
+    expect(size == 0 || fread(bytes->data, size_t(size), 1, in) == 1, "input ends early");
+    return bytes;
+}
+
+void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
+    const auto perm = read_tensor(in), bias = read_tensor(in), x = read_tensor(in);
+    const DType dtype = DType(h.dtype);
+    LinearArgs a{m, x->as<uint16_t>(), h.columns, nullptr, int(h.tokens), bias->data, y.data, dtype};
+    Bytes half(h.tokens * prepared_stride(h.columns) * 2), scale(h.tokens * 4);
+    if (needs_prepare(dtype, perm->data != nullptr, h.columns)) {
+        a.x = half.as<uint16_t>();
+        a.x_stride = prepared_stride(h.columns);
+        a.token_scale = dtype == DType::f16 ? nullptr : scale.as<float>();
+        const PrepareArgs p{x->data, dtype, perm->as<int32_t>(), int(h.tokens), int(h.columns), half.as<uint16_t>(),
+                            a.x_stride, scale.as<float>()};
+        expect(hf_spqr_cuda_prepare(&p, nullptr) == 0, "prepare failed");
+    }
+    expect(hf_spqr_cuda_can_fuse(&m, a.tokens), "no kernel for this matrix");
+    expect(hf_spqr_cuda_linear(&a, nullptr) == 0, "linear failed");
+}
+
+void run_case(const Header& h, FILE* in, FILE* out) {
+    emu::seed() = unsigned(h.seed);
+    const DType dtype = DType(h.dtype);
+    const int64_t element = dtype == DType::f32 ? 4 : 2;
+    const Job job = Job(h.job);
+    const auto packed = read_tensor(in), outlier_row = read_tensor(in), outlier = read_tensor(in);
+    Matrix m{};
+    m.format = Format(h.format);
+    m.bits = int(h.bits);
+    m.group = int(h.group);
+    m.rows = int(h.rows);
+    m.columns = int(h.columns);
+    m.packed = packed->as<uint32_t>();
+    m.stat_bits = int(h.stat_bits);
+    m.groups_per_second = int(h.groups_per_second);
+    m.outlier_row = outlier_row->as<int32_t>();
+    m.outlier = h.wide ? nullptr : outlier->as<uint32_t>();
+    m.outlier_wide = h.wide ? outlier->as<uint64_t>() : nullptr;
+    m.symmetric = h.symmetric;
+    m.scale_bf16 = h.scale_bf16;
+    m.panels = panels_of(m);
+    expect(packed->size == int64_t(ceil_div(m.rows, 16)) * m.panels.words * 4, "packed has another size than the layout");
+    const int64_t count = job == Job::linear ? h.tokens * h.rows : h.part_rows * h.columns;
+    const Bytes result(count * element);
+    memset(result.data, 0xEE, size_t(result.size));
+    if (job == Job::linear) {
+        run_linear(h, m, in, result);
+    } else {
+        const auto perm = read_tensor(in);
+        const DequantizeArgs a{m, perm->as<int32_t>(), int(h.first_row), int(h.part_rows), result.data, h.columns, dtype};
+        expect(hf_spqr_cuda_dequantize(&a, nullptr) == 0, "dequantize failed");
+    }
+    fwrite(&result.size, sizeof result.size, 1, out);
+    fwrite(result.data, 1, size_t(result.size), out);
+}
+
+}  // namespace
+}  // namespace hf_spqr
+
+int main(int argc, char** argv) {
+    using namespace hf_spqr;
+    expect(argc == 3, "usage: emu IN OUT");
+    FILE* in = fopen(argv[1], "rb");
+    FILE* out = fopen(argv[2], "wb");
+    expect(in && out, "cannot open the files");
+    Header header;
+    while (fread(&header, sizeof header, 1, in) == 1) run_case(header, in, out);
+    fclose(in);
+    return fclose(out);
+}

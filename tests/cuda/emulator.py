@@ -1,0 +1,124 @@
+"""Compiles csrc/cuda for the host (csrc/emu) and runs its kernels on packed matrices."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_spqr.formats import affine, spqr
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+# Unoptimized: the unrolled kernels then compile three times as fast, and the cases are small.
+FLAGS = ["-std=c++17", "-O0", "-g1", "-DHF_SPQR_EMU", f"-I{CSRC}", "-fsanitize=address,undefined",
+         "-fno-sanitize-recover=undefined"]  # fmt: skip
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def compiler() -> str | None:
+    return shutil.which("g++")
+
+
+def build(folder: Path) -> Path:
+    """The emulator, compiled unless ``folder`` holds one of the same sources."""
+    sources = sorted([*CSRC.glob("cuda/*.cu"), CSRC / "emu/main.cpp"])
+    texts = [path.read_bytes() for path in sorted([*CSRC.glob("cuda/*"), *CSRC.glob("emu/*")])]
+    key = hashlib.sha256(b"".join([*texts, " ".join(FLAGS).encode()])).hexdigest()[:16]
+    program = folder / f"emu-{key}"
+    if program.exists():
+        return program
+    folder.mkdir(parents=True, exist_ok=True)
+    work = folder / f"{key}-{os.getpid()}"
+    work.mkdir()
+
+    def compile_one(source: Path) -> str:
+        target = str(work / f"{source.name}.o")
+        subprocess.run([compiler() or "g++", *FLAGS, "-c", "-x", "c++", str(source), "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    subprocess.run([compiler() or "g++", *FLAGS, *objects, "-o", str(work / "emu")], check=True)
+    (work / "emu").rename(program)
+    shutil.rmtree(work)
+    return program
+
+
+@dataclass
+class Case:
+    """One call of a kernel: a linear if ``x`` is given, otherwise a dequantize of rows [first_row, + part_rows)."""
+
+    weight: spqr.SpQRWeight | affine.AffineWeight
+    x: Tensor | None = None
+    bias: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    first_row: int = 0
+    part_rows: int | None = None
+    seed: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.weight.layout.out_features - self.first_row if self.part_rows is None else self.part_rows
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return self.dtype if self.x is None else self.x.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        lay = self.weight.layout
+        return (self.rows, lay.in_features) if self.x is None else (self.x.shape[0], lay.out_features)
+
+    def encode(self) -> bytes:
+        lay = self.weight.layout
+        if isinstance(self.weight, spqr.SpQRWeight):
+            packed = spqr.pack(self.weight)
+            kind = (lay.stat_bits, lay.groups_per_second, 0, 0)
+            wide = int(packed["outlier"].dtype == torch.int64)
+        else:
+            packed = affine.pack(self.weight)
+            kind = (0, 0, int(lay.symmetric), int(lay.scale_dtype == torch.bfloat16))
+            wide = 0
+        tokens = 0 if self.x is None else self.x.shape[0]
+        header = struct.pack(
+            "16q", self.x is None, isinstance(self.weight, affine.AffineWeight), lay.bits, lay.group_size,
+            lay.out_features, lay.in_features, *kind, tokens, DTYPES[self.out_dtype], self.first_row, self.rows, wide,
+            self.seed,
+        )  # fmt: skip
+        tensors = [packed["packed"], packed.get("outlier_row"), packed.get("outlier"), packed.get("perm")]
+        if self.x is not None:
+            tensors += [self.bias, self.x]
+        return header + b"".join(_bytes(tensor) for tensor in tensors)
+
+
+def _bytes(tensor: Tensor | None) -> bytes:
+    raw = b"" if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return struct.pack("q", len(raw)) + raw
+
+
+def run(program: Path, cases: Sequence[Case], folder: Path) -> list[Tensor]:
+    """The results; raises with the sanitizer's report if a kernel misbehaves."""
+    (folder / "in").write_bytes(b"".join(case.encode() for case in cases))
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
+    done = subprocess.run(
+        [str(program), str(folder / "in"), str(folder / "out")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    raw = (folder / "out").read_bytes()
+    results = []
+    for case in cases:
+        (size,) = struct.unpack_from("q", raw)
+        data = bytearray(raw[8 : 8 + size])
+        raw = raw[8 + size :]
+        results.append(torch.frombuffer(data, dtype=case.out_dtype).view(case.shape))
+    return results

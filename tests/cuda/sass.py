@@ -1,0 +1,69 @@
+"""Counts the machine instructions of a kernel's main loop with cuobjdump and nvdisasm, which come from PyPI."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+_FUNCTION = re.compile(r"\s+Function : (\S+)")
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_BACKWARD = re.compile(r"BRA(?:\.\w+)*\s+(?:!?U?P\d+,\s*)*(0x[0-9a-f]+)")
+
+
+class Loop(NamedTuple):
+    instructions: int
+    by_name: collections.Counter[str]
+
+
+def cuobjdump() -> Path | None:
+    """The tool, from the toolkit or from the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
+    found = shutil.which("cuobjdump")
+    if found and shutil.which("nvdisasm"):
+        return Path(found)
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("cu*/bin/cuobjdump")):
+            if path.with_name("nvdisasm").exists():
+                return path
+    return None
+
+
+def functions(cubin: Path) -> dict[str, list[tuple[int, str]]]:
+    """Mangled name -> (address, instruction) of every kernel in the file."""
+    tool = cuobjdump()
+    assert tool is not None
+    environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [str(tool), "--dump-sass", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    found: dict[str, list[tuple[int, str]]] = {}
+    name = ""
+    for line in text.splitlines():
+        if match := _FUNCTION.match(line):
+            name = match[1]
+            found[name] = []
+        elif name and (match := _INSTRUCTION.match(line)):
+            found[name].append((int(match[1], 16), match[2]))
+    return found
+
+
+def main_loop(code: list[tuple[int, str]]) -> Loop:
+    """The smallest loop that holds all tensor-core instructions of any loop."""
+    best: tuple[int, list[str]] | None = None
+    for address, instruction in code:
+        match = _BACKWARD.search(instruction)
+        if match is None or int(match[1], 16) >= address:
+            continue
+        body = [text for at, text in code if int(match[1], 16) <= at <= address]
+        tensor = sum("HMMA" in text or "IMMA" in text for text in body)
+        if tensor and (best is None or (tensor, -len(body)) > (best[0], -len(best[1]))):
+            best = (tensor, body)
+    assert best is not None, "no loop with tensor-core instructions"
+    names = (re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in best[1])
+    counter = collections.Counter(names)
+    return Loop(len(best[1]), counter)
