@@ -1,0 +1,55 @@
+"""What the numbers of a benchmark belong to: processor, cores, memory, library versions; and memory of a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from hf_spqr.report import library_versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the libraries."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "versions": library_versions(),
+    }
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process in memory: all, anonymous (its own), and mapped from files (the system may drop them)."""
+    fields = {}
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+        name, _, rest = line.partition(":")
+        fields[name] = int(rest.split()[0]) * 1024
+    own = fields["Anonymous"]
+    return {"resident": fields["Rss"], "anonymous": own, "mapped": fields["Rss"] - own}
+
+
+def peak_resident() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM")
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Write ``benchmarks/results/<name>.json``; return its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    stamp = time.strftime("%Y-%m-%d", time.gmtime())
+    path.write_text(json.dumps({"date": stamp, "machine": machine(), **result}, indent=1) + "\n")
+    return path
