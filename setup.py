@@ -1,4 +1,4 @@
-"""Compiles hf_spqr._C against the torch that is installed; everything else is in pyproject.toml.
+"""Compiles hf_spqr._C with torch's cpp_extension, against the torch that is installed; all else is in pyproject.toml.
 
 The extension uses torch's stable ABI (2.10) and Python's (3.10), so one binary serves every newer version of both.
 Each file of csrc/cpu that is named after an instruction set gets that set's flags; the choice is made at run time.
@@ -9,7 +9,6 @@ Environment switches, read nowhere else:
   MAX_JOBS              compiler processes at a time (default: the number of cores, at most 8)
 """
 
-import importlib.util
 import os
 import platform
 import sys
@@ -17,7 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:  # no torch in the target environment: the wheel has no compiled part
+    from setuptools.command.build_ext import build_ext as BuildExtension
+
+    CppExtension = None
 
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -44,8 +49,11 @@ def isa_of(source: str) -> str | None:
     return next((suffix for suffix in ISA_FLAGS if source.endswith(suffix)), None)
 
 
-class BuildExtension(build_ext):
+class BuildKernels(BuildExtension):
     """Per-file flags, parallel and incremental compilation; falls back to no extension unless told not to."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **({"use_ninja": False} if CppExtension else {}), **kwargs)  # one flag list for all
 
     def run(self) -> None:
         try:
@@ -90,19 +98,12 @@ def say(text: str) -> None:
     print(f"hf-spqr: {text}", file=sys.stderr)
 
 
-def torch_folder() -> Path | None:
-    """The installed torch, without importing it."""
-    spec = importlib.util.find_spec("torch")
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-
 def extensions() -> list[Extension]:
     if switch("HF_SPQR_SKIP_EXT"):
         say("compiled kernels skipped on request (HF_SPQR_SKIP_EXT)")
         return []
-    torch = torch_folder()
     problem = None
-    if torch is None:
+    if CppExtension is None:
         problem = "torch was not found, install it first (pip install torch)"
     elif sys.platform == "win32":
         problem = "compiling with MSVC is not supported"
@@ -115,23 +116,12 @@ def extensions() -> list[Extension]:
     sources = [str(path.relative_to(ROOT)) for path in paths]
     if not X86:
         sources = [source for source in sources if isa_of(source) is None]
-    include = torch / "include"
-    return [
-        Extension(
-            "hf_spqr._C",
-            sources=sorted(sources),
-            include_dirs=["csrc", str(include), str(include / "torch/csrc/api/include")],
-            library_dirs=[str(torch / "lib")],
-            libraries=["torch", "torch_cpu", "c10"],
-            language="c++",
-            py_limited_api=True,
-        )
-    ]
+    return [CppExtension("hf_spqr._C", sorted(sources), include_dirs=["csrc"], py_limited_api=True)]
 
 
 ext_modules = extensions()
 setup(
     ext_modules=ext_modules,
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
 )
