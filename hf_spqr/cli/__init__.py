@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import typer
 
 from hf_spqr.cli.common import err_console, print_json
+from hf_spqr.cli.convert import convert_command
 from hf_spqr.cli.doctor import doctor_command
 from hf_spqr.cli.eval import eval_command
+from hf_spqr.cli.export import export_command
 from hf_spqr.cli.inspect import inspect_command
 from hf_spqr.cli.quantize import quantize_command
 from hf_spqr.errors import HfSpqrError
@@ -28,6 +30,8 @@ app = typer.Typer(
 app.command("quantize")(quantize_command)
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
+app.command("convert")(convert_command)
+app.command("export")(export_command)
 app.command("doctor")(doctor_command)
 
 

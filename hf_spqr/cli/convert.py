@@ -1,0 +1,93 @@
+"""``hf-spqr convert``: other people's checkpoints rewritten in our format."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_spqr.cli.common import (
+    CommandError,
+    Dtype,
+    JsonOption,
+    check_model,
+    err_console,
+    load_model,
+    number_or_none,
+    out_console,
+    print_json,
+    size_of,
+)
+from hf_spqr.cli.folder import check_output, complete_folder
+
+
+def convert_command(
+    model: Annotated[str, typer.Argument(metavar="IN", help='Official SpQR checkpoint (quant_method "spqr").')],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It appears complete or not at all.")],
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type of what is not quantized.")] = Dtype.auto,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")] = "50GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT if it exists.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Rewrite a checkpoint that another program quantized in our format: smaller, any dtype, CPU and CUDA.
+
+    The weights stay what they were. Outliers that the published SpQR converter stored as whole weights, where its
+    format wants what is to be added, are found and repaired.
+
+    [bold]Example[/bold]
+
+      hf-spqr convert elvircrn/Llama-2-7b-SPQR-3Bit-16x16-red_pajama-hf out/llama-2-7b-spqr
+    """
+    check_model(model)
+    check_output(out, overwrite, inputs=(model,))
+    method = stored_method(model)
+    if method != "spqr":
+        found = f'its quant_method is "{method}"' if method else "it is not quantized"
+        raise CommandError(f'{model}: convert reads official SpQR checkpoints (quant_method "spqr"), {found}')
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded: Any = load_model(model, dtype, None)
+    notes = list(loaded.quantization_report.notes)
+    for warning in caught:
+        if str(warning.message) not in notes:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    with complete_folder(out) as partial:
+        loaded.save_pretrained(partial, max_shard_size=max_shard_size)
+        loaded.quantization_report.save(partial)
+        if not copy_tokenizer(model, partial):
+            notes.append(f"{model} has no tokenizer; copy the one of the base model beside the weights.")
+    totals = loaded.quantization_report.totals()
+    if json:
+        print_json({"out": str(out), "notes": notes, "totals": totals})
+        return
+    for note in notes:
+        err_console().print(f"note: {note}", markup=False, soft_wrap=True)
+    out_console().print(
+        f"[bold]{out}[/bold]  {totals['layers']} layers in {size_of(totals['nbytes'])}: "
+        f"[bold]{number_or_none(totals['bits_per_weight'], 3)} bits per weight[/bold], {totals['outliers']} outliers"
+    )
+
+
+def stored_method(model: str) -> str | None:
+    """``quant_method`` of the checkpoint; None when it is not quantized."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except ValueError as error:
+        raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
+    quantization = getattr(config, "quantization_config", None)
+    return None if quantization is None else dict(quantization).get("quant_method")
+
+
+def copy_tokenizer(model: str, folder: Path) -> bool:
+    """Save the tokenizer of ``model`` into ``folder``; False when it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    except (OSError, ValueError):
+        return False
+    return True
