@@ -10,7 +10,12 @@ struct PanelScales {
     alignas(64) float scale[kMaxGroups * kRows];  // [group][row]
     alignas(64) float zero[kMaxGroups * kRows];
 
+    // Also zeroes the groups after the last one that share its tile: their columns are padding.
     void load(const Matrix& m, const uint32_t* p, int groups) {
+        for (int g = groups; g % 4 != 0; ++g) {
+            _mm512_store_ps(scale + g * kRows, _mm512_setzero_ps());
+            _mm512_store_ps(zero + g * kRows, _mm512_setzero_ps());
+        }
         if (m.format == Format::spqr) {
             load_spqr(m, p, groups);
         } else if (m.group == kPerChannel) {

@@ -77,7 +77,11 @@ struct Statistics {
     alignas(64) float scale[kMaxGroups * kRows];
     alignas(64) float shift[kMaxGroups * kRows];
 
+    // Also zeroes the groups after the last one that share its tile: their columns are padding.
     void decode(const Matrix& m, const Panel& panel, DecodeStatistics decode_codes) {
+        const int padded = (panel.groups + 3) / 4 * 4, bytes = (padded - panel.groups) * kRows * sizeof(float);
+        memset(scale + panel.groups * kRows, 0, bytes);
+        memset(shift + panel.groups * kRows, 0, bytes);
         if (m.format == Format::spqr) {
             decode_spqr(m, panel, decode_codes);
         } else {

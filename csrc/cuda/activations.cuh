@@ -35,9 +35,9 @@ static HF_KERNEL(kPrepareThreads, 1) prepare_kernel(const PrepareArgs a) {
     }
 }
 
-// Grid: x = stretches of kFinishThreads rows of the part, y = tokens.
+// Grid: x = tokens, y = stretches of kFinishThreads rows of the part.
 static HF_KERNEL(kFinishThreads, 1) finish_kernel(const FinishArgs a) {
-    const int64_t token = dev::block_y(), r = dev::block_x() * kFinishThreads + dev::thread();
+    const int64_t token = dev::block_x(), r = dev::block_y() * kFinishThreads + dev::thread();
     if (r >= a.part_rows) return;
     float y = read_as(a.product, token * a.part_rows + r, a.product_dtype);
     if (a.token_scale) y = dev::mul(y, a.token_scale[token]);

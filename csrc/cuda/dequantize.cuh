@@ -84,13 +84,13 @@ HF_DEVICE void copy_row(const DequantizeArgs& a, const unsigned char* from, int6
     }
 }
 
-// Grid: x = stretches of 16 tiles, y = row blocks from a.first_row on.
+// Grid: x = row blocks from a.first_row on, y = stretches of 16 tiles.
 template <Format FORMAT, int BITS>
 HF_KERNEL(256, 2) dequantize_kernel(const DequantizeArgs a) {
     const Matrix& m = a.weight;
     unsigned char* shared = dev::shared_memory();
-    const int row = dev::thread() & 15, in_block = dev::thread() >> 4, tile = int(dev::block_x()) * kDequantizeTiles + in_block;
-    const int64_t row_block = a.first_row / kRows + dev::block_y();
+    const int row = dev::thread() & 15, in_block = dev::thread() >> 4, tile = int(dev::block_y()) * kDequantizeTiles + in_block;
+    const int64_t row_block = a.first_row / kRows + dev::block_x();
     const uint32_t* stream = m.packed + row_block * m.panels.words;
     const int element = a.dtype == DType::f32 ? 4 : 2, stride = dequantize_stride(element);
     if (tile < m.panels.tiles) {
@@ -116,10 +116,10 @@ HF_KERNEL(256, 2) dequantize_kernel(const DequantizeArgs a) {
         put_quarter<BITS, 12>(to, w, sz, a.dtype, Four{});
     }
     dev::sync_block();
-    const int first = int(dev::block_x()) * kDequantizeColumns, lane = dev::thread() & 31;
+    const int first = int(dev::block_y()) * kDequantizeColumns, lane = dev::thread() & 31;
     const int count = m.columns - first < kDequantizeColumns ? m.columns - first : kDequantizeColumns;
     for (int r = dev::thread() >> 5; r < kRows; r += 8) {
-        const int64_t out_row = dev::block_y() * kRows + r;
+        const int64_t out_row = dev::block_x() * kRows + r;
         if (out_row < a.part_rows) copy_row(a, shared + r * stride, out_row, first, count, lane);
     }
 }

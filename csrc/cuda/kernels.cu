@@ -9,7 +9,7 @@ namespace {
 
 template <Format FORMAT, int BITS>
 int dequantize_bits(const DequantizeArgs& a, void* stream) {
-    const Grid grid{ceil_div(a.weight.panels.tiles, kDequantizeTiles), ceil_div(a.part_rows, kRows)};
+    const Grid grid{ceil_div(a.part_rows, kRows), ceil_div(a.weight.panels.tiles, kDequantizeTiles)};
     const int shared = kRows * dequantize_stride(a.dtype == DType::f32 ? 4 : 2);
     return launch<dequantize_kernel<FORMAT, BITS>>(grid, 256, shared, stream, a);
 }
@@ -52,7 +52,7 @@ int hf_spqr_cuda_prepare(const PrepareArgs* a, void* stream) {
 }
 
 int hf_spqr_cuda_finish(const FinishArgs* a, void* stream) {
-    return launch<finish_kernel>({ceil_div(a->part_rows, kFinishThreads), a->tokens}, kFinishThreads, 0, stream, *a);
+    return launch<finish_kernel>({a->tokens, ceil_div(a->part_rows, kFinishThreads)}, kFinishThreads, 0, stream, *a);
 }
 
 int hf_spqr_cuda_dequantize(const DequantizeArgs* a, void* stream) {

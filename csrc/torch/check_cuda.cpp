@@ -1,0 +1,113 @@
+#include "torch/check_cuda.h"
+
+namespace hf_spqr {
+namespace {
+
+void check_tensor(const char* op, const char* name, int device, const Tensor& t, ScalarType dtype,
+                  const char* dtype_name) {
+    STD_TORCH_CHECK(t.is_cuda(), op, ": ", name, " is not on a GPU but other arguments are on cuda:", device,
+                    "; move the module to that device");
+    STD_TORCH_CHECK(t.get_device_index() == device, op, ": ", name, " is on cuda:", int(t.get_device_index()),
+                    " but other arguments are on cuda:", device, "; all must be on one device");
+    STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have dtype ", dtype_name);
+    STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+void check_shape(const char* op, int64_t out_features, int64_t in_features, int64_t bits, int64_t least_bits,
+                 int64_t group) {
+    constexpr int64_t kMost = int64_t(1) << 26;
+    STD_TORCH_CHECK(out_features > 0 && out_features < kMost, op, ": out_features must be in 1 .. 2^26, got ",
+                    out_features);
+    STD_TORCH_CHECK(in_features > 0 && in_features < kMost, op, ": in_features must be in 1 .. 2^26, got ", in_features);
+    STD_TORCH_CHECK(bits >= least_bits && bits <= 8, op, ": bits must be ", least_bits, " to 8, got ", bits);
+    STD_TORCH_CHECK(group == kPerChannel || group == 8 || group == 16 || group == 32 || group == 64 || group == 128,
+                    op, ": group_size must be 8, 16, 32, 64, 128 or -1 (one group per row), got ", group);
+}
+
+void check_packed(const char* op, int device, const Tensor& packed, Matrix& m) {
+    check_tensor(op, "packed", device, packed, ScalarType::Int, "int32");
+    m.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
+    m.panels = panels_of(m);
+    const int64_t blocks = ceil_div(m.rows, 16);
+    STD_TORCH_CHECK(packed.dim() == 2 && packed.size(0) == blocks && packed.size(1) == m.panels.words, op,
+                    ": packed must have shape [", blocks, ", ", m.panels.words, "] for this layout of a ", m.rows, " x ",
+                    m.columns, " matrix");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(m.packed) % 16 == 0, op, ": packed must be aligned to 16 bytes");
+}
+
+}  // namespace
+
+Matrix spqr_matrix(const char* op, int device, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
+                   int64_t in_features, const SpqrLayout& layout) {
+    check_shape(op, layout.out_features, in_features, layout.bits, 2, layout.group_size);
+    STD_TORCH_CHECK(layout.stat_bits >= 2 && layout.stat_bits <= 8, op, ": stat_bits must be 2 to 8, got ",
+                    layout.stat_bits);
+    STD_TORCH_CHECK(layout.second_group == 16 || layout.second_group == 32, op,
+                    ": second_group must be 16 or 32, got ", layout.second_group);
+    Matrix m{};
+    m.format = Format::spqr;
+    m.bits = int(layout.bits);
+    m.group = int(layout.group_size);
+    m.rows = int(layout.out_features);
+    m.columns = int(in_features);
+    m.stat_bits = int(layout.stat_bits);
+    m.groups_per_second = int(layout.second_group / 16);
+    check_packed(op, device, packed, m);
+
+    check_tensor(op, "outlier_row", device, outlier_row, ScalarType::Int, "int32");
+    STD_TORCH_CHECK(outlier_row.dim() == 1 && outlier_row.size(0) == layout.out_features + 1, op,
+                    ": outlier_row must have shape [out_features + 1] = [", layout.out_features + 1, "]");
+    const bool wide = in_features > 65536;
+    check_tensor(op, "outlier", device, outlier, wide ? ScalarType::Long : ScalarType::Int, wide ? "int64" : "int32");
+    STD_TORCH_CHECK(outlier.dim() == 1, op, ": outlier must have one dimension, got ", outlier.dim());
+    if (outlier.size(0) > 0) {
+        m.outlier_row = static_cast<const int32_t*>(outlier_row.const_data_ptr());
+        m.outlier = wide ? nullptr : static_cast<const uint32_t*>(outlier.const_data_ptr());
+        m.outlier_wide = wide ? static_cast<const uint64_t*>(outlier.const_data_ptr()) : nullptr;
+    }
+    return m;
+}
+
+Matrix affine_matrix(const char* op, int device, const Tensor& packed, int64_t in_features, const AffineLayout& layout) {
+    check_shape(op, layout.out_features, in_features, layout.bits, 1, layout.group_size);
+    Matrix m{};
+    m.format = Format::affine;
+    m.bits = int(layout.bits);
+    m.group = int(layout.group_size);
+    m.rows = int(layout.out_features);
+    m.columns = int(in_features);
+    m.symmetric = layout.symmetric;
+    m.scale_bf16 = layout.scale_bf16;
+    check_packed(op, device, packed, m);
+    return m;
+}
+
+const int32_t* permutation(const char* op, int device, const OptionalTensor& perm, int64_t in_features) {
+    if (!perm) return nullptr;
+    check_tensor(op, "perm", device, *perm, ScalarType::Int, "int32");
+    STD_TORCH_CHECK(perm->dim() == 1 && perm->size(0) == in_features, op, ": perm must have shape [in_features] = [",
+                    in_features, "]");
+    return static_cast<const int32_t*>(perm->const_data_ptr());
+}
+
+const void* bias_of(const char* op, int device, const OptionalTensor& bias, int64_t out_features, ScalarType dtype) {
+    if (!bias) return nullptr;
+    check_tensor(op, "bias", device, *bias, dtype, "that of x");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op,
+                    ": bias must have shape [out_features] = [", out_features, "]");
+    return bias->const_data_ptr();
+}
+
+int device_of(const char* op, const char* name, const Tensor& t) {
+    STD_TORCH_CHECK(t.is_cuda(), op, ": ", name, " must be on a GPU, as other arguments are");
+    return int(t.get_device_index());
+}
+
+DType float_dtype(const char* op, const char* argument, ScalarType dtype) {
+    if (dtype == ScalarType::Float) return DType::f32;
+    if (dtype == ScalarType::BFloat16) return DType::bf16;
+    STD_TORCH_CHECK(dtype == ScalarType::Half, op, ": ", argument, " must be float32, bfloat16 or float16");
+    return DType::f16;
+}
+
+}  // namespace hf_spqr

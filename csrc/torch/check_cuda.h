@@ -1,0 +1,41 @@
+// Argument checks of the CUDA ops, each with a message that names the argument, and the way from tensors to a Matrix.
+// Nothing here reads device memory: indices were checked when the file was loaded.
+#pragma once
+#include <optional>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include "cuda/matrix.h"
+
+namespace hf_spqr {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct SpqrLayout {
+    int64_t out_features, bits, group_size, stat_bits, second_group;
+};
+
+struct AffineLayout {
+    int64_t out_features, bits, group_size;
+    bool symmetric, scale_bf16;
+};
+
+// `op` begins every message. `device` is the index of the GPU that all tensors must be on.
+Matrix spqr_matrix(const char* op, int device, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
+                   int64_t in_features, const SpqrLayout&);
+Matrix affine_matrix(const char* op, int device, const Tensor& packed, int64_t in_features, const AffineLayout&);
+
+// Pointer to an int32 permutation of in_features columns, null where there is none.
+const int32_t* permutation(const char* op, int device, const OptionalTensor& perm, int64_t in_features);
+
+// Pointer to a bias of out_features numbers of `dtype`, null where there is none.
+const void* bias_of(const char* op, int device, const OptionalTensor& bias, int64_t out_features, ScalarType dtype);
+
+// The index of x's GPU. Throws unless x is a CUDA tensor of at least one dimension.
+int device_of(const char* op, const char* name, const Tensor&);
+
+// Throws unless dtype is float32, bfloat16 or float16.
+DType float_dtype(const char* op, const char* argument, ScalarType);
+
+}  // namespace hf_spqr

@@ -1,0 +1,138 @@
+#include "torch/linear_cuda.h"
+#include <algorithm>
+#include <vector>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include "cuda/kernels.h"
+#include "cuda/plan.h"
+
+namespace hf_spqr {
+namespace {
+
+namespace stable = torch::stable;
+
+constexpr int64_t kScratchBytes = 64 << 20;  // of dequantized weights
+constexpr int64_t kMostTokens = int64_t(1) << 30;
+
+void* current_stream(int device) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return stream;
+}
+
+void check(const char* op, const char* kernel, int status) {
+    STD_TORCH_CHECK(status == 0, op, ": launch of the ", kernel, " kernel failed: ", hf_spqr_cuda_error(status));
+}
+
+// One call of a linear op.
+struct Call {
+    const char* op;
+    int device;
+    void* stream;
+    Matrix matrix;
+    const int32_t* perm;
+    const void* bias;
+    DType dtype;
+    int tokens;
+};
+
+// x in the stored order of columns, as fp16.
+struct PreparedX {
+    Tensor x;                         // [tokens, columns], rows maybe padded
+    int64_t stride;
+    std::optional<Tensor> token_scale;  // fp32 [tokens]
+
+    const float* scale() const { return token_scale ? static_cast<const float*>(token_scale->const_data_ptr()) : nullptr; }
+};
+
+PreparedX prepare(const Call& c, const Tensor& x) {
+    const int64_t columns = c.matrix.columns, stride = prepared_stride(columns);
+    PreparedX p{stable::new_empty(x, {c.tokens, stride}, ScalarType::Half), stride, std::nullopt};
+    float* scale = nullptr;
+    if (c.dtype != DType::f16) {
+        p.token_scale = stable::new_empty(x, {c.tokens}, ScalarType::Float);
+        scale = static_cast<float*>(p.token_scale->mutable_data_ptr());
+    }
+    const PrepareArgs args{x.const_data_ptr(), c.dtype, c.perm, c.tokens, int(columns),
+                           static_cast<uint16_t*>(p.x.mutable_data_ptr()), stride, scale};
+    check(c.op, "prepare", hf_spqr_cuda_prepare(&args, c.stream));
+    return p;
+}
+
+bool aligned(const Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+void linear_few(const Call& c, const Tensor& x, Tensor& y) {
+    const bool as_it_is = !needs_prepare(c.dtype, c.perm != nullptr, c.matrix.columns) && aligned(x);
+    const PreparedX p = as_it_is ? PreparedX{x, c.matrix.columns, std::nullopt} : prepare(c, x);
+    const LinearArgs args{c.matrix, static_cast<const uint16_t*>(p.x.const_data_ptr()), p.stride, p.scale(), c.tokens,
+                          c.bias, y.mutable_data_ptr(), c.dtype};
+    check(c.op, "linear", hf_spqr_cuda_linear(&args, c.stream));
+}
+
+// Through dense weights: fp32 for fp32, else fp16 (weights are never rounded to bfloat16).
+void linear_many(const Call& c, const Tensor& x, Tensor& y) {
+    const Matrix& m = c.matrix;
+    const bool full = c.dtype == DType::f32;
+    const bool as_it_is = full || (c.dtype == DType::f16 && !c.perm);
+    PreparedX p = as_it_is ? PreparedX{x, m.columns, std::nullopt} : prepare(c, x);
+    const Tensor left = p.stride == m.columns ? p.x : stable::narrow(p.x, 1, 0, m.columns);
+    const ScalarType kind = full ? ScalarType::Float : ScalarType::Half;
+    const int64_t row_bytes = int64_t(m.columns) * (full ? 4 : 2);
+    const int64_t most = std::max<int64_t>(kScratchBytes / row_bytes / 16, 1) * 16;
+    const int64_t parts = (m.rows + most - 1) / most;
+    const int64_t part_rows = ((m.rows + parts - 1) / parts + 15) / 16 * 16;
+    for (int64_t first = 0; first < m.rows; first += part_rows) {
+        const int64_t rows = std::min<int64_t>(part_rows, m.rows - first);
+        Tensor weight = stable::new_empty(x, {rows, m.columns}, kind);
+        const DequantizeArgs dequantize{m, full ? c.perm : nullptr, int(first), int(rows), weight.mutable_data_ptr(),
+                                        m.columns, full ? DType::f32 : DType::f16};
+        check(c.op, "dequantize", hf_spqr_cuda_dequantize(&dequantize, c.stream));
+        const Tensor product = stable::matmul(left, stable::transpose(weight, 0, 1));
+        STD_TORCH_CHECK(product.is_contiguous(), c.op, ": torch returned a product that is not contiguous");
+        const FinishArgs finish{product.const_data_ptr(), full ? DType::f32 : DType::f16, int(rows), int(first), m.rows,
+                                c.tokens, p.scale(), c.bias, y.mutable_data_ptr(), c.dtype};
+        check(c.op, "finish", hf_spqr_cuda_finish(&finish, c.stream));
+    }
+}
+
+}  // namespace
+
+Tensor linear_cuda(const char* op, const Tensor& x, const Matrix& m, const OptionalTensor& perm,
+                   const OptionalTensor& bias) {
+    const int device = int(x.get_device_index());
+    const stable::accelerator::DeviceGuard guard(device);
+    Call c{op, device, current_stream(device), m, permutation(op, device, perm, m.columns),
+           bias_of(op, device, bias, m.rows, x.scalar_type()), float_dtype(op, "x", x.scalar_type()), 0};
+    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+    const int64_t tokens = x.numel() / m.columns;
+    shape.back() = m.rows;
+    Tensor y = stable::new_empty(x, {tokens, m.rows});
+    STD_TORCH_CHECK(tokens < kMostTokens, op, ": too many tokens in one call: ", tokens);
+    c.tokens = int(tokens);
+    if (tokens > 0) {
+        const Tensor flat = stable::reshape(stable::contiguous(x), {tokens, m.columns});
+        if (hf_spqr_cuda_can_fuse(&m, c.tokens)) {
+            linear_few(c, flat, y);
+        } else {
+            linear_many(c, flat, y);
+        }
+    }
+    return stable::view(y, {shape.data(), shape.size()});
+}
+
+Tensor dequantize_cuda(const char* op, const Tensor& like, const Matrix& m, const OptionalTensor& perm,
+                       ScalarType dtype) {
+    const int device = int(like.get_device_index());
+    const stable::accelerator::DeviceGuard guard(device);
+    const DType kind = float_dtype(op, "dtype", dtype);
+    Tensor out = stable::new_empty(like, {m.rows, m.columns}, dtype);
+    const DequantizeArgs args{m, permutation(op, device, perm, m.columns), 0, m.rows, out.mutable_data_ptr(),
+                              m.columns, kind};
+    check(op, "dequantize", hf_spqr_cuda_dequantize(&args, current_stream(device)));
+    return out;
+}
+
+}  // namespace hf_spqr

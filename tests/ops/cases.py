@@ -1,0 +1,73 @@
+"""Packed matrices together with how the ops are called on them and what they must give."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_spqr import ops
+from hf_spqr.formats import affine, spqr
+from tests.weights import random_affine, random_spqr
+
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+
+
+@dataclass
+class Case:
+    """``tensors`` and ``numbers`` are the op's arguments beside x, bias, the sizes and a dtype."""
+
+    linear: Any
+    dequantize: Any
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[Any, ...]
+    weight: Tensor  # float32 [N, K], original column order
+
+    def run(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.linear(x, *self.tensors, bias, self.weight.shape[0], *self.numbers)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.dequantize(*self.tensors, *self.weight.shape, *self.numbers, dtype)
+
+    def check(self, x: Tensor, bias: Tensor | None = None) -> None:
+        """Against float64, with the size of the summands as the measure, so that cancellation is not held against it.
+
+        More than 64 tokens in bfloat16 go through a bfloat16 matrix product: its weights are rounded too.
+        """
+        y = self.run(x, bias)
+        tokens = x.numel() // x.shape[-1]
+        expected = x.double() @ self.weight.double().T
+        size = x.double().abs() @ self.weight.double().abs().T
+        if bias is not None:
+            expected, size = expected + bias.double(), size + bias.double().abs()
+        tolerance = (1e-4 + (2**-8 if x.dtype == torch.bfloat16 and tokens > 64 else 0)) * size
+        # q and z are multiplied apart: where they nearly cancel, a float32 rounding of either remains
+        cancelled = 2e-6 * x.double().abs().sum(-1, keepdim=True) * self.weight.abs().max()
+        tolerance = tolerance + cancelled + ROUNDING[x.dtype] * expected.abs() + 1e-6
+        assert y.dtype == x.dtype and y.shape == expected.shape
+        worst = ((y.double() - expected).abs() / tolerance).max().item() if y.numel() else 0.0
+        assert worst <= 1, f"{worst:.2f} of the tolerance"
+
+
+def spqr_case(layout: spqr.SpQRLayout, share: float = 0.05, perm: bool = False, seed: int = 0) -> Case:
+    weight = random_spqr(layout, share, perm, seed)
+    t = spqr.pack(weight)
+    return Case(
+        ops.spqr_linear,
+        ops.spqr_dequantize,
+        (t["packed"], t["outlier_row"], t["outlier"], t.get("perm")),
+        (layout.bits, layout.group_size, layout.stat_bits, layout.second_group),
+        weight.dequantize(),
+    )
+
+
+def affine_case(layout: affine.AffineLayout, perm: bool = False, seed: int = 0) -> Case:
+    weight = random_affine(layout, perm, seed)
+    t = affine.pack(weight)
+    return Case(
+        ops.affine_linear,
+        ops.affine_dequantize,
+        (t["packed"], t.get("perm")),
+        (layout.bits, layout.group_size, layout.symmetric, layout.scale_dtype == torch.bfloat16),
+        weight.dequantize(),
+    )

@@ -1,0 +1,140 @@
+"""The ops against float64 products of the unpacked weights, on every instruction set of this machine."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hf_spqr.formats import affine, spqr
+from hf_spqr.formats.panels import GROUP_SIZES
+from tests.ops.cases import ROUNDING, Case, affine_case, spqr_case
+
+DTYPES = tuple(ROUNDING)
+SIZES = st.tuples(st.sampled_from([1, 5, 16, 33, 70]), st.sampled_from([1, 17, 32, 100, 256, 300, 640]))
+TOKENS = st.sampled_from([1, 2, 3, 4, 7, 16, 33, 64, 65, 80])
+EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def inputs(case: Case, tokens: int, dtype: torch.dtype, bias: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    gen = torch.Generator().manual_seed(tokens)
+    n, k = case.weight.shape
+    size = case.weight.norm(dim=1).max().item() / 100  # results within the range of half precision
+    x = (torch.randn(tokens, k, generator=gen) / size).to(dtype)
+    return x, torch.randn(n, generator=gen).to(dtype) if bias else None
+
+
+def check_dense(case: Case, dtype: torch.dtype) -> None:
+    dense = case.dense(dtype)
+    assert dense.dtype == dtype and dense.shape == case.weight.shape
+    # s * q - s * z in place of s * (q - z) costs a rounding of s * z, which is at most the largest weight of its kind
+    largest = case.weight.abs().max().item()
+    if dtype == torch.float16 and largest > 65000:
+        return  # random statistics of eight bits can go beyond half precision
+    near = largest * 1e-5
+    torch.testing.assert_close(dense.float(), case.weight, rtol=ROUNDING[dtype] + 1e-6, atol=near)
+
+
+@EXAMPLES
+@given(
+    size=SIZES, bits=st.sampled_from(spqr.BITS), group_size=st.sampled_from(GROUP_SIZES),
+    stat_bits=st.sampled_from(spqr.STAT_BITS), second_group=st.sampled_from(spqr.SECOND_GROUPS),
+    share=st.sampled_from([0.0, 0.01, 0.2]), perm=st.booleans(), tokens=TOKENS, dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_spqr(isa, size, bits, group_size, stat_bits, second_group, share, perm, tokens, dtype, bias, seed):
+    case = spqr_case(spqr.SpQRLayout(*size, bits, group_size, stat_bits, second_group), share, perm, seed)
+    case.check(*inputs(case, tokens, dtype, bias))
+    check_dense(case, dtype)
+
+
+@EXAMPLES
+@given(
+    size=SIZES, bits=st.sampled_from(affine.BITS), group_size=st.sampled_from(GROUP_SIZES), symmetric=st.booleans(),
+    scale_dtype=st.sampled_from(affine.SCALE_DTYPES), perm=st.booleans(), tokens=TOKENS,
+    dtype=st.sampled_from(DTYPES), bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_affine(isa, size, bits, group_size, symmetric, scale_dtype, perm, tokens, dtype, bias, seed):
+    case = affine_case(affine.AffineLayout(*size, bits, group_size, symmetric, scale_dtype), perm, seed)
+    case.check(*inputs(case, tokens, dtype, bias))
+    check_dense(case, dtype)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_one_token_in_common_layouts(isa, bits, group_size):
+    """The layouts with kernels of their own, over several panels and a ragged end."""
+    for case in (
+        spqr_case(spqr.SpQRLayout(88, 1000, bits, group_size), 0.01),
+        affine_case(affine.AffineLayout(88, 1000, bits, group_size)),
+    ):
+        case.check(*inputs(case, 1, torch.float32, bias=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 64])
+def test_exact_to_one_in_ten_thousand(isa, tokens):
+    """Relative to the result, which is what a model sees, with a few channels a hundred times larger than the rest."""
+    weight = spqr.SpQRLayout(256, 2048)
+    case = spqr_case(weight, 0.01)
+    x, _ = inputs(case, tokens, torch.float32, bias=False)
+    x[:, [7, 700]] *= 100
+    expected = x.double() @ case.weight.double().T
+    error = (case.run(x).double() - expected).norm() / expected.norm()
+    assert error < 1e-4
+
+
+def test_wide_matrix_with_64_bit_outliers(isa):
+    case = spqr_case(spqr.SpQRLayout(17, 66000), 0.001)
+    assert case.tensors[2].dtype == torch.int64
+    for tokens in (1, 3):
+        case.check(*inputs(case, tokens, torch.float32, bias=False))
+    check_dense(case, torch.float32)
+
+
+def test_many_rows_in_stretches(isa):
+    """More dequantized weights than the scratch holds: the product is taken in several stretches of rows."""
+    case = affine_case(affine.AffineLayout(1300, 4096, 4, 128))
+    for dtype in DTYPES:
+        case.check(*inputs(case, 65, dtype, bias=True))
+
+
+@pytest.mark.parametrize("shape", [(300,), (1, 300), (2, 5, 300), (0, 300), (3, 0, 300)])
+def test_shapes_of_x(isa, shape):
+    case = spqr_case(spqr.SpQRLayout(33, 300))
+    case.check(torch.randn(shape))
+
+
+def test_strided_x(isa):
+    case = affine_case(affine.AffineLayout(33, 100, 3, 16))
+    case.check(torch.randn(100, 6).T)
+    case.check(torch.randn(4, 200)[:, ::2])
+    case.check(torch.randn(100).expand(3, 100))
+
+
+def test_threads_agree(isa):
+    """Rows full of outliers at one end: the work is split by bytes, the result is the same."""
+    layout = spqr.SpQRLayout(512, 1024)
+    case = spqr_case(layout, 0.02)
+    x, bias = inputs(case, 3, torch.float32, bias=True)
+    one = [case.run(x[:t], bias) for t in (1, 3)]
+    torch.set_num_threads(2)
+    try:
+        two = [case.run(x[:t], bias) for t in (1, 3)]
+    finally:
+        torch.set_num_threads(1)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_inputs_are_not_hidden(isa, tokens, value):
+    case = spqr_case(spqr.SpQRLayout(32, 128))
+    x = torch.randn(tokens, 128)
+    x[0, 5] = value
+    y = case.run(x)
+    assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+
+def test_zero_input(isa):
+    case = spqr_case(spqr.SpQRLayout(32, 128))
+    assert torch.equal(case.run(torch.zeros(1, 128)), torch.zeros(1, 32))
