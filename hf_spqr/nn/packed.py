@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_spqr import ops
 from hf_spqr.errors import CheckpointError
 from hf_spqr.formats.columns import check_perm, nbytes
+from hf_spqr.nn.dense import make_dense
 
 Backend = Literal["auto", "reference"]
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -51,6 +52,7 @@ class PackedLinear(nn.Module):
         self.layout = layout
         self._numbers = self.layout_numbers(layout)
         self.backend: Backend = backend
+        self.replaces: type[nn.Module] = nn.Linear
         for name in (*self.tensor_names, "perm"):
             tensor = tensors[name] if name in self.tensor_names else tensors.get(name)
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
@@ -137,14 +139,10 @@ class PackedLinear(nn.Module):
             *packed, self.perm, self.out_features, self.in_features, *self._numbers, dtype or self.weight.dtype
         )
 
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An ordinary ``nn.Linear`` of the same function."""
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """An ordinary layer of the same function and of the class that the packed one replaced."""
         weight = self.dequantize_weight(dtype)
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.data.to(weight.dtype), requires_grad=False)
-        return linear
+        return make_dense(self.replaces, weight, None if self.bias is None else self.bias.data.to(weight.dtype))
 
     def extra_repr(self) -> str:
         per_weight = 8 * self.nbytes() / (self.in_features * self.out_features)

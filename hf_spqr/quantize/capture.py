@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_spqr.calibration.blocks import Call, replay
 from hf_spqr.calibration.hessian import HessianAccumulator
 from hf_spqr.errors import HfSpqrError
+from hf_spqr.nn import dense
 
 __all__ = ["gather_hessians", "shared_inputs"]
 
@@ -66,7 +67,7 @@ def gather_hessians(
     waiting: set[str] = set()
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            sums[name] = HessianAccumulator(int(layer.in_features), device)  # type: ignore[arg-type]
+            sums[name] = HessianAccumulator(dense.features(layer)[1], device)
 
             def add(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 try:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_spqr.calibration.blocks import Block
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import NonFiniteError, UnsupportedLayerError
+from hf_spqr.nn import dense
+from hf_spqr.nn.experts import describe
 
-__all__ = ["Target", "check_weights", "find_targets", "left_alone"]
+__all__ = ["Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize"]
 
 
 @dataclass(frozen=True)
@@ -22,17 +24,14 @@ class Target:
     name: str
     local_name: str
     block: int
-    linear: nn.Linear
+    linear: nn.Module
 
 
 def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig) -> list[Target]:
-    """The ``nn.Linear`` layers inside ``blocks`` that ``config`` does not exclude, in the model's order.
+    """The linear layers inside ``blocks`` that ``config`` does not exclude, in the model's order.
 
     Left out are layers whose weight is tied to another parameter, layers that must stay in float32 for the model, and
     layers that are so narrow that packing would not make them smaller.
-
-    Raises:
-        UnsupportedLayerError: nothing is left to quantize.
     """
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     tied_names = {*tied, *tied.values()}
@@ -45,49 +44,57 @@ def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
                 continue
             if any(part in keep for part in name.split(".")):
                 continue
-            rows, words = config.layout(module.out_features, module.in_features, name).packed_shape()
-            if 4 * rows * words < module.weight.nbytes:
+            rows, words = config.layout(*dense.features(module), name).packed_shape()
+            if 4 * rows * words < dense.matrix(module).nbytes:
                 targets.append(Target(name, local_name, index, module))
-    if not targets:
-        kinds = sorted({type(m).__name__ for b in blocks for m in b.module.modules() if not list(m.children())})
-        raise UnsupportedLayerError(
-            f"Nothing to quantize in {type(model).__name__}: none of the layers in its blocks is an nn.Linear that the"
-            f" config allows (they are {', '.join(kinds)}). Check modules_to_not_convert; Conv1D and fused experts"
-            " are not supported."
-        )
     return targets
 
 
+def nothing_to_quantize(model: nn.Module, blocks: Sequence[Block]) -> UnsupportedLayerError:
+    """The error to raise where a model has no target."""
+    kinds = sorted({type(m).__name__ for b in blocks for m in b.module.modules() if not list(m.children())})
+    return UnsupportedLayerError(
+        f"Nothing to quantize in {type(model).__name__}: its blocks hold no nn.Linear, no Conv1D and no fused experts"
+        f" that the config allows and that packing makes smaller (they hold {', '.join(kinds)}). Check"
+        " modules_to_not_convert and group_size."
+    )
+
+
 def _is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is an ``nn.Linear``, or a subclass that computes the same (Falcon's, for example)."""
-    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
-        return type(module) is nn.Linear
+    """Whether ``module`` is a linear layer, or a subclass that computes the same (Falcon's, for example)."""
+    if type(module) in dense.DENSE_CLASSES:
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
     weight, bias = module.weight, module.bias
     if weight.is_meta or {name for name, _ in module.named_parameters()} - {"weight", "bias"}:
         return False
     with torch.no_grad():
         probe = torch.linspace(-1, 1, module.in_features, dtype=weight.dtype, device=weight.device)[None]
-        return torch.allclose(module(probe), nn.functional.linear(probe, weight, bias), rtol=1e-2, atol=1e-2)
+        output = module(probe)
+        expected = nn.functional.linear(probe, weight, bias)
+        return isinstance(output, Tensor) and torch.allclose(output, expected, rtol=1e-2, atol=1e-2)
 
 
-def left_alone(model: nn.Module, targets: Sequence[Target]) -> list[str]:
-    """Names of the linear layers of ``model`` that are not among ``targets``."""
-    chosen = {target.name for target in targets}
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in chosen]
+def left_alone(model: nn.Module, chosen: Collection[str]) -> list[str]:
+    """Names of the linear layers and experts of ``model`` that are not among ``chosen``."""
+    kinds = dense.DENSE_CLASSES
+    found = [name for name, m in model.named_modules() if isinstance(m, kinds) or describe(m) is not None]
+    return [name for name in found if name not in chosen]
 
 
-def check_weights(targets: Sequence[Target]) -> None:
-    """Raise :class:`NonFiniteError` naming the first layer whose weight or bias has NaN or infinity."""
-    for target in targets:
-        for kind, parameter in target.linear.named_parameters():
+def check_weights(layers: Mapping[str, nn.Module]) -> None:
+    """Raise :class:`NonFiniteError` naming the first layer (by name) whose weight or bias has NaN or infinity."""
+    for name, layer in layers.items():
+        for kind, parameter in layer.named_parameters():
             if parameter.is_meta:
                 raise UnsupportedLayerError(
-                    f"{target.name}.{kind} has no data (it is on the meta device or offloaded to disk): quantize the"
+                    f"{name}.{kind} has no data (it is on the meta device or offloaded to disk): quantize the"
                     " model on the CPU, save it, and load the result with the device map you want."
                 )
             if not bool(torch.isfinite(parameter).all()):
                 raise NonFiniteError(
-                    f"{target.name}.{kind} contains NaN or infinity: the checkpoint is damaged, or float16 overflowed"
+                    f"{name}.{kind} contains NaN or infinity: the checkpoint is damaged, or float16 overflowed"
                     " in a conversion. Load it in bfloat16 or float32, or exclude the layer with"
                     " modules_to_not_convert."
                 )

@@ -36,6 +36,8 @@ class LayerReport:
     outliers     weights kept in 16 bit
     error        relative output error sqrt(tr(dW H dW^T) / tr(W H W^T)) on the calibration data; None if not measured
     seconds      wall-clock time of this layer's quantization, the forward passes not counted
+    experts      number of experts whose matrices the entry sums up (`shape` has all their rows); 0 for a plain layer
+    undersampled experts that saw fewer tokens than they have inputs; tokens of the whole layer stood in for the rest
     """
 
     name: str
@@ -47,6 +49,8 @@ class LayerReport:
     outliers: int = 0
     error: float | None = None
     seconds: float = 0.0
+    experts: int = 0
+    undersampled: int = 0
 
     @property
     def weights(self) -> int:
@@ -92,6 +96,8 @@ class QuantizationReport:
     notes        what the run wants to say in words: the chosen threshold, damping that had to be raised, ...
     seconds      wall-clock time of the whole run
     versions     library versions, see :func:`library_versions`
+    hardware     processor and accelerators that the run could use
+    base_model   Hub name of the model that was quantized, None where it came from a folder
     """
 
     method: str
@@ -102,6 +108,8 @@ class QuantizationReport:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    hardware: str = field(default_factory=lambda: hardware_name())
+    base_model: str | None = None
 
     @property
     def weights(self) -> int:
@@ -175,6 +183,8 @@ class QuantizationReport:
                 notes=list(data["notes"]),
                 seconds=data["seconds"],
                 versions=dict(data["versions"]),
+                hardware=data.get("hardware", ""),
+                base_model=data.get("base_model"),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{REPORT_NAME} is damaged ({error!r}); delete it or quantize again") from error
@@ -217,3 +227,16 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def hardware_name() -> str:
+    """Name of the processor, and of the accelerators that torch sees."""
+    import torch
+
+    names = [platform.processor() or platform.machine()]
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [lines[0].partition(":")[2].strip()] if lines else names
+    names += sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+    return ", ".join(names)

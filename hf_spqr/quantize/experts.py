@@ -1,0 +1,263 @@
+"""Mixture-of-experts layers: each expert is quantized with the Hessian of the tokens that the router sends to it.
+
+The inputs of an experts module are kept in host memory, with the routing, and one expert is worked on at a time, so
+that one Hessian at a time is on the device. An expert that saw fewer tokens than it has inputs has a singular Hessian
+that says little about what it will see in use: what is missing to that number is filled with tokens of the whole
+layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_spqr.calibration.blocks import Block, Call, replay
+from hf_spqr.calibration.hessian import HessianAccumulator
+from hf_spqr.config import PackedConfig
+from hf_spqr.errors import CalibrationError
+from hf_spqr.formats import affine, spqr
+from hf_spqr.formats.spqr import SpQRWeight
+from hf_spqr.methods.base import LayerResult, energy_ratio, output_energy
+from hf_spqr.nn.experts import ExpertsKind, PackedExperts, activate, describe, pack_experts
+from hf_spqr.nn.grouped import AffineGroupedLinear, GroupedLinear, SpQRGroupedLinear
+from hf_spqr.report import LayerReport
+
+__all__ = ["ExpertsTarget", "ProjectionResult", "find_experts", "quantize_experts", "record_inputs"]
+
+FILL_TOKENS = 4096
+"""At most this many tokens of the whole layer stand in for the tokens that an expert did not see."""
+
+Quantize = Callable[[str, Tensor, Tensor], LayerResult]
+"""(name of the projection, weight [N, K], Hessian [K, K]) -> quantized weight."""
+
+
+@dataclass(frozen=True)
+class ExpertsTarget:
+    """An experts module to quantize: its full name, its name inside its block, the index of the block."""
+
+    name: str
+    local_name: str
+    block: int
+    module: nn.Module
+    kind: ExpertsKind
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) by full name, as overrides and reports call them."""
+        return {f"{self.name}.{projection}": shape for projection, shape in self.kind.projections.items()}
+
+
+@dataclass
+class ProjectionResult:
+    """One projection of all experts.
+
+    name           full name, ``<experts module>.gate_proj``
+    linear         the packed matrices
+    error          relative output error over all experts, each with its own Hessian
+    undersampled   experts that saw fewer tokens than ``in_features``
+    """
+
+    name: str
+    linear: GroupedLinear
+    error: float
+    undersampled: int
+    damping_raised: int
+
+    def report(self, method: str, seconds: float) -> LayerReport:
+        """The entry of the quantization report."""
+        layout = self.linear.layout
+        return LayerReport(
+            name=self.name,
+            shape=(self.linear.experts * layout.out_features, layout.in_features),
+            method=method,
+            bits=layout.bits,
+            group_size=layout.group_size,
+            nbytes=self.linear.nbytes(),
+            outliers=self.linear.outliers(),
+            error=self.error,
+            seconds=seconds,
+            experts=self.linear.experts,
+            undersampled=self.undersampled,
+        )
+
+    def notes(self) -> list[str]:
+        """What the report should say in words."""
+        notes = []
+        if self.undersampled:
+            notes.append(
+                f"{self.name}: {self.undersampled} of {self.linear.experts} experts saw fewer than"
+                f" {self.linear.in_features} tokens; tokens of the whole layer stood in for the rest."
+            )
+        if self.damping_raised:
+            notes.append(f"{self.name}: the damping was raised for {self.damping_raised} experts.")
+        return notes
+
+
+@dataclass
+class Inputs:
+    """What an experts module was given: per batch the tokens [T, hidden] and the experts of each, [T, k]."""
+
+    tokens: list[Tensor] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)
+
+    def of(self, expert: int) -> Tensor:
+        """The tokens that were sent to ``expert``, [T_e, hidden]."""
+        return torch.cat([t[(e == expert).any(-1)] for t, e in zip(self.tokens, self.experts, strict=True)])
+
+    def sample(self, most: int) -> Tensor:
+        """At most about ``most`` of all tokens, evenly spread."""
+        step = max(1, math.ceil(sum(len(tokens) for tokens in self.tokens) / most))
+        return torch.cat(self.tokens)[::step] if step > 1 else torch.cat(self.tokens)
+
+
+def find_experts(model: nn.Module, blocks: Sequence[Block], config: PackedConfig) -> list[ExpertsTarget]:
+    """The experts modules inside ``blocks`` that ``config`` does not exclude and that packing makes smaller.
+
+    A module is left alone as a whole where the config excludes one of its projections.
+    """
+    keep = getattr(model, "_keep_in_fp32_modules", None) or ()
+    found = []
+    for index, block in enumerate(blocks):
+        for local_name, module in block.module.named_modules():
+            kind = describe(module)
+            name = f"{block.name}.{local_name}"
+            if kind is None or any(part in keep for part in name.split(".")):
+                continue
+            target = ExpertsTarget(name, local_name, index, module, kind)
+            if any(config.excludes(projection) for projection in target.projections):
+                continue
+            words = 0
+            for projection, (rows, columns) in target.projections.items():
+                words += math.prod(config.layout(rows, columns, projection).packed_shape())
+            full = sum(kind.view(module, projection)[0].nbytes for projection in kind.projections)
+            if 4 * words < full:
+                found.append(target)
+    return found
+
+
+@torch.no_grad()
+def record_inputs(
+    block: nn.Module, experts: Mapping[str, nn.Module], hidden: Sequence[Tensor], calls: Sequence[Call]
+) -> dict[str, Inputs]:
+    """Run the block on every batch and keep, in host memory, what its experts modules are given, by name."""
+    inputs = {name: Inputs() for name in experts}
+    with ExitStack() as hooks:
+        for name, module in experts.items():
+
+            def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                kind = describe(module)
+                assert kind is not None
+                tokens, index = args[0].reshape(-1, kind.hidden), args[1] if len(args) > 1 else None
+                if index is None:  # rows sorted by expert, zero where a token is not for the expert
+                    index = torch.arange(kind.experts).repeat_interleave(len(tokens) // kind.experts)[:, None]
+                    chosen = (tokens != 0).any(-1).cpu()
+                    tokens, index = tokens.cpu()[chosen], index[chosen]
+                inputs[name].tokens.append(tokens.cpu())
+                inputs[name].experts.append(index.cpu())
+
+            hooks.callback(module.register_forward_pre_hook(keep).remove)
+        for states, call in zip(hidden, calls, strict=True):
+            replay(block, states, call)
+    return inputs
+
+
+@torch.no_grad()
+def quantize_experts(
+    target: ExpertsTarget, inputs: Inputs, quantize: Quantize, *, true_sequential: bool = False
+) -> tuple[PackedExperts, list[ProjectionResult]]:
+    """Quantize all experts of ``target``; its module is left with the dequantized weights.
+
+    ``true_sequential``: the inputs of ``down_proj`` are those that the quantized projections before it give.
+
+    Raises:
+        CalibrationError: no token at all has reached the module.
+        NonFiniteError: NaN or infinity in a weight or an activation.
+    """
+    module, kind = target.module, target.kind
+    device = next(module.parameters()).device
+    if not sum(len(tokens) for tokens in inputs.tokens):
+        raise CalibrationError(f"{target.name}: no calibration token has reached these experts.")
+    fill = inputs.sample(FILL_TOKENS).to(device)
+    fill_moments = _moments(fill, kind.hidden)
+    parts = {name: _Projection(f"{target.name}.{name}") for name in kind.projections}
+    first = list(parts)[:-1]
+    for expert in range(kind.experts):
+        tokens = inputs.of(expert).to(device)
+        hessian = _completed(_moments(tokens, kind.hidden), fill_moments)
+        if true_sequential:
+            for name in first:
+                parts[name].add(kind.view(module, name)[expert], hessian, len(tokens), quantize)
+        inner = _moments(_inner(module, kind, expert, tokens), kind.intermediate)
+        inner_fill = None
+        if len(tokens) < kind.intermediate:
+            inner_fill = _moments(_inner(module, kind, expert, fill), kind.intermediate)
+        if not true_sequential:
+            for name in first:
+                parts[name].add(kind.view(module, name)[expert], hessian, len(tokens), quantize)
+        hessian = _completed(inner, inner_fill)
+        parts["down_proj"].add(kind.view(module, "down_proj")[expert], hessian, len(tokens), quantize)
+    results = {name: part.result() for name, part in parts.items()}
+    return pack_experts(module, {name: result.linear for name, result in results.items()}), list(results.values())
+
+
+class _Projection:
+    """The results of one projection, expert by expert."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.results: list[dict[str, Tensor]] = []
+        self.layout: object = None
+        self.kind: type[GroupedLinear] = SpQRGroupedLinear
+        self.spent = self.total = 0.0
+        self.undersampled = self.damping_raised = 0
+
+    def add(self, weight: Tensor, hessian: Tensor, tokens: int, quantize: Quantize) -> None:
+        """Quantize ``weight`` [N, K], a view that is overwritten with the dequantized matrix."""
+        energy = max(tokens, 1) * output_energy(weight.float(), hessian)
+        result = quantize(self.name, weight.contiguous(), hessian)
+        weight.copy_(result.weight.dequantize(weight.dtype))
+        if isinstance(result.weight, SpQRWeight):
+            self.results.append(spqr.pack(result.weight))
+        else:
+            self.kind = AffineGroupedLinear
+            self.results.append(affine.pack(result.weight))
+        self.layout = result.weight.layout
+        self.total += energy
+        self.spent += result.error**2 * energy
+        self.undersampled += tokens < weight.shape[1]
+        self.damping_raised += result.damping_raised
+
+    def result(self) -> ProjectionResult:
+        linear = self.kind.join(self.layout, self.results)
+        return ProjectionResult(
+            self.name, linear, energy_ratio(self.spent, self.total), self.undersampled, self.damping_raised
+        )
+
+
+def _moments(x: Tensor, width: int) -> HessianAccumulator:
+    moments = HessianAccumulator(width, x.device)
+    moments.add(x)
+    return moments
+
+
+def _completed(own: HessianAccumulator, fill: HessianAccumulator | None) -> Tensor:
+    """The Hessian of ``own`` tokens, completed with the mean of ``fill`` to as many tokens as there are inputs."""
+    missing = own.in_features - own.tokens
+    if missing <= 0 or fill is None:
+        return own.hessian()
+    hessian = fill.hessian() * (missing / own.in_features)
+    return hessian + own.hessian() * (own.tokens / own.in_features) if own.tokens else hessian
+
+
+def _inner(module: nn.Module, kind: ExpertsKind, expert: int, tokens: Tensor) -> Tensor:
+    """What ``down_proj`` of one expert is given for tokens [T, hidden]: [T, intermediate]."""
+    weight = getattr(module, kind.fused)[expert]
+    y = tokens @ (weight if kind.transposed else weight.T)
+    if kind.biased:
+        y = y + getattr(module, f"{kind.fused}_bias")[expert]
+    return activate(module, kind, y)

@@ -1,0 +1,126 @@
+"""The walk through a model's blocks that every method shares: one block on the device, activations on the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_spqr.calibration.blocks import Block, Call, Recording, replay
+from hf_spqr.config import PackedConfig
+from hf_spqr.errors import HfSpqrError, NonFiniteError
+from hf_spqr.quantize.experts import ExpertsTarget, Quantize, quantize_experts, record_inputs
+from hf_spqr.quantize.targets import Target
+from hf_spqr.report import LayerReport, QuantizationReport
+
+__all__ = ["Run", "named"]
+
+ConfigT = TypeVar("ConfigT", bound=PackedConfig)
+
+
+@dataclass
+class Run(Generic[ConfigT]):
+    """What a run works on. A method subclasses it and implements :meth:`quantize`."""
+
+    model: nn.Module
+    config: ConfigT
+    blocks: list[Block]
+    targets: list[Target]
+    experts: list[ExpertsTarget]
+    recording: Recording
+    report: QuantizationReport
+    bar: tqdm
+    device: torch.device | str | None
+
+    method: ClassVar[str]
+    """What the report calls it."""
+
+    def quantize(self) -> None:
+        """Replace the layers of all targets by packed ones and add a layer report for each."""
+        raise NotImplementedError
+
+    def targets_of(self, index: int) -> dict[str, Target]:
+        """The targets in block ``index`` by their names inside the block."""
+        return {target.local_name: target for target in self.targets if target.block == index}
+
+    @contextmanager
+    def on_device(self, block: Block) -> Iterator[None]:
+        """The block on the device of the run for a while, then back where it was."""
+        home = next(block.module.parameters()).device
+        block.module.to(self.device if self.device is not None else home)
+        yield
+        block.module.to(home)
+
+    @torch.no_grad()
+    def outputs(self, block: Block, hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
+        """Outputs of ``block`` on the host; raises NonFiniteError naming it."""
+        outputs = []
+        for states, call in zip(hidden, calls, strict=True):
+            output = replay(block.module, states, call).to("cpu")
+            if not bool(torch.isfinite(output).all()):
+                raise NonFiniteError(
+                    f"The output of {block.name} contains NaN or infinity on the calibration data. A float16 model"
+                    " that overflows should be quantized in bfloat16 or float32 (dtype=)."
+                )
+            outputs.append(output)
+        return outputs
+
+    def quantize_experts(
+        self, index: int, hidden: list[Tensor], quantize: Quantize, *, true_sequential: bool = False
+    ) -> dict[str, nn.Module]:
+        """Packed experts of block ``index`` by local name; the layers before them give them their inputs.
+
+        Until the modules are put in place, the original ones hold the dequantized weights.
+        """
+        mine = {target.local_name: target for target in self.experts if target.block == index}
+        if not mine:
+            return {}
+        modules = {name: target.module for name, target in mine.items()}
+        inputs = record_inputs(self.blocks[index].module, modules, hidden, self.recording.calls[index])
+        packed: dict[str, nn.Module] = {}
+        for name, target in mine.items():
+            self.show(target.name)
+            started = time.perf_counter()
+            with named(target.name):
+                packed[name], results = quantize_experts(
+                    target, inputs.pop(name), quantize, true_sequential=true_sequential
+                )
+            seconds = (time.perf_counter() - started) / len(results)
+            for result in results:
+                result.linear.backend = self.config.backend
+                self.report.notes.extend(result.notes())
+                self.done(result.report(self.method, seconds))
+        return packed
+
+    def put(self, block: Block, packed: Mapping[str, nn.Module]) -> None:
+        """Put packed modules in the place of layers of ``block``."""
+        for local_name, module in packed.items():
+            block.module.set_submodule(local_name, module)
+
+    def show(self, text: str) -> None:
+        """Say beside the bar what is being done."""
+        self.bar.set_postfix_str(text)
+
+    def done(self, layer: LayerReport) -> None:
+        """Note a finished layer."""
+        self.report.layers.append(layer)
+        error = "" if layer.error is None else f" error {layer.error:.4f},"
+        self.show(f"{layer.name}{error} {layer.bits_per_weight:.3f} bits")
+        self.bar.update()
+
+
+class named(AbstractContextManager[None]):
+    """Puts the name of a layer in front of the message of our own exceptions."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, HfSpqrError) and not str(error).startswith(self.name):
+            raise type(error)(f"{self.name}: {error}") from error
