@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from enum import Enum
 from pathlib import Path
@@ -56,13 +57,15 @@ def quantize_command(
         typer.Option("--dataset", "-d", help="Calibration text: txt, json, jsonl file, or Hub name:config:split."),
     ],
     method: Annotated[Method, typer.Option("--method", help="Quantization method.")] = Method.spqr,
-    bits: Annotated[int, typer.Option("--bits", help="Bits of a weight code, 2 to 8.")] = 3,
+    bits: Annotated[int | None, typer.Option("--bits", help="Bits of a weight code, 2 to 8. Default: 3.")] = None,
     group_size: Annotated[
-        int, typer.Option("--group-size", help="Inputs that share a scale: 8, 16, 32, 64, 128, or -1 for a whole row.")
-    ] = 16,
+        int | None,
+        typer.Option("--group-size", help="Inputs that share a scale: 8 to 128, or -1 for a whole row. Default: 16."),
+    ] = None,
     outlier_threshold: Annotated[
-        str, typer.Option("--outlier-threshold", help="Smaller keeps more weights in 16 bit; inf keeps none.")
-    ] = "0.2",
+        str | None,
+        typer.Option("--outlier-threshold", help="Smaller keeps more weights in 16 bit, inf none. Default: 0.2."),
+    ] = None,
     target_bits: Annotated[
         float | None,
         typer.Option("--target-bits", help="Choose the threshold so that the layers take this many bits per weight."),
@@ -72,17 +75,24 @@ def quantize_command(
         int | None,
         typer.Option("--seqlen", help=f"Tokens per sequence. Default: the model's positions, at most {MOST_SEQLEN}."),
     ] = None,
-    mode: Annotated[Mode, typer.Option("--mode", help="reference is the published algorithm.")] = Mode.default,
-    scale_bits: Annotated[int, typer.Option("--scale-bits", help="Bits of a scale's own code.")] = 3,
-    zero_bits: Annotated[int, typer.Option("--zero-bits", help="Bits of a zero point's own code.")] = 3,
-    second_group: Annotated[int, typer.Option("--second-group", help="Statistics per second level: 16 or 32.")] = 16,
+    mode: Annotated[Mode | None, typer.Option("--mode", help="reference is the published algorithm.")] = None,
+    scale_bits: Annotated[
+        int | None, typer.Option("--scale-bits", help="Bits of a scale's own code. Default: 3.")
+    ] = None,
+    zero_bits: Annotated[
+        int | None, typer.Option("--zero-bits", help="Bits of a zero point's own code. Default: 3.")
+    ] = None,
+    second_group: Annotated[
+        int | None, typer.Option("--second-group", help="Statistics per second level: 16 or 32. Default: 16.")
+    ] = None,
     act_order: Annotated[
         bool | None, typer.Option("--act-order/--no-act-order", help="Quantize columns by activation energy.")
     ] = None,
     percdamp: Annotated[float | None, typer.Option("--percdamp", help="Damping of the Hessian.")] = None,
     true_sequential: Annotated[
-        bool, typer.Option("--true-sequential", help="Calibrate the layers of a block one after another.")
-    ] = False,
+        bool | None,
+        typer.Option("--true-sequential/--together", help="Calibrate the layers of a block one after another."),
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option("--skip", help="Leave layers alone: name, suffix or regular expression.")
     ] = None,
@@ -123,11 +133,11 @@ def quantize_command(
         scale_bits=scale_bits,
         zero_bits=zero_bits,
         second_group=second_group,
-        outlier_threshold=parse_threshold(outlier_threshold),
+        outlier_threshold=None if outlier_threshold is None else parse_threshold(outlier_threshold),
         target_bits=target_bits,
         act_order=act_order,
         percdamp=percdamp,
-        mode=mode.value,
+        mode=None if mode is None else mode.value,
         true_sequential=true_sequential,
         dataset=dataset,
         nsamples=nsamples,
@@ -155,10 +165,17 @@ def parse_threshold(text: str) -> float:
 
 
 def build_config(method: Method, **fields: Any) -> PackedConfig:
-    """The config of ``method``; raises ConfigError for a field out of range."""
+    """The config of ``method`` from the options that were given, the others being None.
+
+    Raises ConfigError for a value out of range and CommandError for an option that the method does not have.
+    """
     from hf_spqr.config import SpQRConfig
 
-    return {Method.spqr: SpQRConfig}[method](**fields)
+    config_class = {Method.spqr: SpQRConfig}[method]
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in given.keys() - inspect.signature(config_class.__init__).parameters.keys():
+        raise CommandError(f"--{name.replace('_', '-')} has no meaning for --method {method.value}")
+    return config_class(**given)
 
 
 def check_base(model: str) -> int:
