@@ -3,8 +3,8 @@
     python -m benchmarks.loading                # about 1.1 GB in bf16, written to a temporary folder
 
 Both models are random, of one architecture, and each is loaded in a process of its own, several times, with the files
-in the page cache. ``anonymous`` is memory that the process allocated; ``mapped`` belongs to the file and the system can
-drop it at any time. A packed load that repacked anything would show it as anonymous memory and as time.
+in the page cache. ``anonymous`` is memory that the process allocated; ``mapped`` belongs to the file, and the system
+can drop it at any time. A packed load that repacked anything would show it as anonymous memory and as time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,66 @@
+"""target_bits: one threshold that lands within one percent, counted from the packed bytes."""
+
+import pytest
+import torch
+
+from hf_spqr import ConfigError, SpQRConfig
+from hf_spqr.methods.base import SpQRParams
+from hf_spqr.nn import SpQRLinear
+from hf_spqr.quantize import quantize_model
+from hf_spqr.quantize.budget import survey_layer
+from tests.tiny_models import tiny_model
+
+
+def run(texts, tokenizer, model=None, **fields):
+    model = model or tiny_model("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=3)
+    config = SpQRConfig(dataset=texts, nsamples=8, seqlen=64, **fields)
+    return quantize_model(model, config, tokenizer=tokenizer, progress=False), config, model
+
+
+def counted(model):
+    layers = [m for m in model.modules() if isinstance(m, SpQRLinear)]
+    return 8 * sum(m.nbytes() for m in layers) / sum(m.in_features * m.out_features for m in layers)
+
+
+@pytest.mark.parametrize("target", [4.2, 4.6, 5.2])
+@pytest.mark.parametrize("bits", [3, 2])
+def test_lands_within_one_percent(texts, tokenizer, target, bits):
+    report, config, model = run(texts, tokenizer, bits=bits, target_bits=target)
+    assert counted(model) == pytest.approx(report.bits_per_weight)
+    assert report.bits_per_weight == pytest.approx(target, rel=0.01)
+    assert any(f"target_bits={target:g}: outlier_threshold" in note for note in report.notes)
+    assert report.config["outlier_threshold"] == config.outlier_threshold != 0.2
+
+
+def test_more_bits_are_a_lower_threshold(texts, tokenizer):
+    low, high = (run(texts, tokenizer, target_bits=t)[1].outlier_threshold for t in (4.2, 5.0))
+    assert high < low
+
+
+def test_reference_mode_and_sequential(texts, tokenizer):
+    fields = {"mode": "reference", "percdamp": 1.0, "act_order": True, "true_sequential": True}
+    report, _, _ = run(texts, tokenizer, target_bits=4.8, **fields)
+    assert report.bits_per_weight == pytest.approx(4.8, rel=0.01)
+
+
+def test_layers_with_a_threshold_of_their_own_keep_it(texts, tokenizer):
+    report, _, _ = run(texts, tokenizer, target_bits=4.6, overrides={"q_proj": {"outlier_threshold": "inf"}})
+    assert all(layer.outliers == 0 for layer in report.layers if layer.name.endswith("q_proj"))
+    assert report.bits_per_weight == pytest.approx(4.6, rel=0.01)
+
+
+@pytest.mark.parametrize("target", [3.2, 30.0])
+def test_impossible_targets(texts, tokenizer, target):
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        run(texts, tokenizer, model, target_bits=target)
+    assert not any(isinstance(m, SpQRLinear) for m in model.modules())
+
+
+def test_histogram_counts_fall_with_the_threshold():
+    torch.manual_seed(0)
+    x = torch.randn(300, 64)
+    scores = survey_layer("a.b", torch.randn(32, 64), x.T @ x, SpQRParams(), fixed=False)
+    counts = [scores.count(t) for t in (1e-9, 0.01, 0.1, 1.0, 100.0, float("inf"))]
+    assert counts == sorted(counts, reverse=True) and counts[-1] == 0 and counts[0] > 0.5 * 32 * 64
+    assert scores.fixed_bytes == 4 * 2 * 16 * 10 + 4 * 33
