@@ -1,11 +1,14 @@
-"""Compiles hf_spqr._C with torch's cpp_extension, against the torch that is installed; all else is in pyproject.toml.
+"""Compiles hf_spqr._C and hf_spqr._C_cuda with torch's cpp_extension, against the torch that is installed.
 
-The extension uses torch's stable ABI (2.10) and Python's (3.10), so one binary serves every newer version of both.
-Each file of csrc/cpu that is named after an instruction set gets that set's flags; the choice is made at run time.
+All else is in pyproject.toml. The extensions use torch's stable ABI (2.10) and Python's (3.10), so one binary serves
+every newer version of both. Each file of csrc/cpu that is named after an instruction set gets that set's flags; the
+choice is made at run time.
 
 Environment switches, read nowhere else:
   HF_SPQR_SKIP_EXT=1    do not compile; the package then runs through its PyTorch reference
   HF_SPQR_FORCE_EXT=1   fail instead of falling back when something needed for compiling is missing
+  HF_SPQR_CUDA=0|1      leave the CUDA kernels out, or insist on them (default: when torch has CUDA and nvcc is found)
+  HF_SPQR_CUDA_ARCHS    GPU generations, such as "80;90a;120+PTX" (default: this machine's GPUs, else all we serve)
   MAX_JOBS              compiler processes at a time (default: the number of cores, at most 8)
 """
 
@@ -17,14 +20,18 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "_build_backend"))
+import hf_spqr_nvcc as nvcc  # noqa: E402
+
 try:
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:  # no torch in the target environment: the wheel has no compiled part
     from setuptools.command.build_ext import build_ext as BuildExtension
 
     CppExtension = None
 
-ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
@@ -34,6 +41,7 @@ ISA_FLAGS = {  # by the end of the file name
     "_vnni.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi"],
     "_bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"],
 }
+CUDA_SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 CXX_FLAGS = [
     "-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wall",
     "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC 12 warns inside its own intrinsics
@@ -73,12 +81,15 @@ class BuildKernels(BuildExtension):
         # the torch files take longest: first, so that they do not end up alone
         sources = sorted(ext.sources, key=lambda source: "torch" not in source)
         with ThreadPoolExecutor(jobs) as pool:
+            cuda = [pool.submit(self.compile_cuda, path, jobs) for path in getattr(ext, "cuda_sources", [])]
             objects = list(pool.map(lambda source: self.compile_one(ext, source, newest_header), sources))
+            objects += [task.result() for task in cuda]
         output = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(output), exist_ok=True)
         self.compiler.link_shared_object(
             objects, output, libraries=ext.libraries, library_dirs=ext.library_dirs, target_lang="c++",
-            export_symbols=self.get_export_symbols(ext), build_temp=self.build_temp,
+            extra_postargs=ext.extra_link_args, export_symbols=self.get_export_symbols(ext),
+            build_temp=self.build_temp,
         )  # fmt: skip
 
     def compile_one(self, ext: Extension, source: str, newest_header: float) -> str:
@@ -89,9 +100,14 @@ class BuildKernels(BuildExtension):
             return name
         flags = [*CXX_FLAGS, *(ISA_FLAGS[suffix] if suffix else [])]
         self.compiler.compile(
-            [source], output_dir=self.build_temp, include_dirs=ext.include_dirs, extra_postargs=flags
-        )
+            [source], output_dir=self.build_temp, include_dirs=ext.include_dirs, extra_postargs=flags,
+            macros=ext.define_macros,
+        )  # fmt: skip
         return name
+
+    def compile_cuda(self, source: Path, jobs: int) -> str:
+        threads = max(1, jobs // len(CUDA_SOURCES))
+        return nvcc.compile_cuda(nvcc.cuda_home(), source, ROOT / "csrc", Path(self.build_temp) / "cuda", threads)
 
 
 def say(text: str) -> None:
@@ -116,7 +132,28 @@ def extensions() -> list[Extension]:
     sources = [str(path.relative_to(ROOT)) for path in paths]
     if not X86:
         sources = [source for source in sources if isa_of(source) is None]
-    return [CppExtension("hf_spqr._C", sorted(sources), include_dirs=["csrc"], py_limited_api=True)]
+    return [CppExtension("hf_spqr._C", sorted(sources), include_dirs=["csrc"], py_limited_api=True), *cuda_extension()]
+
+
+def cuda_extension() -> list[Extension]:
+    wanted = os.environ.get("HF_SPQR_CUDA")
+    home = nvcc.cuda_home()
+    if wanted == "0" or (wanted is None and torch.version.cuda is None):
+        return []
+    if home is None:
+        if switch("HF_SPQR_CUDA"):
+            raise SystemExit("hf-spqr: HF_SPQR_CUDA is set, but no CUDA toolkit was found; set CUDA_HOME")
+        say("no CUDA toolkit was found: building without CUDA kernels. On a GPU everything works through the PyTorch "
+            "reference, slowly. Install the toolkit or set CUDA_HOME, and reinstall.")  # fmt: skip
+        return []
+    library = home / ("lib64" if (home / "lib64").exists() else "lib")
+    ext = CppExtension(
+        "hf_spqr._C_cuda", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/torch/*_cuda.cpp")),
+        include_dirs=["csrc"], library_dirs=[str(library)], define_macros=[("USE_CUDA", None)],
+        extra_link_args=nvcc.LINK_FLAGS, py_limited_api=True,
+    )  # fmt: skip
+    ext.cuda_sources = CUDA_SOURCES
+    return [ext]
 
 
 ext_modules = extensions()
