@@ -119,13 +119,15 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other parameters, as Python values"
     )
+    parser.add_argument("--seed", type=int, default=2, help="of the calibration segments drawn from the training text")
     parser.add_argument("--out", type=Path, help="append the result to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     fixtures = args.shared / "fixtures"
     data = torch.load(fixtures / "tiny_llama" / "data.pt")
     split = torch.load(fixtures / "tiny_llama" / "split.pt")
-    calib = split["calib"] if args.samples == 16 else segments(data["train"], args.samples, 128, seed=2)
+    given = args.samples == 16 and args.seed == 2
+    calib = split["calib"] if given else segments(data["train"], args.samples, 128, args.seed)
     model = AutoModelForCausalLM.from_pretrained(fixtures / args.model, attn_implementation="sdpa").eval()
     before = perplexity(model, split["eval"])
     if args.outliers != 1:
@@ -139,7 +141,8 @@ def main() -> None:
     errors = [row["error"] for row in result["blocks"]]
     record_ = {
         "model": args.model, "setting": args.setting, "preset": args.preset, "samples": args.samples,
-        "outliers": args.outliers, "set": args.set, "errors": errors, "perplexity_full": before, **result,
+        "outliers": args.outliers, "seed": args.seed, "set": args.set,
+        "errors": errors, "perplexity_full": before, **result,
         "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
     }  # fmt: skip
     steps = sum(row["steps"] for row in result["blocks"])

@@ -53,7 +53,7 @@ class OmniQuantParams:
     let_log: bool = True
     rounding: bool = True
     rounding_range: float = 0.5
-    epochs: int = 20
+    epochs: int = 10
     batch_size: int = 4
     lwc_lr: float = 1e-2
     let_lr: float = 5e-3

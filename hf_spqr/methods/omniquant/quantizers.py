@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_spqr.formats.affine import AffineLayout
+
 from .params import OmniQuantParams
 
 MIN_SCALE = 1e-5
@@ -70,15 +72,31 @@ def round_through(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class _FakeQuantizeTokens(torch.autograd.Function):
+    """Straight-through for the values; the range's two ends also carry the gradient of the scale.
+
+    That second part is what tells an equivalent transform that a smaller range helps: straight through alone, its
+    scale cancels between activation and weight.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        qmax = 2**bits - 1
         scale, zero = token_grid(x, bits)
-        steps = (x.float() / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero)
-        return steps.mul_(scale).to(x.dtype)
+        steps = (x.float() / scale).round_().add_(zero).clamp_(0, qmax).sub_(zero)
+        ctx.qmax = qmax
+        ctx.save_for_backward(x, steps, scale)
+        return (steps * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+        (grad,) = grads
+        x, steps, scale = ctx.saved_tensors
+        slope = (grad * (steps - x / scale)).sum(-1, keepdim=True) / ctx.qmax
+        slope = slope.masked_fill(scale <= MIN_SCALE, 0.0)
+        high, top = x.max(-1, keepdim=True)
+        low, bottom = x.min(-1, keepdim=True)
+        out = grad.scatter_add(-1, top, slope.masked_fill(high <= 0, 0.0).to(grad))
+        return out.scatter_add(-1, bottom, -slope.masked_fill(low >= 0, 0.0).to(grad)), None
 
 
 def token_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -93,8 +111,7 @@ def token_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_tokens(x: Tensor, bits: int) -> Tensor:
-    """Fake-quantize activations ``[..., K]`` per token, dynamically (min-max, asymmetric); straight-through
-    gradient."""
+    """Fake-quantize activations ``[..., K]`` per token, dynamically (min-max, asymmetric)."""
     return _FakeQuantizeTokens.apply(x, bits)
 
 
@@ -112,6 +129,14 @@ class WeightQuantizer(nn.Module):
         size = self.columns if params.group_size == -1 else min(params.group_size, self.columns)
         self.size, self.groups = size, -(-self.columns // size)
         self.bits, self.sym, self.scale_dtype = params.bits, params.sym, params.scale_dtype
+        self.layout = AffineLayout(
+            self.rows,
+            self.columns,
+            params.bits,
+            params.group_size,
+            symmetric=params.sym,
+            scale_dtype=params.scale_dtype,
+        )
         self.zero_grad_through = params.zero_grad
         self._fixed: tuple[Tensor, Tensor, Tensor] | None = None
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_spqr.errors import CalibrationError, NonFiniteError
-from hf_spqr.formats.affine import AffineLayout, AffineWeight
+from hf_spqr.formats.affine import AffineWeight
 
 from .pairs import EquivalencePair
 from .params import OmniQuantParams
@@ -34,11 +34,12 @@ class Student(nn.Module):
         pairs: Sequence[EquivalencePair],
         params: OmniQuantParams,
         device: torch.device,
+        layers: Mapping[str, OmniQuantParams],
     ) -> None:
         super().__init__()
         self.names = list(linears)
         self.transforms = Transforms(pairs, device, params.let_log, shift=params.act_bits is not None)
-        made = [make_quantizer(tensors[f"{name}.weight"], params) for name in self.names]
+        made = [make_quantizer(tensors[f"{name}.weight"], layers.get(name, params)) for name in self.names]
         self.quantizers = nn.ModuleList(made)
         self.params, self._layer = params, dict(zip(self.names, made, strict=True))
         moving = {site.param for pair in pairs for site in pair.scales}
@@ -79,12 +80,7 @@ class Student(nn.Module):
             key = f"{name}.weight"
             weight = changed.pop(key, tensors[key])
             codes, scales, zeros = quantizer.export(weight)
-            group_size = -1 if quantizer.groups == 1 else quantizer.size
-            rows, columns = weight.shape
-            layout = AffineLayout(
-                rows, columns, quantizer.bits, group_size, symmetric=quantizer.sym, scale_dtype=quantizer.scale_dtype
-            )
-            weights[name] = AffineWeight(layout, codes, scales, zeros)
+            weights[name] = AffineWeight(quantizer.layout, codes, scales, zeros)
         return weights, {name: value.to(block.get_parameter(name).dtype) for name, value in changed.items()}
 
 
@@ -98,6 +94,7 @@ def quantize_block(
     *,
     probe: tuple[Tensor, Kwargs] | None = None,
     pairs: Sequence[EquivalencePair] | None = None,
+    layers: Mapping[str, OmniQuantParams] | None = None,
     progress: Progress | None = None,
 ) -> BlockResult:
     """Quantize ``linears`` (by their names inside ``block``) to the packed affine format (paper, algorithm 1).
@@ -120,7 +117,7 @@ def quantize_block(
             f"expected two streams [samples, tokens, hidden] of one shape, got {tuple(inputs_fp.shape)}"
             f" and {tuple(inputs_q.shape)}"
         )
-    return _Job(block, inputs_fp, inputs_q, kwargs, params, linears).run(probe, pairs, progress)
+    return _Job(block, inputs_fp, inputs_q, kwargs, params, linears, layers or {}).run(probe, pairs, progress)
 
 
 class _Job:
@@ -134,8 +131,9 @@ class _Job:
         kwargs: Kwargs | Sequence[Kwargs],
         params: OmniQuantParams,
         linears: Mapping[str, nn.Linear],
+        layers: Mapping[str, OmniQuantParams],
     ) -> None:
-        self.block, self.params, self.linears = block, params, linears
+        self.block, self.params, self.linears, self.layers = block, params, linears, layers
         self.inputs_fp, self.inputs_q, self.kwargs = inputs_fp, inputs_q, kwargs
         self.runner = BlockRunner(block, kwargs, list(linears), params.autocast)
         self.generator = torch.Generator().manual_seed(params.seed)
@@ -165,8 +163,8 @@ class _Job:
             raise NonFiniteError("the block's full-precision output has NaN or infinity: check checkpoint and dtype")
         self.target_same = self._stream(self.inputs_q) if params.aug_loss else None
 
-        nearest = self._judge(Student(self.linears, runner.tensors, [], params, runner.device))
-        student = Student(self.linears, runner.tensors, pairs, params, runner.device)
+        nearest = self._judge(self._student([]))
+        student = self._student(pairs)
         if pairs:
             self._start(student, statistics)
         initial = self._judge(student)
@@ -187,6 +185,10 @@ class _Job:
             weights, folded, [pair.name for pair in pairs], rejected, nearest, loss_initial, loss_final, kept_initial,
             skipped, self.outputs_fp, outputs_q, losses,
         )  # fmt: skip
+
+    def _student(self, pairs: Sequence[EquivalencePair]) -> Student:
+        runner = self.runner
+        return Student(self.linears, runner.tensors, pairs, self.params, runner.device, self.layers)
 
     def _call(self, hidden: Tensor, samples: Sequence[int], tensors: Mapping[str, Tensor]) -> Tensor:
         params = self.params
