@@ -1,4 +1,4 @@
-"""The quantization configs that Transformers stores in ``config.json``: :class:`SpQRConfig`.
+"""What the quantization configs share: validation, selection of layers, versions, serialization.
 
 A config has three kinds of fields:
 
@@ -19,14 +19,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import CheckpointError, ConfigError
+from hf_spqr.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from .formats.affine import AffineLayout
-    from .formats.spqr import SpQRLayout
-    from .methods.base import SpQRParams
+    from hf_spqr.formats.affine import AffineLayout
+    from hf_spqr.formats.spqr import SpQRLayout
 
-__all__ = ["FORMAT_VERSION", "PackedConfig", "SpQRConfig", "name_matches"]
+__all__ = [
+    "FORMAT_VERSION",
+    "GROUP_SIZES",
+    "PackedConfig",
+    "check_choice",
+    "check_flag",
+    "check_int",
+    "check_number",
+    "name_matches",
+]
 
 FORMAT_VERSION = 1
 """Version of the packed format (docs/format.md) that this code reads and writes."""
@@ -236,129 +244,3 @@ class PackedConfig(QuantizationConfigMixin):
     def forget_data(self) -> None:
         """Drop the calibration data and the tokenizer, which a quantized model no longer needs."""
         self.dataset = self.tokenizer = None
-
-
-class SpQRConfig(PackedConfig):
-    """SpQR (arXiv 2306.03078): small groups with two-level statistics, and sensitive weights kept in 16 bit.
-
-    Args:
-        bits: bits of a code, 2 to 8.
-        group_size: weights along the input that share a scale and a zero point: 8, 16, 32, 64, 128, or -1 for one
-            group per output channel.
-        scale_bits, zero_bits: bits of the first-level statistics, 2 to 8 (the paper's b_s, b_z). The format stores
-            both with the larger of the two.
-        second_group: 16 or 32, how many first-level statistics (16 rows times 1 or 2 groups) share the second level.
-        outlier_threshold: the paper's tau; smaller means more outliers. ``math.inf`` (or ``"inf"``) keeps none.
-        target_bits: choose the threshold so that the packed layers take this many bits per weight (within 1 %).
-        act_order: quantize columns in order of activation energy. ``None`` takes the default of the mode.
-        percdamp: damping of the Hessian relative to its mean diagonal. ``None`` takes the default of the mode.
-        mode: ``"default"``, or ``"reference"`` for the published algorithm in every choice.
-        true_sequential: calibrate the layers of a block one after another instead of together.
-        dataset: calibration data: strings, token ids, a `datasets` object, a json/jsonl/txt path, or a Hub name.
-        tokenizer: tokenizer or its name; by default the one beside the model.
-        nsamples, seqlen: number of calibration sequences and their length in tokens.
-        seed: order in which calibration documents are drawn.
-        modules_to_not_convert: names, suffixes or regular expressions of layers to leave alone (see
-            :func:`name_matches`). Embeddings and the output head are always left alone.
-        overrides: ``{pattern: {field: value}}`` changes of the fields above ``mode`` for some layers, later ones win.
-        backend: ``"auto"`` or ``"reference"`` (plain PyTorch); not stored, may be given again at load.
-        format_version: version of the packed format.
-
-    Raises:
-        ConfigError: a field is outside its range.
-        CheckpointError: ``format_version`` is unknown.
-    """
-
-    quant_method = "hf_spqr"
-    LAYER_FIELDS = (
-        "bits",
-        "group_size",
-        "scale_bits",
-        "zero_bits",
-        "second_group",
-        "outlier_threshold",
-        "act_order",
-        "percdamp",
-    )
-
-    def __init__(
-        self,
-        bits: int = 3,
-        group_size: int = 16,
-        scale_bits: int = 3,
-        zero_bits: int = 3,
-        second_group: int = 16,
-        outlier_threshold: float | str = 0.2,
-        target_bits: float | None = None,
-        act_order: bool | None = None,
-        percdamp: float | None = None,
-        mode: str = "default",
-        true_sequential: bool = False,
-        dataset: Any = None,
-        tokenizer: Any = None,
-        nsamples: int = 128,
-        seqlen: int = 2048,
-        seed: int = 0,
-        modules_to_not_convert: Sequence[str] | None = None,
-        overrides: Mapping[str, Mapping[str, Any]] | None = None,
-        backend: str = "auto",
-        format_version: int = FORMAT_VERSION,
-        **unknown: Any,
-    ) -> None:
-        self.bits, self.group_size = bits, group_size
-        self.scale_bits, self.zero_bits, self.second_group = scale_bits, zero_bits, second_group
-        self.outlier_threshold = math.inf if outlier_threshold == "inf" else outlier_threshold
-        self.target_bits = target_bits
-        self.act_order, self.percdamp = act_order, percdamp
-        self.mode, self.true_sequential = mode, true_sequential
-        self._init_common(
-            dataset=dataset,
-            tokenizer=tokenizer,
-            nsamples=nsamples,
-            seqlen=seqlen,
-            seed=seed,
-            modules_to_not_convert=modules_to_not_convert,
-            overrides=overrides,
-            backend=backend,
-            format_version=format_version,
-            unknown=unknown,
-        )
-
-    def validate(self) -> None:
-        super().validate()
-        check_choice("mode", self.mode, ("default", "reference"))
-        check_flag("true_sequential", self.true_sequential)
-        if self.target_bits is not None:
-            check_number("target_bits", self.target_bits, self.bits, exclusive=True)
-
-    def validate_layer_fields(self, fields: Mapping[str, Any]) -> None:
-        check_int("bits", fields["bits"], 2, 8)
-        check_choice("group_size", fields["group_size"], GROUP_SIZES)
-        check_int("scale_bits", fields["scale_bits"], 2, 8)
-        check_int("zero_bits", fields["zero_bits"], 2, 8)
-        check_choice("second_group", fields["second_group"], (16, 32))
-        check_number("outlier_threshold", fields["outlier_threshold"], 0, exclusive=True)
-        if fields["act_order"] is not None:
-            check_flag("act_order", fields["act_order"])
-        if fields["percdamp"] is not None:
-            check_number("percdamp", fields["percdamp"], 0)
-
-    def layout(self, out_features: int, in_features: int, *names: str) -> SpQRLayout:
-        from .formats.spqr import SpQRLayout
-
-        fields = self.layer_fields(*names)
-        return SpQRLayout(
-            out_features=out_features,
-            in_features=in_features,
-            bits=fields["bits"],
-            group_size=fields["group_size"],
-            stat_bits=max(fields["scale_bits"], fields["zero_bits"]),
-            second_group=fields["second_group"],
-        )
-
-    def params(self, name: str) -> SpQRParams:
-        """The arguments of :func:`hf_spqr.methods.spqr.quantize` for the layer called ``name``."""
-        from .methods.base import SpQRParams
-
-        fields = {key: value for key, value in self.layer_fields(name).items() if value is not None}
-        return SpQRParams(**fields, mode=self.mode)
