@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from hf_spqr.cli.common import JsonOption, ModelArgument, check_model, number_or_none, out_console, print_json, size_of
-from hf_spqr.report.checkpoint import CheckpointReport, inspect_checkpoint
+from hf_spqr.report.checkpoint import CheckpointReport, PackedLayer, inspect_checkpoint
 from hf_spqr.report.records import REPORT_NAME
 
 PATTERNS = ["config.json", "*.safetensors", REPORT_NAME]
@@ -76,6 +76,13 @@ def write_extras(folder: Path, csv: Path | None, plot: Path | None) -> None:
         plot_report(written, plot)
 
 
+def shape_of(layer: PackedLayer) -> str:
+    """Rows and columns, with the number of experts in front where there are several."""
+    if not layer.experts:
+        return f"{layer.shape[0]}x{layer.shape[1]}"
+    return f"{layer.experts} x {layer.shape[0] // layer.experts}x{layer.shape[1]}"
+
+
 def show(report: CheckpointReport) -> None:
     """Print the tables for people."""
     console = out_console()
@@ -89,7 +96,7 @@ def show(report: CheckpointReport) -> None:
         for layer in report.layers:
             table.add_row(
                 layer.name,
-                f"{layer.shape[0]}x{layer.shape[1]}",
+                shape_of(layer),
                 "-" if layer.bits is None else str(layer.bits),
                 "-" if layer.group_size is None else str(layer.group_size),
                 f"{layer.bits_per_weight:.3f}",

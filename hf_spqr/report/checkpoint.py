@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_spqr.errors import CheckpointError
-from hf_spqr.report.records import REPORT_NAME, QuantizationReport
+from hf_spqr.report.records import QuantizationReport
+from hf_spqr.report.shapes import LayerShapes
 
 __all__ = ["CheckpointReport", "PackedLayer", "TensorInfo", "inspect_checkpoint", "read_headers"]
 
 PACKED = ".packed"
+EXPERT = re.compile(r"^(.+\.experts)\.\d+\.(.+)$")
 PARTS = ("packed", "outlier_row", "outlier", "perm", "weight")
 """Tensors that belong to a packed matrix; ``weight`` is the empty sentinel."""
 
@@ -33,7 +35,8 @@ class PackedLayer:
     """One packed layer of a checkpoint.
 
     ``shape`` is (out_features, in_features); ``error`` comes from the report beside the weights, None without one.
-    ``nbytes`` counts the packed tensors, not the bias.
+    ``nbytes`` counts the packed tensors, not the bias. One projection of all experts of a mixture is one layer:
+    ``experts`` is their number (0 for a plain layer) and ``shape`` has all their rows.
     """
 
     name: str
@@ -44,6 +47,7 @@ class PackedLayer:
     reordered: bool
     nbytes: int
     error: float | None = None
+    experts: int = 0
 
     @property
     def weights(self) -> int:
@@ -104,6 +108,7 @@ class CheckpointReport:
                 "outliers": layer.outliers,
                 "reordered": layer.reordered,
                 "error": layer.error,
+                "experts": layer.experts,
                 "nbytes": layer.nbytes,
             }
             for layer in self.layers
@@ -168,22 +173,27 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     report.file_bytes = sum(file.stat().st_size for file in files)
 
     names = sorted((name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)), key=_natural)
-    shapes = _layer_shapes(folder, names)
-    written = QuantizationReport.load(folder)
+    layers: dict[str, list[dict[str, TensorInfo]]] = {}
     for name in names:
-        entry = written.layer(name) if written else None
         parts = {part: tensors.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors}
-        fields = _layer_fields(folder, quantization, name)
+        layers.setdefault(EXPERT.sub(r"\1.\2", name), []).append(parts)
+    written = QuantizationReport.load(folder)
+    shapes = LayerShapes(folder, quantization, written)
+    for name, matrices in layers.items():
+        entry = written.layer(name) if written else None
+        rows, columns = shapes.find(name, {part: info.shape for part, info in matrices[0].items()})
+        layout = shapes.layout(name, (rows, columns))
         report.layers.append(
             PackedLayer(
                 name=name,
-                shape=shapes[name],
-                bits=fields.get("bits"),
-                group_size=fields.get("group_size"),
-                outliers=math.prod(parts["outlier"].shape) if "outlier" in parts else 0,
-                reordered="perm" in parts,
-                nbytes=sum(info.nbytes for info in parts.values()),
+                shape=(rows * len(matrices), columns),
+                bits=layout.bits if layout else None,
+                group_size=layout.group_size if layout else None,
+                outliers=sum(math.prod(parts["outlier"].shape) for parts in matrices if "outlier" in parts),
+                reordered="perm" in matrices[0],
+                nbytes=sum(info.nbytes for parts in matrices for info in parts.values()),
                 error=entry.error if entry else None,
+                experts=len(matrices) if len(matrices) > 1 else 0,
             )
         )
     report.other_weights = sum(math.prod(info.shape) for info in tensors.values())
@@ -204,52 +214,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not JSON ({error})") from error
-
-
-def _layer_fields(folder: Path, quantization: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The quantization config's fields for one layer, overrides applied; empty for methods of other packages."""
-    from hf_spqr.config import SpQRConfig
-
-    if quantization.get("quant_method") != SpQRConfig.quant_method:
-        return quantization
-    try:
-        return SpQRConfig.from_dict(dict(quantization)).layer_fields(name)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-
-
-def _layer_shapes(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of the packed layers: from the report if there is one, else from an empty model."""
-    if not names:
-        return {}
-    written = QuantizationReport.load(folder)
-    shapes = {layer.name: layer.shape for layer in written.layers} if written else {}
-    if all(name in shapes for name in names):
-        return shapes
-    shapes = _empty_model_shapes(folder)
-    missing = [name for name in names if name not in shapes]
-    if missing:
-        raise CheckpointError(
-            f"the shape of {missing[0]} is not known: {folder} has no {REPORT_NAME} that names it, "
-            "and the model of config.json has no such linear layer"
-        )
-    return shapes
-
-
-def _empty_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Shapes of all linear layers of the model that config.json describes, built without memory for weights."""
-    import torch
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or ["AutoModelForCausalLM"])[0]
-    cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }

@@ -6,9 +6,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from hf_spqr.config import SpQRConfig
 from hf_spqr.errors import CheckpointError
+from hf_spqr.integrations.transformers import attach
+from hf_spqr.quantize import quantize_model
 from hf_spqr.report import REPORT_NAME
 from hf_spqr.report.checkpoint import inspect_checkpoint, read_headers
+from tests.tiny_models import tiny_model
 
 NAME = "model.layers.0.self_attn.q_proj"
 
@@ -79,3 +83,19 @@ def test_missing_files_and_damaged_configs(folder: Path, tmp_path_factory: pytes
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
         inspect_checkpoint(folder)
+
+
+@pytest.mark.parametrize("report", [True, False])
+def test_experts_are_one_layer(tmp_path: Path, texts: list[str], tokenizer, report: bool) -> None:
+    model = tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    config = SpQRConfig(dataset=texts, tokenizer=tokenizer, nsamples=8, seqlen=32)
+    expected = quantize_model(model, config, progress=False)
+    attach(model, config)
+    model.save_pretrained(tmp_path)
+    if report:
+        expected.save(tmp_path)
+    found = inspect_checkpoint(tmp_path)
+    assert {layer.name: layer.shape for layer in found.layers} == {x.name: x.shape for x in expected.layers}
+    assert {layer.experts for layer in found.layers} == {0, 4}
+    assert found.bits_per_weight == pytest.approx(expected.bits_per_weight, rel=1e-6)
+    assert sum(layer.outliers for layer in found.layers) == expected.outliers

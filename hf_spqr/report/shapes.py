@@ -1,0 +1,107 @@
+"""Shapes of packed layers. A packed matrix is padded, so its shape is not in the file; it is found elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hf_spqr.errors import CheckpointError
+from hf_spqr.report.records import REPORT_NAME, QuantizationReport
+
+__all__ = ["LayerShapes"]
+
+COLUMNS = 32
+"""Columns of a tile of the packed format."""
+ROWS = 16
+MOST_COLUMNS = 1 << 24
+
+
+class LayerShapes:
+    """(out_features, in_features) of the layers of the checkpoint in ``folder``, and what its config says of them.
+
+    quantization   ``quantization_config`` of config.json
+    report         the report beside the weights, None without one
+    """
+
+    def __init__(self, folder: Path, quantization: Mapping[str, Any], report: QuantizationReport | None) -> None:
+        self.folder = folder
+        self.quantization = quantization
+        self.report = report
+
+    def layout(self, name: str, shape: tuple[int, int]) -> Any:
+        """The packed layout of a layer, with its bits and group_size; None for methods of other packages."""
+        return None if self._config is None else self._config.layout(*shape, name)
+
+    def find(self, name: str, tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """Shape of one matrix called ``name``, an expert's number left out, whose packed tensors have these shapes.
+
+        It is looked up in the report, then in an empty model built from config.json; for experts, which a model fuses,
+        it is computed from the packed tensor, exact up to the padding of in_features to a multiple of 32.
+
+        Raises CheckpointError where all three fail.
+        """
+        entry = self.report.layer(name) if self.report else None
+        if entry is not None:
+            return entry.shape[0] // max(entry.experts, 1), entry.shape[1]
+        if name in self._model_shapes:
+            return self._model_shapes[name]
+        if ".experts." in name and self._config is not None:
+            shape = self._from_words(name, tensors)
+            if shape is not None:
+                return shape
+        raise CheckpointError(
+            f"the shape of {name} is not known: {self.folder} has no {REPORT_NAME} that names it, "
+            "and the model of config.json has no such linear layer"
+        )
+
+    @cached_property
+    def _config(self) -> Any:
+        """The config object; None for methods of other packages."""
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+        from hf_spqr.config import PackedConfig
+
+        config_class = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(self.quantization.get("quant_method")))
+        if config_class is None or not issubclass(config_class, PackedConfig):
+            return None
+        try:
+            return config_class.from_dict(dict(self.quantization))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
+
+    @cached_property
+    def _model_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shapes of the linear layers of the model that config.json describes, built without memory for weights."""
+        import torch
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(self.folder)
+        name = (config.architectures or ["AutoModelForCausalLM"])[0]
+        cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+        shapes = {}
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                shapes[name] = (module.out_features, module.in_features)
+            elif isinstance(module, transformers.pytorch_utils.Conv1D):
+                shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+        return shapes
+
+    def _from_words(self, name: str, tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+        """The smallest multiple of 32 columns whose packed matrix is as wide as this one; None if there is none."""
+        blocks, words = tensors["packed"]
+        rows = tensors["outlier_row"][0] - 1 if "outlier_row" in tensors else blocks * ROWS
+        low, high = 1, MOST_COLUMNS // COLUMNS
+        while low < high:
+            middle = (low + high) // 2
+            if self._config.layout(rows, COLUMNS * middle, name).packed_shape()[1] < words:
+                low = middle + 1
+            else:
+                high = middle
+        columns = COLUMNS * low
+        return (rows, columns) if self._config.layout(rows, columns, name).packed_shape() == (blocks, words) else None
