@@ -18,6 +18,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from hf_spqr.errors import CheckpointError
+from hf_spqr.integrations.experts import ExpertFinder, check_experts
+from hf_spqr.nn import dense
+from hf_spqr.nn.experts import describe
 
 __all__ = ["Contents", "Renamer", "Spec", "check_complete", "read_contents", "read_headers"]
 
@@ -39,12 +42,14 @@ class Contents:
     """A checkpoint seen with the names of the model it is loaded into.
 
     ``packed[module][tensor]`` are the tensors of packed layers; ``dense`` all other parameter names; ``modules`` maps
-    a packed layer to its name in the file.
+    a packed layer to its name in the file. ``experts[module][projection][expert][tensor]`` are those of packed
+    experts.
     """
 
     packed: dict[str, dict[str, Spec]] = field(default_factory=lambda: defaultdict(dict))
     dense: set[str] = field(default_factory=set)
     modules: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, dict[str, dict[int, dict[str, Spec]]]] = field(default_factory=dict)
 
 
 def read_headers(files: Iterable[str]) -> dict[str, Spec]:
@@ -79,10 +84,18 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
     specs = read_headers(files)
     rename = Renamer(model)
     prefixes = {name.rpartition(".")[0] for name in specs if name.rpartition(".")[2] == PACKED}
+    find_expert = ExpertFinder(model, rename)
     contents = Contents()
     stray = []
     for name in sorted(specs):
         module, _, leaf = name.rpartition(".")
+        place = find_expert(module) if module in prefixes else None
+        if place is not None:
+            experts, projection, number = place
+            contents.experts.setdefault(experts, {}).setdefault(projection, {}).setdefault(number, {})[leaf] = specs[
+                name
+            ]
+            continue
         if module not in prefixes and leaf not in PACKED_ONLY:
             contents.dense.update(rename(name))
             continue
@@ -114,7 +127,7 @@ def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], 
     Raises:
         CheckpointError: a tensor is missing, left over, or the empty ``weight`` is not empty.
     """
-    if not contents.packed:
+    if not contents.packed and not contents.experts:
         raise CheckpointError(
             "The config says that this checkpoint is quantized, but it has no packed tensors. Remove"
             " quantization_config from config.json if the weights are not quantized."
@@ -133,6 +146,8 @@ def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], 
             )
         if tensors["weight"][0] != (0,):
             raise CheckpointError(f"{module}.weight should be empty beside packed tensors, it is {tensors['weight']}.")
+    for module in contents.experts:
+        check_experts(module, describe(model.get_submodule(module)), contents.experts[module], allowed)
     starts = tuple(f"{block}." for block in blocks)
     for name, _ in model.named_parameters():
         inside = name.startswith(starts) and name.rpartition(".")[0] not in contents.packed
@@ -162,7 +177,7 @@ class Renamer:
 
 def _is_linear(model: nn.Module, name: str) -> bool:
     try:
-        return isinstance(model.get_submodule(name), nn.Linear)
+        return isinstance(model.get_submodule(name), dense.DENSE_CLASSES)
     except AttributeError:
         return False
 

@@ -12,13 +12,31 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_spqr import quantize
 from hf_spqr.calibration.blocks import find_blocks
-from hf_spqr.config import FORMAT_VERSION, PackedConfig, SpQRConfig
+from hf_spqr.config import FORMAT_VERSION, OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from hf_spqr.integrations.checkpoint import Contents, check_complete, read_contents
-from hf_spqr.nn import PackedLinear, SpQRLinear
+from hf_spqr.integrations.experts import (
+    JoinExperts,
+    default_conversions,
+    experts_converters,
+    packed_experts,
+    restore_converters,
+    split_experts,
+)
+from hf_spqr.nn import (
+    AffineGroupedLinear,
+    AffineLinear,
+    GroupedLinear,
+    PackedExperts,
+    PackedLinear,
+    SpQRGroupedLinear,
+    SpQRLinear,
+    dense,
+)
+from hf_spqr.nn.experts import describe, pack_experts
 from hf_spqr.report import QuantizationReport
 
-__all__ = ["PackedQuantizer", "SpQRQuantizer", "attach", "quantize_model", "register"]
+__all__ = ["OmniQuantQuantizer", "PackedQuantizer", "SpQRQuantizer", "attach", "quantize_model", "register"]
 
 
 class PackedQuantizer(HfQuantizer):
@@ -30,6 +48,7 @@ class PackedQuantizer(HfQuantizer):
     """
 
     module_class: ClassVar[type[PackedLinear]]
+    grouped_class: ClassVar[type[GroupedLinear]]
     config_class: ClassVar[type[PackedConfig]]
     requires_calibration = False  # True would forbid to quantize inside from_pretrained
     quantization_config: Any
@@ -74,25 +93,47 @@ class PackedQuantizer(HfQuantizer):
         check_complete(model, contents, blocks, dict.fromkeys(self.module_class.tensor_names))
         for name, tensors in contents.packed.items():
             model.set_submodule(name, self._empty_module(model, name, tensors, contents))
+        for name, projections in contents.experts.items():
+            model.set_submodule(name, self._empty_experts(model, name, projections))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        return experts_converters(model) + conversions
 
     def _empty_module(self, model: nn.Module, name: str, tensors: dict[str, Any], contents: Contents) -> PackedLinear:
         config, linear = self.quantization_config, model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
         specs = {key: spec for key, spec in tensors.items() if key not in ("weight", "bias")}
-        # overrides were written for the names of the quantized model, which a head or its absence changes
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        names = {name, contents.modules[name], prefix + name, name.removeprefix(prefix)}
-        layout = config.layout(linear.out_features, linear.in_features, *names)
+        layout = config.layout(*dense.features(linear), contents.modules[name], *_names(model, name))
         try:
-            return self.module_class.empty(layout, specs, linear.bias, linear.weight.dtype, config.backend)
+            bias: Any = linear.bias
+            module = self.module_class.empty(layout, specs, bias, dense.matrix(linear).dtype, config.backend)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from error
+        module.replaces = dense.kind(linear)
+        return module
+
+    def _empty_experts(
+        self, model: nn.Module, name: str, found: dict[str, dict[int, dict[str, Any]]]
+    ) -> PackedExperts:
+        config, module = self.quantization_config, model.get_submodule(name)
+        kind = describe(module)
+        assert kind is not None
+        linears = {}
+        for projection, shape in kind.projections.items():
+            layout = config.layout(*shape, *_names(model, f"{name}.{projection}"))
+            specs = [found[projection][expert] for expert in range(kind.experts)]
+            try:
+                linears[projection] = self.grouped_class.empty(layout, specs, config.backend)
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}.{projection}: {error}") from error
+        return pack_experts(module, linears)
 
     # -- after loading ---------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
             self._check_loaded(model)
+            _drop_conversions(model)
             return
         config = self.quantization_config
         quantize.quantize_model(model, config, device=_calibration_device(self.requested_device_map))
@@ -103,10 +144,10 @@ class PackedQuantizer(HfQuantizer):
 
     def _check_loaded(self, model: nn.Module) -> None:
         for name, module in model.named_modules():
-            if not isinstance(module, PackedLinear):
+            if not isinstance(module, PackedLinear | GroupedLinear):
                 continue
-            for parameter in module.parameters(recurse=False):
-                if parameter is not module.bias:
+            for key, parameter in module.named_parameters(recurse=False):
+                if key != "bias":
                     parameter.requires_grad_(False)
             if any(tensor.is_meta for tensor in module.packed_tensors().values()):
                 continue  # offloaded to disk
@@ -125,10 +166,17 @@ class PackedQuantizer(HfQuantizer):
             if module.packed.is_meta:
                 raise UnsupportedLayerError(f"{name} is offloaded: load the model without offload to dequantize it.")
             model.set_submodule(name, module.to_linear(target))
+        experts = packed_experts(model)
+        for name, packed in experts.items():
+            if any(linear.packed.is_meta for linear in packed.linears().values()):
+                raise UnsupportedLayerError(f"{name} is offloaded: load the model without offload to dequantize it.")
+            model.set_submodule(name, packed.to_experts(target))
+        if experts:
+            restore_converters(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        return None, {"hf_spqr_format_version": str(FORMAT_VERSION)}
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[Any, dict[str, str]]:
+        return split_experts(model), {"hf_spqr_format_version": str(FORMAT_VERSION)}
 
     def is_serializable(self) -> bool:
         return True
@@ -146,10 +194,19 @@ class SpQRQuantizer(PackedQuantizer):
     """``quant_method: "hf_spqr"``."""
 
     module_class = SpQRLinear
+    grouped_class = SpQRGroupedLinear
     config_class = SpQRConfig
 
 
-def quantize_model(model: nn.Module, config: SpQRConfig, **arguments: Any) -> QuantizationReport:
+class OmniQuantQuantizer(PackedQuantizer):
+    """``quant_method: "omniquant"``."""
+
+    module_class = AffineLinear
+    grouped_class = AffineGroupedLinear
+    config_class = OmniQuantConfig
+
+
+def quantize_model(model: nn.Module, config: SpQRConfig | OmniQuantConfig, **arguments: Any) -> QuantizationReport:
     """Quantize a loaded model in place and make the result known to Transformers, so that it can be saved.
 
     Takes the arguments of :func:`hf_spqr.quantize.quantize_model` and raises what it raises.
@@ -171,7 +228,10 @@ def attach(model: nn.Module, config: PackedConfig) -> None:
     _drop_conversions(model)
 
 
-QUANTIZERS: dict[type[PackedConfig], type[PackedQuantizer]] = {SpQRConfig: SpQRQuantizer}
+QUANTIZERS: dict[type[PackedConfig], type[PackedQuantizer]] = {
+    SpQRConfig: SpQRQuantizer,
+    OmniQuantConfig: OmniQuantQuantizer,
+}
 
 
 def register() -> None:
@@ -182,6 +242,12 @@ def register() -> None:
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
         if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
             auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config_class,)  # type: ignore[assignment]
+
+
+def _names(model: nn.Module, name: str) -> set[str]:
+    """The names that a layer goes by: overrides may be written for a model with a head or for one without it."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return {name, prefix + name, name.removeprefix(prefix)}
 
 
 def _calibration_device(device_map: Any) -> torch.device | None:
@@ -203,12 +269,16 @@ def _drop_conversions(model: nn.Module) -> None:
     """
     from transformers.core_model_loading import WeightConverter
 
-    conversions = getattr(model, "_weight_conversions", None)
-    if not conversions:
-        return
+    conversions: Any = getattr(model, "_weight_conversions", None)
     packed = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    for name, experts in packed_experts(model).items():
+        packed += [f"{name}.{experts.kind.fused}", f"{name}.down_proj"]
+    if conversions is None:  # not from from_pretrained: saving would take the default ones
+        conversions = default_conversions(model)
 
     def touches(converter: WeightConverter) -> bool:
+        if isinstance(converter.operations[0], JoinExperts):
+            return True
         back = converter.reverse_transform()
         return any(back.rename_source_key(name)[1] is not None for name in packed)
 

@@ -1,0 +1,181 @@
+"""Names and tensors of packed experts: one by one in the file, under their original names, and fused in the model.
+
+A file holds ``<experts>.7.gate_proj.packed`` and so on, where ``gate_proj`` is what the original checkpoint calls it
+(``w1`` in Mixtral); the model holds ``<experts>.packed.gate_proj.packed``. Transformers' weight converters join the
+former to the latter on load; on save they are taken apart here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
+
+from hf_spqr.errors import CheckpointError
+from hf_spqr.nn.experts import ExpertsKind, PackedExperts, describe
+
+__all__ = [
+    "ExpertFinder",
+    "JoinExperts",
+    "check_experts",
+    "default_conversions",
+    "experts_converters",
+    "file_names",
+    "packed_experts",
+    "restore_converters",
+    "split_experts",
+]
+
+
+class JoinExperts(ConversionOps):
+    """Fuses one tensor of all experts: stacked, or joined end to end where its length differs between them."""
+
+    def __init__(self, ragged: bool) -> None:
+        self.ragged = ragged
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        tensors = input_dict.pop(source_patterns[0])
+        return {target_patterns[0]: torch.cat(tensors) if self.ragged else torch.stack(tensors)}
+
+
+class ExpertFinder:
+    """Finds out to which expert of a model (still unpacked) a packed matrix of a file belongs."""
+
+    def __init__(self, model: nn.Module, rename: Callable[[str], list[str]]) -> None:
+        self.rename = rename
+        kinds = {name: describe(module) for name, module in model.named_modules()}
+        self.kinds: dict[str, ExpertsKind] = {name: kind for name, kind in kinds.items() if kind is not None}
+        self.names = {
+            name: {stored: projection for projection, stored in file_names(model, name, kind).items()}
+            for name, kind in self.kinds.items()
+        }
+        self.modules: dict[str, str] = {}
+
+    def __call__(self, name: str) -> tuple[str, str, int] | None:
+        """Experts module, projection and number of the expert for the module name of a matrix in the file, or None."""
+        match = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", name)
+        if match is None or not self.kinds:
+            return None
+        prefix, expert, stored = match.groups()
+        if prefix not in self.modules:
+            self.modules[prefix] = self.rename(f"{prefix}.down_proj")[0].rpartition(".")[0]
+        module = self.modules[prefix]
+        projection = self.names.get(module, {}).get(stored)
+        if projection is None or int(expert) >= self.kinds[module].experts:
+            return None
+        return module, projection, int(expert)
+
+
+def file_names(model: nn.Module, name: str, kind: ExpertsKind) -> dict[str, str]:
+    """What a file calls the projections of the experts module called ``name``, by projection.
+
+    The original names, where the original checkpoint holds experts one by one; else those of the projections.
+    """
+    found: dict[str, str] = {}
+    projections = list(kind.projections)
+    for parameter, own in ((kind.fused, projections[:-1]), ("down_proj", projections[-1:])):
+        for converter in get_model_conversion_mapping(model):  # type: ignore[arg-type]
+            stored = _stored_names(converter, name, parameter)
+            if len(stored) == len(own):
+                found |= zip(own, stored, strict=True)
+                break
+    if len(found) < len(projections) or len(set(found.values())) < len(projections):
+        return {projection: projection for projection in projections}
+    return found
+
+
+def _stored_names(converter: Any, module: str, parameter: str) -> list[str]:
+    """``["gate_proj", "up_proj"]`` where ``converter`` merges ``<module>.*.gate_proj.weight`` and up into one."""
+    if not isinstance(converter, WeightConverter):
+        return []
+    try:
+        back = converter.reverse_transform()
+    except NotImplementedError:
+        return []
+    renamed, pattern = back.rename_source_key(f"{module}.{parameter}")
+    if pattern is None:
+        return []
+    every = [renamed.replace(back.target_patterns[0], target) for target in back.target_patterns]
+    matches = [re.fullmatch(re.escape(module) + r"\.\*\.(\w+)\.weight", one) for one in every]
+    return [match.group(1) for match in matches if match is not None]
+
+
+def check_experts(
+    module: str, kind: ExpertsKind | None, found: Mapping[str, Mapping[int, Mapping[str, Any]]], needed: Iterable[str]
+) -> None:
+    """Raise CheckpointError unless every projection of every expert of ``module`` has the ``needed`` tensors only."""
+    assert kind is not None
+    for projection in kind.projections:
+        for expert in range(kind.experts):
+            tensors = set(found.get(projection, {}).get(expert, ()))
+            missing, extra = set(needed) - tensors, tensors - {*needed, "perm"}
+            if missing:
+                raise CheckpointError(
+                    f"The checkpoint lacks {min(missing)!r} of {projection} of expert {expert} of {module}: it is"
+                    " incomplete or damaged."
+                )
+            if extra:
+                raise CheckpointError(
+                    f"The checkpoint has a tensor {min(extra)!r} for {projection} of expert {expert} of {module} that"
+                    " packed experts do not know: it was written by another version or is damaged."
+                )
+
+
+def packed_experts(model: nn.Module) -> dict[str, PackedExperts]:
+    """The packed experts modules of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedExperts)}
+
+
+def experts_converters(model: nn.Module) -> list[WeightConverter]:
+    """What loads the tensors of single experts into the packed experts modules of ``model``."""
+    found = {}
+    for name, module in packed_experts(model).items():
+        last = name.rpartition(".")[2]
+        stored = file_names(model, name, module.kind)
+        for projection, linear in module.linears().items():
+            for tensor in linear.packed_tensors():
+                source = f".{last}.*.{stored[projection]}.{tensor}"
+                found[source] = (f".{last}.packed.{projection}.{tensor}", tensor in linear.ragged)
+    return [WeightConverter([s], [target], [JoinExperts(ragged)]) for s, (target, ragged) in found.items()]
+
+
+def default_conversions(model: nn.Module) -> list[Any]:
+    """The conversions that Transformers reverses when it saves a model that did not come from ``from_pretrained``."""
+    conversions = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore[arg-type]
+    return [entry for entry in conversions if not isinstance(entry, PrefixChange)]
+
+
+def restore_converters(model: Any) -> None:
+    """Save experts one by one again, as in the original checkpoint, after they have been dequantized."""
+    before = [entry for entry in model._weight_conversions or [] if not isinstance(entry, WeightConverter)]
+    model._weight_conversions = before + [c for c in default_conversions(model) if isinstance(c, WeightConverter)]
+
+
+def split_experts(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state of ``model`` as it is written to a file, experts one by one; None where it has no packed experts.
+
+    Raises:
+        CheckpointError: experts are offloaded.
+    """
+    experts = packed_experts(model)
+    if not experts:
+        return None
+    state = model.state_dict()
+    for name, module in experts.items():
+        stored = file_names(model, name, module.kind)
+        for projection, linear in module.linears().items():
+            if linear.packed.is_meta:
+                raise CheckpointError(f"{name} is offloaded: load the model without offload to save it.")
+            for tensor in linear.packed_tensors():
+                del state[f"{name}.packed.{projection}.{tensor}"]
+            for expert, tensors in enumerate(linear.split()):
+                for tensor, value in tensors.items():
+                    state[f"{name}.{expert}.{stored[projection]}.{tensor}"] = value.clone()
+    return state
