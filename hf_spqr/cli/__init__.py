@@ -13,6 +13,7 @@ from hf_spqr.cli.doctor import doctor_command
 from hf_spqr.cli.eval import eval_command
 from hf_spqr.cli.export import export_command
 from hf_spqr.cli.inspect import inspect_command
+from hf_spqr.cli.push import push_command
 from hf_spqr.cli.quantize import quantize_command
 from hf_spqr.errors import HfSpqrError
 
@@ -32,6 +33,7 @@ app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
 app.command("export")(export_command)
+app.command("push")(push_command)
 app.command("doctor")(doctor_command)
 
 

@@ -24,8 +24,8 @@ def test_card_of_an_spqr_model() -> None:
         "x", "LlamaForCausalLM", "hf_spqr", other_weights=100, other_bytes=200, file_bytes=999
     )
     text = model_card(
-        report, "me/tiny-SpQR", checkpoint=checkpoint, license="mit", tags=["demo", "quantized"], evaluation=EVALUATION,
-        plot="quantization_error.png",
+        report, "me/tiny-SpQR", checkpoint=checkpoint, license="mit", tags=["demo", "quantized"],
+        evaluation=EVALUATION, plot="quantization_error.png",
     )  # fmt: skip
     card = ModelCard(text)
     assert card.data.base_model == "meta/base" and card.data.license == "mit"

@@ -1,0 +1,253 @@
+"""Publish a quantized model: one commit with weights, config, tokenizer, report and model card, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from hf_spqr.errors import CheckpointError, HfSpqrError
+from hf_spqr.report.card import PLOT_NAME, SHORT, hub_name, model_card
+from hf_spqr.report.checkpoint import CheckpointReport, inspect_checkpoint
+from hf_spqr.report.records import LayerReport, QuantizationReport
+
+__all__ = ["PushError", "Pushed", "install", "push_folder", "push_to_hub"]
+
+CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""Weight files of an earlier push that this one replaces; left over, they would be loaded or just lie there."""
+NEVER = (".*", "*.tmp", "__pycache__")
+
+
+class PushError(HfSpqrError):
+    """The upload failed; the repository is as it was before."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was published: repository, commit, its files, and files of an earlier push that it removed."""
+
+    repo_id: str
+    oid: str
+    commit_url: str
+    files: list[str]
+    removed: list[str]
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    tags: list[str] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> Pushed:
+    """Upload a model folder that hf_spqr wrote, with a model card, as one commit.
+
+    Files are uploaded first and appear together with the commit at the end: whatever fails before leaves the
+    repository as it was, and a second call goes on where the first stopped (what the server has is not sent again).
+    A README.md in the folder is published as it is; without one the card is made from quantization_report.json.
+
+    license: by default that of the base model, where its card can be read. evaluation: see
+    :func:`hf_spqr.report.card.model_card`. The other arguments are those of ``huggingface_hub``.
+
+    Raises:
+        CheckpointError: the folder is no complete quantized model. Nothing was sent.
+        PushError: the server or the network failed, or somebody else pushed meanwhile. Nothing was published.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+    folder = Path(folder)
+    files = complete_files(folder)
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as staging:
+            extra = _card_files(folder, Path(staging), repo_id, api, base_model, license, tags, evaluation)
+            names = sorted({*(path.relative_to(folder).as_posix() for path in files), *extra})
+            try:
+                head = api.model_info(repo_id, revision=revision)
+            except RevisionNotFoundError:
+                head = None
+            there = [s.rfilename for s in (head.siblings or [])] if head is not None else []
+            removed = [n for n in there if n not in names and any(fnmatch(n, pattern) for pattern in WEIGHTS)]
+            operations: list[Any] = [
+                *(CommitOperationAdd(name, extra.get(name, folder / name)) for name in names),
+                *(CommitOperationDelete(name) for name in removed),
+            ]
+            done = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=commit_message or "Upload quantized model",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head.sha if head is not None else None,
+            )
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 412:
+            raise PushError(f"{repo_id} was changed by somebody else during the upload. Push again.") from error
+        raise PushError(f"{_failed(repo_id)} ({error})") from error
+    except (OSError, RuntimeError) as error:
+        raise PushError(f"{_failed(repo_id)} ({type(error).__name__}: {error})") from error
+    return Pushed(repo_id, done.oid, done.commit_url, names, removed)
+
+
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "50GB",
+    **options: Any,
+) -> Pushed:
+    """Save ``model`` to a temporary folder and :func:`push_folder` it. What ``model.push_to_hub`` does.
+
+    tokenizer: published beside the weights; by default the one of ``model.name_or_path``, where there is one.
+    options: those of :func:`push_folder`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        report = getattr(model, "quantization_report", None)
+        source = getattr(model, "name_or_path", None)
+        if report is None and source and Path(source).is_dir():
+            report = QuantizationReport.load(source)
+        if report is not None:
+            report.save(folder)
+        if tokenizer is None and source:
+            tokenizer = _tokenizer_of(source)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return push_folder(folder, repo_id, **options)
+
+
+def install(model: Any) -> None:
+    """Make ``model.push_to_hub`` publish the model card and the tokenizer too, and all in one commit."""
+    model.push_to_hub = MethodType(push_to_hub, model)
+
+
+def complete_files(folder: Path) -> list[Path]:
+    """The files of a complete quantized model in ``folder``, hidden ones left out.
+
+    Raises CheckpointError when config.json or a weight file is missing or damaged, or nothing is quantized.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a model folder.")
+    index, weights = folder / INDEX, {"model.safetensors"}
+    if index.is_file():
+        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if (folder / "model.safetensors").is_file() and "model.safetensors" not in weights:
+            raise CheckpointError(f"{folder} has model.safetensors and {INDEX}: two models. Remove one of them.")
+    for name in sorted(weights):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}: the model is incomplete.")
+    if not inspect_checkpoint(folder).layers:
+        raise CheckpointError(f"{folder} has no packed layers: push takes models that hf_spqr has quantized.")
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(fnmatch(part, pattern) for part in path.relative_to(folder).parts for pattern in NEVER)
+        and (path.suffix != ".safetensors" or path.relative_to(folder).as_posix() in weights)
+    ]
+
+
+def _card_files(
+    folder: Path,
+    staging: Path,
+    repo_id: str,
+    api: Any,
+    base_model: str | None,
+    license: str | None,
+    tags: list[str] | None,
+    evaluation: Mapping[str, Any] | None,
+) -> dict[str, Path]:
+    """Card and plot by their names in the repository; nothing where the folder has its own card."""
+    if (folder / CARD).is_file():
+        return {}
+    checkpoint = inspect_checkpoint(folder)
+    report = QuantizationReport.load(folder)
+    if report is None:
+        report = _report_of(checkpoint, folder)
+    base_model = base_model or hub_name(report.base_model)
+    if license is None and base_model is not None:
+        license = _license_of(base_model, api)
+    made = {CARD: staging / CARD}
+    if plot := _plot(report, staging / PLOT_NAME):
+        made[PLOT_NAME] = plot
+    text = model_card(
+        report, repo_id, checkpoint=checkpoint, base_model=base_model, license=license, tags=tags or (),
+        evaluation=evaluation, plot=PLOT_NAME if plot else None,
+    )  # fmt: skip
+    made[CARD].write_text(text, encoding="utf-8")
+    return made
+
+
+def _report_of(checkpoint: CheckpointReport, folder: Path) -> QuantizationReport:
+    """A report of what the files show, for a model that has none of its own."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    method = str(checkpoint.quant_method)
+    layers = [
+        LayerReport(
+            layer.name, layer.shape, SHORT.get(method, method), layer.bits or 0, layer.group_size or -1, layer.nbytes,
+            layer.outliers,
+        )
+        for layer in checkpoint.layers
+    ]  # fmt: skip
+    notes = ["The run that quantized this model left no report; these numbers are counted from its files."]
+    return QuantizationReport(method, config, layers=layers, notes=notes, versions={}, hardware="")
+
+
+def _plot(report: QuantizationReport, path: Path) -> Path | None:
+    """The picture of the errors; None without matplotlib or without measured errors."""
+    from hf_spqr.report.plot import plot_report
+
+    if not any(layer.error is not None for layer in report.layers):
+        return None
+    try:
+        return plot_report(report, path)
+    except ImportError:
+        return None
+
+
+def _license_of(base_model: str, api: Any) -> str | None:
+    """The licence that the base model's card declares; None when it cannot be read."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        data = api.model_info(base_model).card_data
+    except (HfHubHTTPError, OSError):
+        return None
+    return None if data is None else data.get("license")
+
+
+def _tokenizer_of(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+
+
+def _failed(repo_id: str) -> str:
+    return (
+        f"The upload to {repo_id} failed and nothing was published. Push again: files that the server already has are"
+        " not sent twice."
+    )

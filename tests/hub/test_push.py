@@ -1,0 +1,174 @@
+"""Push and pull over HTTP: LFS and Xet, private repositories, failures."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_spqr.errors import CheckpointError
+from hf_spqr.integrations.hub import PushError, install, push_folder, push_to_hub
+from tests.tiny_models import byte_tokenizer, tiny_model
+
+IDS = torch.arange(40)[None] * 5 % 258
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_what_is_pulled_is_what_was_pushed_to_the_bit(hub, model, folder):
+    pushed = push_folder(folder, "tester/tiny-SpQR")
+    assert pushed.repo_id == "tester/tiny-SpQR" and pushed.oid == hub.repos["tester/tiny-SpQR"].branches["main"]
+    pulled = AutoModelForCausalLM.from_pretrained("tester/tiny-SpQR")
+    assert torch.equal(logits(pulled), logits(model))
+    state, again = model.state_dict(), pulled.state_dict()
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    assert (
+        AutoTokenizer.from_pretrained("tester/tiny-SpQR")("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]
+    )
+    files = hub.repos["tester/tiny-SpQR"].files()
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "quantization_report.json"} <= set(
+        files
+    )
+    assert hub.count("PUT", "/lfs/") == (0 if hub.xet else len([f for f in files.values() if f.large]))
+    assert hub.count("POST", "/commit/") == 1
+
+
+def test_the_method_of_the_model(hub, make_model):
+    model = make_model()
+    install(model)
+    model.push_to_hub("tester/m", tokenizer=byte_tokenizer(), max_shard_size="60KB", tags=["mine"])
+    files = hub.repos["tester/m"].files()
+    shards = [name for name in files if name.endswith(".safetensors")]
+    assert len(shards) > 1 and "tokenizer.json" in files
+    card = ModelCard.load("tester/m")
+    assert "mine" in card.data.tags and "bits per weight" in card.text.lower()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("tester/m")), logits(model))
+    model.push_to_hub("tester/m", tokenizer=byte_tokenizer())
+    files = hub.repos["tester/m"].files()
+    assert [name for name in files if "safetensors" in name] == ["model.safetensors"]
+
+
+def test_private_needs_the_token(hub, folder, monkeypatch):
+    push_folder(folder, "tester/secret", private=True)
+    assert hub.repos["tester/secret"].private
+    AutoModelForCausalLM.from_pretrained("tester/secret")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent/token")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / ".." / "other"))
+    with pytest.raises(OSError, match=r"not a (valid|local)"):
+        AutoModelForCausalLM.from_pretrained("tester/secret")
+    with pytest.raises(PushError, match="nothing was published"):
+        push_folder(folder, "tester/secret")
+
+
+@pytest.mark.parametrize("stage", ["/preupload/", "/commit/", "lfs/objects/batch", "xet-write-token"])
+def test_a_failed_upload_publishes_nothing_and_can_be_resumed(hub, folder, stage):
+    if (stage == "xet-write-token") != (hub.xet is not None) and stage in ("lfs/objects/batch", "xet-write-token"):
+        pytest.skip("not on this way")
+    push_folder(folder, "tester/r")
+    before = hub.repos["tester/r"].branches["main"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    hub.fail(stage, 403, times=50)
+    with pytest.raises(PushError, match="nothing was published"):
+        push_folder(folder, "tester/r")
+    assert hub.repos["tester/r"].branches["main"] == before
+    hub.faults.clear()
+    sent = len(hub.blobs)
+    pushed = push_folder(folder, "tester/r")
+    if stage == "/commit/" and hub.xet is None:
+        assert len(hub.blobs) == sent  # the weights were there already and were not sent again
+    assert hub.repos["tester/r"].branches["main"] == pushed.oid != before
+    pulled = AutoModelForCausalLM.from_pretrained("tester/r")
+    assert torch.equal(pulled.model.norm.weight, tensors["model.norm.weight"])
+
+
+def test_a_passing_error_of_the_server_is_retried(hub, folder):
+    hub.fail("/preupload/", 503)
+    push_folder(folder, "tester/again")
+    assert hub.count("POST", "/preupload/") >= 2
+
+
+def test_somebody_else_pushed_meanwhile(hub, folder, monkeypatch):
+    push_folder(folder, "tester/c")
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    create = HfApi.create_commit
+
+    def late(self, repo_id, operations, **options):
+        repo = hub.repos[repo_id]
+        repo.commit("main", dict(repo.files()))
+        return create(self, repo_id, operations, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", late)
+    with pytest.raises(PushError, match="somebody else"):
+        push_folder(folder, "tester/c")
+
+
+def test_a_branch(hub, folder):
+    push_folder(folder, "tester/b")
+    first = hub.repos["tester/b"].branches["main"]
+    (folder / "extra.txt").write_text("more")
+    push_folder(folder, "tester/b", revision="v2")
+    assert hub.repos["tester/b"].branches["main"] == first
+    assert "extra.txt" in hub.repos["tester/b"].files("v2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), r"lacks model\.safetensors"),
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "cut off"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
+            "two models",
+        ),
+    ],
+)
+def test_an_incomplete_folder_is_not_pushed(hub, folder, damage, message):
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        push_folder(folder, "tester/x")
+    assert not hub.repos
+
+
+def test_an_unquantized_model_is_not_pushed(hub, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="no packed layers"):
+        push_folder(tmp_path / "plain", "tester/x")
+
+
+def test_ones_own_card_and_hidden_files(hub, folder):
+    (folder / "README.md").write_text("my own words")
+    (folder / ".secret").write_text("x")
+    pushed = push_folder(folder, "tester/own")
+    assert hub.repos["tester/own"].files()["README.md"].content == b"my own words"
+    assert ".secret" not in pushed.files
+
+
+def test_base_model_and_licence_come_from_the_report_and_its_card(hub, model, folder):
+    HfApi().create_repo("tester/base")
+    HfApi().upload_file(
+        path_or_fileobj=b"---\nlicense: apache-2.0\n---\n", path_in_repo="README.md", repo_id="tester/base"
+    )
+    report = json.loads((folder / "quantization_report.json").read_text())
+    (folder / "quantization_report.json").write_text(json.dumps({**report, "base_model": "tester/base"}))
+    push_folder(folder, "tester/q")
+    card = ModelCard.load("tester/q")
+    assert card.data.base_model == "tester/base" and card.data.license == "apache-2.0"
+
+
+def test_pushing_a_pulled_model_again(hub, folder):
+    push_folder(folder, "tester/one")
+    pulled = AutoModelForCausalLM.from_pretrained("tester/one")
+    push_to_hub(pulled, "tester/two")
+    assert "tokenizer.json" in hub.repos["tester/two"].files()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("tester/two")), logits(pulled))
