@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 
 from hf_spqr.calibration.blocks import find_blocks, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows
-from hf_spqr.config import SpQRConfig
+from hf_spqr.config import OmniQuantConfig, SpQRConfig
+from hf_spqr.errors import UnsupportedLayerError
+from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import ExpertsTarget, find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
 from hf_spqr.quantize.targets import Target, check_weights, find_targets, left_alone, nothing_to_quantize
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def quantize_model(
     model: nn.Module,
-    config: SpQRConfig,
+    config: SpQRConfig | OmniQuantConfig,
     *,
     tokenizer: Any = None,
     device: torch.device | str | None = None,
@@ -56,7 +58,13 @@ def quantize_model(
     started = time.perf_counter()
     blocks = find_blocks(model)
     targets = find_targets(model, blocks, config)
-    experts = find_experts(model, blocks, config)
+    spqr = isinstance(config, SpQRConfig)
+    if isinstance(config, OmniQuantConfig) and config.act_bits is not None:
+        raise UnsupportedLayerError(
+            "act_bits: packed layers do not quantize activations yet; the model would run as if act_bits were None."
+            " Use a weight-only scheme (act_bits=None), or methods.omniquant.quantize_block on its own."
+        )
+    experts = find_experts(model, blocks, config) if spqr else []
     if not targets and not experts:
         raise nothing_to_quantize(model, blocks)
     chosen = {t.name: t.linear for t in targets} | {t.name: t.module for t in experts}
@@ -76,10 +84,11 @@ def quantize_model(
         ),
         skipped=left_alone(model, chosen),
     )
-    recording = record(model, blocks, calibration_batches(windows))
+    recording = record(model, blocks, calibration_batches(windows) if spqr else windows)
     names = _names_in_order(model, targets, experts)
     bar = tqdm(total=len(names), desc="Quantizing", unit="layer", disable=not progress)
-    run = SpQRRun(model, config, blocks, targets, experts, recording, report, bar, device)
+    kind: Any = SpQRRun if spqr else OmniQuantRun
+    run = kind(model, config, blocks, targets, experts, recording, report, bar, device)
     with bar:
         run.quantize()
     order = {name: position for position, name in enumerate(names)}

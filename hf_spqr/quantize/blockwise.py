@@ -1,0 +1,119 @@
+"""OmniQuant over a whole model: two chains of activations, full precision and quantized, a block learned at a time."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_spqr.calibration.blocks import Block, Call
+from hf_spqr.config import OmniQuantConfig
+from hf_spqr.errors import CalibrationError, UnsupportedLayerError
+from hf_spqr.methods.omniquant import BlockResult, quantize_block
+from hf_spqr.nn import AffineLinear
+from hf_spqr.quantize.run import Run, named
+from hf_spqr.quantize.targets import Target
+from hf_spqr.report import LayerReport
+
+__all__ = ["OmniQuantRun"]
+
+
+@dataclass
+class OmniQuantRun(Run[OmniQuantConfig]):
+    """Every block learns to give, on the outputs of the quantized blocks before it, what the original gives."""
+
+    method = "omniquant"
+
+    def quantize(self) -> None:
+        full = quantized = self._samples()
+        for index, block in enumerate(self.blocks):
+            mine = self.targets_of(index)
+            with self.on_device(block):
+                calls = [_keywords(block.module, call) for call in self.recording.calls[index]]
+                if not mine:
+                    full, quantized = (
+                        torch.cat(self.outputs(block, list(states.split(1)), self.recording.calls[index]))
+                        for states in (full, quantized)
+                    )
+                    continue
+                started = time.perf_counter()
+                result = self._learn(block, mine, full, quantized, calls)
+                self._store(block, mine, result, time.perf_counter() - started)
+                full, quantized = result.outputs_fp, result.outputs_q
+            self.recording.calls[index] = []
+
+    def _samples(self) -> Tensor:
+        """Inputs of the first block [samples, tokens, hidden]: the sequences of full length."""
+        lengths = [states.shape[1] for states in self.recording.hidden]
+        keep = [i for i, length in enumerate(lengths) if length == max(lengths)]
+        if len(keep) < len(lengths):
+            self.report.notes.append(
+                f"{len(lengths) - len(keep)} calibration sequences shorter than {max(lengths)} tokens were not used."
+            )
+        if any(states.shape[0] != 1 for states in self.recording.hidden):
+            raise CalibrationError("OmniQuant needs one sequence per recorded batch.")
+        self.recording.calls = [[calls[i] for i in keep] for calls in self.recording.calls]
+        return torch.cat([self.recording.hidden[i] for i in keep])
+
+    def _learn(
+        self, block: Block, mine: dict[str, Target], full: Tensor, quantized: Tensor, calls: list[dict[str, Any]]
+    ) -> BlockResult:
+        linears: dict[str, nn.Linear] = {}
+        for name, target in mine.items():
+            if not isinstance(target.linear, nn.Linear):
+                raise UnsupportedLayerError(
+                    f"{target.name} is a {type(target.linear).__name__}: OmniQuant quantizes nn.Linear. Use SpQR, or"
+                    " exclude the layer with modules_to_not_convert."
+                )
+            linears[name] = target.linear
+
+        def progress(step: int, steps: int, loss: float) -> None:
+            self.show(f"{block.name} step {step}/{steps} loss {loss:.3g}")
+
+        with named(block.name):
+            return quantize_block(
+                block.module, full, quantized, calls, self.config.params(), linears, progress=progress
+            )
+
+    @torch.no_grad()
+    def _store(self, block: Block, mine: dict[str, Target], result: BlockResult, seconds: float) -> None:
+        """Put the packed layers and the folded parameters in place and report them."""
+        for name, value in result.folded.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(block.module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        for name, weight in result.weights.items():
+            linear = block.module.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            bias = None if linear.bias is None else linear.bias.detach()
+            module = AffineLinear.from_weight(weight, bias, linear.weight.dtype).to(linear.weight.device)
+            module.backend = self.config.backend
+            block.module.set_submodule(name, module)
+            self.done(
+                LayerReport(
+                    name=mine[name].name,
+                    shape=(module.out_features, module.in_features),
+                    method=self.method,
+                    bits=module.layout.bits,
+                    group_size=module.layout.group_size,
+                    nbytes=module.nbytes(),
+                    seconds=seconds / len(result.weights),
+                )
+            )
+        transforms = f", {len(result.pairs)} transforms" if result.pairs else ""
+        self.report.notes.append(
+            f"{block.name}: mean squared error {result.loss_nearest:.4g} rounding to nearest,"
+            f" {result.loss_initial:.4g} before and {result.loss_final:.4g} after training{transforms}"
+            + (f"; {result.skipped} steps skipped" if result.skipped else "")
+            + ("; training did not help" if result.kept_initial else "")
+            + "."
+        )
+
+
+def _keywords(block: nn.Module, call: Call) -> dict[str, Any]:
+    """All arguments of a call after the hidden states, by name."""
+    names = list(inspect.signature(block.forward).parameters)[1:]
+    return {**dict(zip(names, call.args, strict=False)), **call.kwargs}

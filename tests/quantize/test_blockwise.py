@@ -1,0 +1,97 @@
+"""OmniQuant over whole models: every architecture, both streams, reports."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_spqr import ConfigError, UnsupportedLayerError
+from hf_spqr.config import OmniQuantConfig
+from hf_spqr.methods.omniquant import OmniQuantParams, preset
+from hf_spqr.nn import AffineLinear
+from hf_spqr.quantize import quantize_model
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+IDS = torch.arange(40)[None]
+
+
+def run(model, texts, tokenizer, **fields):
+    fields = {"bits": 4, "group_size": 32, "epochs": 1, "nsamples": 8, "seqlen": 32, "dataset": texts, **fields}
+    return quantize_model(model, OmniQuantConfig(**fields), tokenizer=tokenizer, progress=False)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits.float()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("transforms", [False, True], ids=["grid", "transforms"])
+def test_every_architecture(kind, transforms, texts, tokenizer):
+    model = tiny_model(kind)
+    before = logits(model)
+    report = run(model, texts, tokenizer, let=transforms)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, AffineLinear)}
+    assert len(packed) == len(report.layers) and {layer.method for layer in report.layers} == {"omniquant"}
+    assert report.nbytes == sum(m.nbytes() for m in packed.values())
+    assert len(report.notes) == 2 and all("after training" in note for note in report.notes)
+    assert ("transforms" in report.notes[0]) == transforms
+    assert 0 < float((logits(model) - before).norm() / before.norm()) < 0.3
+
+
+def test_packed_layers_compute_what_their_matrices_say(texts, tokenizer):
+    model = tiny_model("llama")
+    run(model, texts, tokenizer, let=True)
+    dense = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, AffineLinear):
+            dense.set_submodule(name, module.to_linear())
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
+
+
+def test_sequences_of_other_lengths_are_left_out(tokenizer):
+    ids = [torch.randint(0, 256, (n,)) for n in (32, 32, 20, 32)]
+    report = run(tiny_model("llama"), ids, tokenizer)
+    assert report.notes[0].startswith("1 calibration sequences shorter than 32 tokens")
+
+
+def test_exclusions(texts, tokenizer):
+    model = tiny_model("llama")
+    run(model, texts, tokenizer, modules_to_not_convert=["layers.0", "mlp"])
+    packed = {n for n, m in model.named_modules() if isinstance(m, AffineLinear)}
+    assert packed == {f"model.layers.1.self_attn.{p}_proj" for p in "qkvo"}
+
+
+def test_quantized_activations_are_not_passed_over_in_silence(texts, tokenizer):
+    with pytest.raises(UnsupportedLayerError, match="do not quantize activations yet"):
+        run(tiny_model("llama"), texts, tokenizer, act_bits=8, group_size=-1)
+
+
+def test_config_round_trip():
+    config = OmniQuantConfig.from_preset("W3A16g128", reference=True, dataset=["a"], learning={"holdout": 0.5})
+    assert OmniQuantConfig.from_dict(config.to_dict()) == config
+    assert config.params().holdout == 0.5 and config.group_size == 128
+    reference = OmniQuantConfig.from_preset("W4A4", reference=True)
+    assert reference.params() == preset("W4A4", reference=True)
+    assert OmniQuantConfig().params() == OmniQuantParams(group_size=128)
+    assert OmniQuantConfig.from_dict(reference.to_dict()).params() == reference.params()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 1}, "bits=1"),
+        ({"group_size": 20}, "group_size"),
+        ({"act_bits": 9}, "act_bits"),
+        ({"sym": 1}, "True or False"),
+        ({"epochs": -1}, "epochs"),
+        ({"lwc_lr": "high"}, "use a number"),
+        ({"scale_dtype": "float32"}, "'float16', 'bfloat16'"),
+        ({"learning": {"speed": 1}}, "'speed' is not one of"),
+        ({"overrides": {"mlp": {"bits": 4}}}, "cannot differ per layer"),
+        ({"act_bits": 8, "group_size": 64}, "group_size=-1"),
+    ],
+)
+def test_wrong_fields(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        OmniQuantConfig(**fields)
