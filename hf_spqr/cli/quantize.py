@@ -40,10 +40,11 @@ class Method(str, Enum):
     """Quantization methods of the command line."""
 
     spqr = "spqr"
+    omniquant = "omniquant"
 
 
 class Mode(str, Enum):
-    """Modes of SpQR: ours, or the published algorithm in every choice."""
+    """Ours, or the published algorithm in every choice."""
 
     default = "default"
     reference = "reference"
@@ -57,11 +58,26 @@ def quantize_command(
         typer.Option("--dataset", "-d", help="Calibration text: txt, json, jsonl file, or Hub name:config:split."),
     ],
     method: Annotated[Method, typer.Option("--method", help="Quantization method.")] = Method.spqr,
-    bits: Annotated[int | None, typer.Option("--bits", help="Bits of a weight code, 2 to 8. Default: 3.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="OmniQuant: bits and learning by name: W3A16g128, W4A4, W8A8, ...")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", help="Bits of a weight code, 2 to 8. Default: 3; OmniQuant 4.")
+    ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option("--group-size", help="Inputs that share a scale: 8 to 128, or -1 for a whole row. Default: 16."),
+        typer.Option(
+            "--group-size",
+            help="Inputs that share a scale: 8 to 128, or -1 for a whole row. Default: 16; OmniQuant 128.",
+        ),
     ] = None,
+    act_bits: Annotated[
+        int | None, typer.Option("--act-bits", help="OmniQuant: bits of the activations, 2 to 8. Default: none.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="OmniQuant: passes over the calibration data for each block.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="OmniQuant: sequences in a step.")] = None,
     outlier_threshold: Annotated[
         str | None,
         typer.Option("--outlier-threshold", help="Smaller keeps more weights in 16 bit, inf none. Default: 0.2."),
@@ -121,6 +137,8 @@ def quantize_command(
       hf-spqr quantize MODEL OUT -d text.txt --overrides '{"down_proj": {"bits": 4}}' --skip layers.0
 
       hf-spqr quantize MODEL OUT -d wikitext:wikitext-2-raw-v1:train --mode reference --percdamp 1.0
+
+      hf-spqr quantize MODEL OUT -d c4.jsonl --method omniquant --preset W3A16g128
     """
     check_model(model)
     check_device(device)
@@ -128,8 +146,13 @@ def quantize_command(
     positions = check_base(model)
     config = build_config(
         method,
+        preset=preset,
+        mode=None if mode is None else mode.value,
         bits=bits,
         group_size=group_size,
+        act_bits=act_bits,
+        epochs=epochs,
+        batch_size=batch_size,
         scale_bits=scale_bits,
         zero_bits=zero_bits,
         second_group=second_group,
@@ -137,7 +160,6 @@ def quantize_command(
         target_bits=target_bits,
         act_order=act_order,
         percdamp=percdamp,
-        mode=None if mode is None else mode.value,
         true_sequential=true_sequential,
         dataset=dataset,
         nsamples=nsamples,
@@ -164,18 +186,26 @@ def parse_threshold(text: str) -> float:
         raise CommandError(f"--outlier-threshold {text}: give a number, or inf for no outliers") from None
 
 
-def build_config(method: Method, **fields: Any) -> PackedConfig:
+def build_config(method: Method, preset: str | None, mode: str | None, **fields: Any) -> PackedConfig:
     """The config of ``method`` from the options that were given, the others being None.
 
     Raises ConfigError for a value out of range and CommandError for an option that the method does not have.
     """
-    from hf_spqr.config import SpQRConfig
+    from hf_spqr.config import OmniQuantConfig, SpQRConfig
 
-    config_class = {Method.spqr: SpQRConfig}[method]
     given = {name: value for name, value in fields.items() if value is not None}
+    config_class = {Method.spqr: SpQRConfig, Method.omniquant: OmniQuantConfig}[method]
     for name in given.keys() - inspect.signature(config_class.__init__).parameters.keys():
         raise CommandError(f"--{name.replace('_', '-')} has no meaning for --method {method.value}")
-    return config_class(**given)
+    if method is Method.spqr:
+        if preset is not None:
+            raise CommandError(f"--preset has no meaning for --method {method.value}")
+        return SpQRConfig(**given, **({} if mode is None else {"mode": mode}))
+    if preset is not None:
+        return OmniQuantConfig.from_preset(preset, reference=mode == "reference", **given)
+    if mode == "reference":
+        raise CommandError("--mode reference of OmniQuant needs a --preset, for example W3A16g128")
+    return OmniQuantConfig(**given)
 
 
 def check_base(model: str) -> int:

@@ -74,6 +74,17 @@ def test_overrides_and_skip_reach_the_layers(run, base: Path, dataset: Path, tmp
     assert {name.rpartition(".")[2] for name, width in bits.items() if width == 5} == {"down_proj"}
 
 
+def test_omniquant_by_preset(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    options = (*FAST, "--method", "omniquant", "--preset", "W4A16g32", "--epochs", "1", "--json")
+    result = run("quantize", base, tmp_path / "q", "-d", dataset, *options)
+    assert result.code == 0
+    assert result.json["config"]["quant_method"] == "omniquant"
+    assert result.json["config"]["epochs"] == 1
+    inspected = run("inspect", tmp_path / "q", "--json").json
+    assert inspected["totals"]["bits_per_weight"] == pytest.approx(result.json["totals"]["bits_per_weight"])
+    assert {layer["bits"] for layer in inspected["layers"]} == {4}
+
+
 def test_refuses_a_full_folder_and_replaces_it_when_told(run, base: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "q"
     out.mkdir()
@@ -115,6 +126,11 @@ def test_nothing_is_left_after_a_failure(run, base: Path, dataset: Path, tmp_pat
         (("--overrides", "[]"), "must be a JSON object"),
         (("--overrides", "@absent.json"), "does not exist"),
         (("--device", "gpu"), "use cpu, cuda"),
+        (("--preset", "W4A16"), "--preset has no meaning for --method spqr"),
+        (("--act-bits", "8"), "--act-bits has no meaning for --method spqr"),
+        (("--method", "omniquant", "--target-bits", "4"), "--target-bits has no meaning for --method omniquant"),
+        (("--method", "omniquant", "--mode", "reference"), "needs a --preset"),
+        (("--method", "omniquant", "--preset", "W99"), "W99"),
     ],
 )
 def test_mistakes_are_messages(run, base: Path, dataset: Path, tmp_path: Path, arguments, message) -> None:
