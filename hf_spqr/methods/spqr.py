@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
-from hf_spqr.methods import spqr_reference
+from hf_spqr.methods import spqr_fit, spqr_reference
 from hf_spqr.methods.base import LayerResult, SpQRParams, check_inputs, relative_error
+from hf_spqr.methods.descent import descend, refit_outliers
 from hf_spqr.methods.loop import State, propagate
 from hf_spqr.methods.order import Plan, activation_order, plan_by_energy, plan_in_place
-from hf_spqr.methods.solve import inverse_factor
+from hf_spqr.methods.solve import damped, inverse_factor
 from hf_spqr.methods.spqr_statistics import ROWS, UnitStatistics
 
 
@@ -48,10 +49,17 @@ def quantize(weight: Tensor, hessian: Tensor, params: SpQRParams) -> LayerResult
         work[ordered.diagonal() == 0] = 0
     threshold = absolute_threshold(work[:, :rows], factor.upper, params.outlier_threshold)
 
+    original = None if reference else work.clone()
+    fit_unit = spqr_reference.fit_unit if reference else spqr_fit.fit_unit
+
     def fit(groups: list[Tensor], costs: list[Tensor]) -> UnitStatistics:
-        return spqr_reference.fit_unit(groups, costs, threshold, params)
+        return fit_unit(groups, costs, threshold, params)
 
     state = propagate(work, factor.upper, plan, params.bits, fit, threshold)
+    if original is not None:
+        ordered = damped(ordered, factor.percdamp)
+        descend(state, original, ordered, plan, params.bits)
+        refit_outliers(state, original, ordered)
     packed = assemble(state, layout, plan, perm)
     error = relative_error(weight, packed.dequantize(), hessian)
     return LayerResult(packed, error, factor.percdamp, factor.raised, packed.outlier_col.numel())

@@ -27,6 +27,11 @@ class Coded:
     offset: Tensor
     value: Tensor
 
+    def replace(self, index: int, codes: Tensor) -> None:
+        """Give group `index` other codes [N]."""
+        self.codes[index] = codes
+        self.value[index] = self.step.repeat_interleave(ROWS) * (codes - self.offset.repeat_interleave(ROWS))
+
 
 @dataclass
 class UnitStatistics:
@@ -53,28 +58,57 @@ class UnitStatistics:
 
 def encode(values: Tensor, bits: int) -> Coded:
     """Quantize statistics [n, N] to `bits`, min-max over each 16 rows x n groups."""
-    count, columns = values.shape
     top = 2**bits - 1
-    tiles = values.view(count, columns // ROWS, ROWS)
+    tiles = _tiles(values)
     low, high = tiles.amin((0, 2)), tiles.amax((0, 2))
-    return encode_range(values, low, high, top)
-
-
-def encode_range(values: Tensor, low: Tensor, high: Tensor, top: int) -> Coded:
-    """Quantize statistics [n, N] to the grid of top + 1 points from low to high ([N / 16] each)."""
-    count, columns = values.shape
-    # A spread below what float16 can resolve in `offset` = -low / step is widened: the values then share one code.
+    # A spread below what float16 can resolve in the offset, -low / step, is widened: the values then share one code.
     spread = torch.maximum(high - low, torch.maximum(low.abs(), high.abs()) * 1e-3)
     step = to_half(spread / top, positive=True)
-    offset = to_half(-low / step)
-    tiles = values.view(count, columns // ROWS, ROWS)
-    codes = (tiles / step[:, None] + offset[:, None]).round_().clamp_(0, top)
+    return encode_with(values, step, to_half(-low / step), top)
+
+
+def encode_with(values: Tensor, step: Tensor, offset: Tensor, top: int) -> Coded:
+    """Quantize statistics [n, N] with given second-level numbers [N / 16]."""
+    codes = (_tiles(values) / step[:, None] + offset[:, None]).round_().clamp_(0, top)
     value = step[:, None] * (codes - offset[:, None])
-    return Coded(codes.view(count, columns), step, offset, value.view(count, columns))
+    return Coded(codes.view_as(values), step, offset, value.view_as(values))
+
+
+def refine(values: Tensor, importance: Tensor, start: Coded, bits: int, steps: int = 2) -> Coded:
+    """Move the second-level numbers to those that fit values [n, N] best in the weighted square, given the codes;
+    keep what is better, tile by tile; `steps` times."""
+    top, wanted = 2**bits - 1, _tiles(values)
+    weight = _tiles(importance) + 1e-6 * _tiles(importance).mean((0, 2), keepdim=True) + 1e-30
+
+    def loss(coded: Coded) -> Tensor:
+        return (_tiles(coded.value) - wanted).square_().mul_(weight).sum((0, 2))
+
+    total = weight.sum((0, 2))
+    best, best_loss = start, loss(start)
+    for _ in range(steps):
+        codes = _tiles(best.codes)
+        mean_code = (weight * codes).sum((0, 2)) / total
+        mean = (weight * wanted).sum((0, 2)) / total
+        centred = codes - mean_code[:, None]
+        spread = (weight * centred.square()).sum((0, 2))
+        slope = (weight * centred * (wanted - mean[:, None])).sum((0, 2)) / spread.clamp_min(1e-30)
+        usable = (spread > 1e-6 * total) & (slope > 0)
+        step = to_half(torch.where(usable, slope, best.step), positive=True)
+        offset = to_half(torch.where(usable, mean_code - mean / step, best.offset))
+        tried = encode_with(values, step, offset, top)
+        tried_loss = loss(tried)
+        better = tried_loss < best_loss
+        best_loss = torch.where(better, tried_loss, best_loss)
+        best = encode_with(values, torch.where(better, step, best.step), torch.where(better, offset, best.offset), top)
+    return best
 
 
 def to_half(values: Tensor, positive: bool = False) -> Tensor:
     """Round to what float16 stores (saturating); `positive` keeps results above 0 by the smallest float16."""
-    limits = torch.finfo(torch.float16)
-    low = limits.smallest_normal * 2.0**-10 if positive else limits.min
-    return values.clamp(low, limits.max).half().to(values.dtype)
+    limit = torch.finfo(torch.float16).max
+    return values.clamp(2.0**-24 if positive else -limit, limit).half().to(values.dtype)
+
+
+def _tiles(values: Tensor) -> Tensor:
+    """[n, N] as [n, N / 16, 16]."""
+    return values.view(values.shape[0], -1, ROWS)
