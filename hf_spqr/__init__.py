@@ -10,7 +10,7 @@ Importing this package registers its quantization methods::
     model.save_pretrained("model-SpQR")
 """
 
-from hf_spqr.config import SpQRConfig
+from hf_spqr.config import OmniQuantConfig, SpQRConfig
 from hf_spqr.errors import (
     CalibrationError,
     CheckpointError,
@@ -30,6 +30,7 @@ __all__ = [
     "ConfigError",
     "HfSpqrError",
     "NonFiniteError",
+    "OmniQuantConfig",
     "SpQRConfig",
     "UnsupportedLayerError",
     "quantize_model",

@@ -1,0 +1,42 @@
+"""OmniQuant through Transformers' API: quantize, save, reload, exactly; it differs from SpQR only in its modules."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_spqr
+from hf_spqr.nn import AffineLinear
+from tests.integrations.conftest import IDS
+from tests.tiny_models import ARCHITECTURES
+
+load = AutoModelForCausalLM.from_pretrained
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_round_trip(kind, model_dir, texts, tmp_path):
+    config = hf_spqr.OmniQuantConfig(
+        bits=4, group_size=32, let=True, epochs=1, nsamples=4, seqlen=32, dataset=texts, scale_dtype="bfloat16"
+    )
+    model = load(model_dir(kind, torch.bfloat16), quantization_config=config)
+    assert model.dtype == torch.bfloat16 and model.quantization_method == "omniquant"
+    model.save_pretrained(tmp_path / "q", max_shard_size="50KB")
+    again = load(tmp_path / "q")
+    assert sum(isinstance(m, AffineLinear) for m in again.modules()) == len(model.quantization_report.layers)
+    assert again.config.quantization_config == model.config.quantization_config
+    left, right = model.state_dict(), again.state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert torch.equal(logits(model), logits(again))
+
+
+def test_preset_tied_and_dequantized(model_dir, texts, tmp_path):
+    config = hf_spqr.OmniQuantConfig.from_preset("W3A16g64", epochs=1, nsamples=4, seqlen=32, dataset=texts)
+    model = load(model_dir("llama", tie_word_embeddings=True), quantization_config=config)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    torch.testing.assert_close(logits(again.dequantize()), logits(model), rtol=1e-3, atol=1e-3)
