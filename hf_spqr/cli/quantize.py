@@ -194,13 +194,13 @@ def build_config(method: Method, preset: str | None, mode: str | None, **fields:
     from hf_spqr.config import OmniQuantConfig, SpQRConfig
 
     given = {name: value for name, value in fields.items() if value is not None}
-    config_class = {Method.spqr: SpQRConfig, Method.omniquant: OmniQuantConfig}[method]
-    for name in given.keys() - inspect.signature(config_class.__init__).parameters.keys():
+    config_class = SpQRConfig if method is Method.spqr else OmniQuantConfig
+    for name in given.keys() - inspect.signature(config_class).parameters.keys():
         raise CommandError(f"--{name.replace('_', '-')} has no meaning for --method {method.value}")
     if method is Method.spqr:
         if preset is not None:
             raise CommandError(f"--preset has no meaning for --method {method.value}")
-        return SpQRConfig(**given, **({} if mode is None else {"mode": mode}))
+        return SpQRConfig(**(given if mode is None else {**given, "mode": mode}))
     if preset is not None:
         return OmniQuantConfig.from_preset(preset, reference=mode == "reference", **given)
     if mode == "reference":
