@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,14 +26,12 @@ class KeepDouble(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Every floating tensor inside nested tuples, lists and mappings, as ``dtype``; anything else as it is."""
+def cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Tensors inside nested tuples, lists and dicts on ``device``, the floating ones as ``dtype``; all else as it is."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(cast(item, dtype) for item in value)
-    if isinstance(value, list):
-        return [cast(item, dtype) for item in value]
-    if isinstance(value, Mapping) and type(value) is dict:
-        return {key: cast(item, dtype) for key, item in value.items()}
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(cast(item, dtype, device) for item in value)
+    if type(value) is dict:
+        return {key: cast(item, dtype, device) for key, item in value.items()}
     return value

@@ -29,8 +29,9 @@ class Probe:
     """
 
     def __init__(self, block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], seed: int = 0) -> None:
-        self.block, self.kwargs = block, cast(dict(kwargs), torch.float64)
-        self.hidden = hidden.to(torch.float64)
+        self.block, device = block, next(block.parameters()).device
+        self.kwargs = cast(dict(kwargs), torch.float64, device)
+        self.hidden = hidden.to(device, torch.float64)
         self.generator = torch.Generator().manual_seed(seed)
         self.modules = dict(block.named_modules())
         named = {**dict(block.named_parameters()), **dict(block.named_buffers())}

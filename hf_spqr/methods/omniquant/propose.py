@@ -93,7 +93,8 @@ def find_pairs(
             lonely.append(port)
     for query, key in _candidates(probe, lonely):
         ties = key_query_ties(query.size, key.size, head_sizes(block, key.size), query.norm)
-        matches = (_verified(probe, _against(query, key, *tie)) for tie in ties)
+        device = probe.hidden.device
+        matches = (_verified(probe, _against(query, key, q.to(device), k.to(device), n)) for q, k, n in ties)
         pair = next((match for match in matches if match), None)
         if pair:
             pairs.append(pair)
@@ -254,8 +255,7 @@ def _candidates(probe: Probe, lonely: list[Port]) -> Iterator[tuple[Port, Port]]
 
 
 def _against(query: Port, key: Port, query_entries: Tensor, key_entries: Tensor, size: int) -> EquivalencePair:
-    device = query.rows.device if query.rows is not None else None
-    sites = query.sites(-1, query_entries.to(device)) + key.sites(1, key_entries.to(device))
+    sites = query.sites(-1, query_entries) + key.sites(1, key_entries)
     return EquivalencePair(f"{query.module} <-> {key.module}", "qk", size, tuple(sites))
 
 

@@ -33,11 +33,12 @@ class BlockRunner:
         self.block, self.autocast = block, autocast
         self.modules = dict(block.named_modules())
         self.quantized = list(quantized)
-        self.tensors = cast({**dict(block.named_parameters()), **dict(block.named_buffers())}, torch.float32)
-        self.tensors = {name: value.detach() for name, value in self.tensors.items()}
         self.device = next(block.parameters()).device
+        named = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        self.tensors = {name: cast(value.detach(), torch.float32, self.device) for name, value in named.items()}
         each = [kwargs] if isinstance(kwargs, Mapping) else list(kwargs)
-        self.kwargs = [cast(dict(item), torch.float32) for item in (each[:1] if _all_same(each) else each)]
+        each = each[:1] if _all_same(each) else each
+        self.kwargs = [cast(dict(item), torch.float32, self.device) for item in each]
 
     def arguments(self, samples: Sequence[int]) -> dict[str, Any]:
         """The block's own keyword arguments for these samples together."""
@@ -65,7 +66,7 @@ class BlockRunner:
         q, k and v.
 
         Raises:
-            UnsupportedLayerError: attention should be quantized but is not computed by scaled_dot_product_attention.
+            UnsupportedLayerError: attention should be quantized but is computed in a way that cannot be seen.
         """
         hidden = hidden.to(self.device, torch.float32)
         with ExitStack() as stack:
@@ -79,8 +80,8 @@ class BlockRunner:
             out = first_tensor(functional_call(self.block, merged, (hidden,), self.arguments(samples)))
         if mode is not None and not mode.calls:
             raise UnsupportedLayerError(
-                "q, k, v cannot be quantized: the block does not call scaled_dot_product_attention. Load the model"
-                ' with attn_implementation="sdpa", or set quantize_attention=False.'
+                "q, k, v cannot be quantized: the block's attention is neither scaled_dot_product_attention nor plain"
+                ' products. Load the model with attn_implementation="sdpa", or set quantize_attention=False.'
             )
         if out is None:
             raise UnsupportedLayerError(f"{type(self.block).__name__} returned no tensor")

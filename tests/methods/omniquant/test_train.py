@@ -128,9 +128,23 @@ def test_a_training_that_only_harms_is_thrown_away() -> None:
     assert result.kept_initial and result.loss_final == result.loss_initial
 
 
+def test_eager_attention_is_quantized_like_sdpa() -> None:
+    outputs = []
+    for attention in ("sdpa", "eager"):
+        block, hidden, kwargs = make_block(attention)
+        runner = BlockRunner(block, kwargs, [])
+        with torch.no_grad():
+            outputs.append([runner(hidden, range(8), None, None, bits) for bits in (None, 4)])
+    for ours, theirs in zip(*outputs, strict=True):
+        assert ((ours - theirs).abs() < 1e-4).float().mean() > 0.99
+    assert (outputs[0][0] - outputs[0][1]).abs().mean() > 1e-3
+
+
 def test_attention_that_cannot_be_quantized_is_refused() -> None:
+    block = nn.Sequential(nn.Linear(8, 8))
+    hidden = torch.randn(4, 6, 8)
     with pytest.raises(UnsupportedLayerError, match="sdpa"):
-        quantize(replace(preset("W4A4"), **FAST), attention="eager")
+        quantize_block(block, hidden, hidden, {}, preset("W4A4"), linears_of(block))
 
 
 def test_streams_must_agree() -> None:
