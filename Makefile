@@ -8,6 +8,7 @@ VENV ?= .venv
 # The CPU build of torch (190 MB). For the default build of PyPI, with CUDA: make TORCH_INDEX=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
+BENCHMARKS ?= loading quantize_memory
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -19,7 +20,7 @@ help:
 	@echo "make demo    quantize the demo model, save, reload, generate, measure (a few minutes)"
 	@echo "make test    all tests; make test ARGS='tests/cli -k doctor' for some"
 	@echo "make lint    ruff and clang-format    make format   apply them    make types   mypy"
-	@echo "make bench   benchmarks, results in benchmarks/results"
+	@echo "make bench   benchmarks that need nothing beside the checkout; results in benchmarks/results"
 	@echo "make clean   remove build outputs and out/; the virtual environment stays"
 
 setup: $(VENV)/.installed
@@ -64,7 +65,7 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
-	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+	@for name in $(BENCHMARKS); do echo "$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf build dist out *.egg-info hf_spqr/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
