@@ -27,7 +27,7 @@ class KeepDouble(TorchFunctionMode):
 
 
 def cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Tensors inside nested tuples, lists and dicts on ``device``, the floating ones as ``dtype``; all else as it is."""
+    """Tensors inside nested tuples, lists and dicts on ``device``, floating ones as ``dtype``; all else as it is."""
     if isinstance(value, Tensor):
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
     if type(value) in (tuple, list):
