@@ -92,6 +92,29 @@ HF_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// A value that is the same in the whole warp, told to the compiler.
+HF_DEVICE int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+// A value that the compiler shall keep in a register instead of computing it again.
+HF_DEVICE uint32_t keep(uint32_t v) {
+    asm("" : "+r"(v));
+    return v;
+}
+template <class T>
+HF_DEVICE T* keep(T* p) {
+    asm("" : "+l"(p));
+    return p;
+}
+// (a & mask) | bits
+template <uint32_t MASK>
+HF_DEVICE uint32_t mask_or(uint32_t a, uint32_t bits) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "n"(MASK), "r"(bits));
+    return r;
+}
+// (low half of a, low half of b), (high half of a, high half of b)
+HF_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+HF_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
 // Read-only data that is used once: does not displace what others keep in L1.
 HF_DEVICE uint2 load_stream(const uint2* p) {
     uint2 v;
@@ -103,14 +126,38 @@ HF_DEVICE uint32_t load_stream(const uint32_t* p) {
     asm("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
-HF_DEVICE uint2 load_shared(const uint2* p) { return *p; }
-HF_DEVICE uint4 load_shared(const uint4* p) { return *p; }
 
-// 16 bytes from global to shared memory, asynchronously; zeros when not valid.
-HF_DEVICE void copy_async(void* shared, const void* global, bool valid) {
-    const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
-    const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+// Shared memory by 32-bit addresses, for inner loops. Volatile, so that they stay in order among themselves and with
+// the barriers.
+HF_DEVICE uint32_t shared_address() { return uint32_t(__cvta_generic_to_shared(shared_memory())); }
+template <int OFFSET>
+HF_DEVICE uint2 load_shared2(uint32_t at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2+%3];" : "=r"(v.x), "=r"(v.y) : "r"(at), "n"(OFFSET));
+    return v;
+}
+template <int OFFSET>
+HF_DEVICE uint4 load_shared4(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4+%5];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at), "n"(OFFSET));
+    return v;
+}
+HF_DEVICE void store_shared(uint32_t at, uint32_t v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
+HF_DEVICE void store_shared(uint32_t at, uint2 v) {
+    asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory");
+}
+
+// If wanted: 16 bytes from global to shared memory, asynchronously; the last 16 - bytes are zeros.
+template <int OFFSET>
+HF_DEVICE void copy_async(uint32_t to, const void* global, int bytes, bool wanted) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %4, 0; @p cp.async.cg.shared.global [%0+%3], [%1], 16, %2;}" ::"r"(to),
+        "l"(global), "r"(bytes), "n"(OFFSET), "r"(uint32_t(wanted))
+        : "memory");
 }
 // Waits for all copies of this thread.
 HF_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

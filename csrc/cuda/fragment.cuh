@@ -19,11 +19,10 @@ HF_CONSTANT uint32_t one_and_power(int exponent) {
     return (half2_power(0) & 0x0000ffffu) | (half2_power(exponent) & 0xffff0000u);
 }
 
-// The statistics of a lane's two rows in one quarter.
-// weight = field * scale + shift, where scale's low half is for fields at kLow and its high half for those at kHigh,
-// and shift is in both halves.
+// The statistics of a lane's two rows in one quarter, each in both halves: weight = field * scale + shift, where the scale
+// is low for fields at kLow and high for those at kHigh.
 struct Quarter {
-    uint32_t scale[2], shift[2];
+    uint32_t low[2], high[2], shift[2];
 };
 
 // 8-bit codes: (q - z) is made exact before the scale rounds it, as a shift of -s z would be too coarse.
@@ -31,14 +30,12 @@ template <int BITS>
 constexpr bool kSubtractFirst = BITS == 8;
 
 template <int BITS, int PAIR>
-HF_DEVICE uint32_t weight_pair(const uint32_t (&w)[BITS], uint32_t scale, uint32_t shift) {
+HF_DEVICE uint32_t weight_pair(const uint32_t (&w)[BITS], const Quarter& s, int r) {
     const uint32_t q = field<BITS, PAIR>(w);
     if constexpr (kSubtractFirst<BITS>) {
-        return dev::hmul2(dev::hfma2(q, half2_power(12), shift), dev::low_twice(scale));
-    } else if constexpr (place_of<BITS>(PAIR) == Fields<BITS>::kLow) {
-        return dev::hfma2(q, dev::low_twice(scale), shift);
+        return dev::hmul2(dev::hfma2(q, half2_power(12), s.shift[r]), s.low[r]);
     } else {
-        return dev::hfma2(q, dev::high_twice(scale), shift);
+        return dev::hfma2(q, place_of<BITS>(PAIR) == Fields<BITS>::kLow ? s.low[r] : s.high[r], s.shift[r]);
     }
 }
 
@@ -48,9 +45,18 @@ HF_DEVICE uint32_t integer_pair(const uint32_t (&w)[BITS], uint32_t shift) {
     return dev::hfma2(field<BITS, PAIR>(w), half2_power(12 - place_of<BITS>(PAIR)), shift);
 }
 
-// Quarter I of the lane's tile. `w[row]` are the tile's words; `x(j, i)` are the quarter's 8 columns of token 8 j + g.
-template <int BITS, int NT, int I, bool INTEGER, class X>
-HF_DEVICE void multiply_quarter(float (&acc)[NT][4], const uint32_t (&w)[2][BITS], const Quarter& q, X x) {
+template <int NT, int J, int H>
+HF_DEVICE void multiply_tokens(float (&acc)[NT][4], const uint32_t (&first)[4], const uint32_t (&second)[4], uint32_t x) {
+    const uint4 b = dev::load_shared4<H * 256 + J * 4096>(x);
+    dev::mma_f16(acc[J], first, b.x, b.y);
+    dev::mma_f16(acc[J], second, b.z, b.w);
+    if constexpr (J + 1 < NT) multiply_tokens<NT, J + 1, H>(acc, first, second, x);
+}
+
+// Quarter I of the lane's tile in set H. w[row] are the tile's words; the quarter's columns of x for the lane's token g lie in
+// shared memory at x + 256 H, those of tokens 8 j + g j * 4096 bytes further.
+template <int BITS, int NT, int I, bool INTEGER, int H>
+HF_DEVICE void multiply_quarter(float (&acc)[NT][4], const uint32_t (&w)[2][BITS], const Quarter& q, uint32_t x) {
     uint32_t a[4][2];  // [pair][row]
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -60,20 +66,15 @@ HF_DEVICE void multiply_quarter(float (&acc)[NT][4], const uint32_t (&w)[2][BITS
             a[2][r] = integer_pair<BITS, 4 * I + 2>(w[r], q.shift[r]);
             a[3][r] = integer_pair<BITS, 4 * I + 3>(w[r], q.shift[r]);
         } else {
-            a[0][r] = weight_pair<BITS, 4 * I>(w[r], q.scale[r], q.shift[r]);
-            a[1][r] = weight_pair<BITS, 4 * I + 1>(w[r], q.scale[r], q.shift[r]);
-            a[2][r] = weight_pair<BITS, 4 * I + 2>(w[r], q.scale[r], q.shift[r]);
-            a[3][r] = weight_pair<BITS, 4 * I + 3>(w[r], q.scale[r], q.shift[r]);
+            a[0][r] = weight_pair<BITS, 4 * I>(w[r], q, r);
+            a[1][r] = weight_pair<BITS, 4 * I + 1>(w[r], q, r);
+            a[2][r] = weight_pair<BITS, 4 * I + 2>(w[r], q, r);
+            a[3][r] = weight_pair<BITS, 4 * I + 3>(w[r], q, r);
         }
     }
     const uint32_t first[4] = {a[0][0], a[0][1], a[1][0], a[1][1]};
     const uint32_t second[4] = {a[2][0], a[2][1], a[3][0], a[3][1]};
-#pragma unroll
-    for (int j = 0; j < NT; ++j) {
-        const uint4 b = x(j);
-        dev::mma_f16(acc[j], first, b.x, b.y);
-        dev::mma_f16(acc[j], second, b.z, b.w);
-    }
+    multiply_tokens<NT, 0, H>(acc, first, second, x);
 }
 
 }  // namespace hf_spqr

@@ -34,58 +34,105 @@ HF_DEVICE int x_place(int chunk, int token) {
     return chunk ^ (chunk >> 3 & 1) ^ (token & 1) << 1;
 }
 
-// Starts the copy of columns [256 step, + 256) of the slice's tokens; this warp's share is every ROW_BLOCKS-th token.
-template <int ROW_BLOCKS>
-HF_DEVICE void fetch_x(const LinearArgs& a, const uint16_t* x, int tokens, int step, int first, int lane, uint16_t* to) {
-    const int column = step * kStepColumns + 8 * lane;
-    const bool valid = column < a.x_stride;
-    const uint16_t* from = x + (valid ? column : 0);
-    for (int b = first; b < tokens; b += ROW_BLOCKS) {
-        dev::copy_async(to + b * kStepColumns + 8 * x_place(lane, b), from + b * a.x_stride, valid);
-    }
-}
+constexpr int kTokenBytes = kStepColumns * 2;
 
-// Words of set h of a step, two rows at a time; zeros past the last tile.
+// Fetches x for the warps of a slice, step by step: this warp every ROW_BLOCKS-th token, each lane 8 columns of it.
+template <int NT, int ROW_BLOCKS, int SLICES>
+class XFetcher {
+  public:
+    HF_DEVICE XFetcher(const LinearArgs& a, int64_t first_token, int tokens, int which, int first_step, int lane,
+                       uint32_t to) {
+        from_ = dev::keep(a.x + (first_token + which) * a.x_stride + first_step * kStepColumns + 8 * lane);
+        more_ = ROW_BLOCKS * a.x_stride;
+        left_ = int(a.x_stride) - 8 * lane - first_step * kStepColumns;
+        count_ = (tokens - which + ROW_BLOCKS - 1) / ROW_BLOCKS;
+        to_ = dev::keep(to + which * kTokenBytes + 16 * x_place(lane, which));
+    }
+
+    // The slice's next 256 columns to the buffer at byte `buffer`.
+    HF_DEVICE void fetch(uint32_t buffer) {
+        const uint32_t even = to_ + buffer, odd = ROW_BLOCKS > 1 ? even : even ^ 32;
+        fetch_tokens<0>(from_, even, odd, left_ > 0 ? 16 : 0);
+        from_ = dev::keep(from_ + SLICES * kStepColumns);
+        left_ -= SLICES * kStepColumns;
+    }
+
+  private:
+    // Four tokens without a branch, then the next four, if there are any.
+    template <int I>
+    HF_DEVICE void fetch_tokens(const uint16_t* from, uint32_t even, uint32_t odd, int bytes) {
+        dev::copy_async<I * ROW_BLOCKS * kTokenBytes>(I & 1 ? odd : even, from, bytes, I < count_);
+        constexpr int next = I + 1;
+        if constexpr (next < 8 * NT / ROW_BLOCKS) {
+            if (next % 4 == 0 && next >= count_) return;
+            fetch_tokens<next>(from + more_, even, odd, bytes);
+        }
+    }
+
+    const uint16_t* from_;
+    int64_t more_;
+    int left_, count_;
+    uint32_t to_;
+};
+
+// Words of the two sets of a step, two rows at a time. Past the last tile the old words stay: their x is zero.
 template <class Stats, int BITS>
-HF_DEVICE void fetch_set(uint2 (&w)[BITS], const Matrix& m, const uint32_t* stream, int step, int h, int lane) {
-    const int first = step * kStepTiles + h * kTilesPerSet, t = lane & 3;
-    const int tile_shift = Stats::kTileShift < 0 ? m.panels.tile_shift : Stats::kTileShift;
-    const int panel = first >> tile_shift;
-    const int stats = panel == m.panels.last_panel ? m.panels.last_stat_words : m.panels.stat_words;
-    const uint32_t* from = stream + (panel * m.panels.panel_words + stats) +
-                           (first - (panel << tile_shift) + t) * (BITS * kRows) + 2 * (lane >> 2);
-    const bool valid = first + t < m.panels.tiles;
-#pragma unroll
-    for (int v = 0; v < BITS; ++v) {
-        w[v] = make_uint2(0, 0);
-        if (valid) w[v] = dev::load_stream(reinterpret_cast<const uint2*>(from + v * kRows));
-    }
-}
+class WordFetcher {
+  public:
+    uint2 words[2][BITS] = {};
 
-// One set: acc += W x over its 128 columns. `x` points at the lane's token, chunk 0 of its tile of set 0.
+    HF_DEVICE WordFetcher(const Matrix& m, const uint32_t* stream, int lane) : m_(m) {
+        from_ = dev::keep(stream + (lane & 3) * (BITS * kRows) + 2 * (lane >> 2));
+        left_ = m.panels.tiles - (lane & 3);
+    }
+
+    template <int H>
+    HF_DEVICE void fetch(int step) {
+        // Both sets of a step lie in one panel, unless panels are short.
+        constexpr bool same = Stats::kTileShift >= 3;
+        const int tile = step * kStepTiles + H * kTilesPerSet;
+        if (H == 0 || !same) at_ = dev::keep(from_ + offset(tile));
+        if (tile >= left_) return;
+#pragma unroll
+        for (int v = 0; v < BITS; ++v) {
+            constexpr int further = same ? H * kTilesPerSet * BITS * kRows : 0;
+            words[H][v] = dev::load_stream(reinterpret_cast<const uint2*>(at_ + further + v * kRows));
+        }
+    }
+
+  private:
+    // Of a tile that begins a set.
+    HF_DEVICE int offset(int tile) const {
+        const int tile_shift = Stats::kTileShift < 0 ? m_.panels.tile_shift : Stats::kTileShift;
+        const int panel = tile >> tile_shift;
+        const int stats = panel == m_.panels.last_panel ? m_.panels.last_stat_words : m_.panels.stat_words;
+        return panel * m_.panels.panel_words + stats + (tile - (panel << tile_shift)) * (BITS * kRows);
+    }
+
+    const Matrix& m_;
+    const uint32_t* from_;
+    const uint32_t* at_ = nullptr;
+    int left_;
+};
+
+// One set: acc += W x over its 128 columns. x[i] is chunk i of the lane's tile of set 0, of the lane's token.
 template <class Stats, int BITS, int NT, int H>
-HF_DEVICE void multiply_set(float (&acc)[NT][4], const uint2 (&words)[BITS], const Stats& stats,
-                            const unsigned char* const (&x)[4]) {
+HF_DEVICE void multiply_set(float (&acc)[NT][4], const uint2 (&words)[BITS], Stats& stats, const uint32_t (&x)[4]) {
     uint32_t w[2][BITS];
 #pragma unroll
     for (int v = 0; v < BITS; ++v) {
         w[0][v] = words[v].x;
         w[1][v] = words[v].y;
     }
-    const auto chunk = [&](int i) {
-        return [&x, i](int j) {
-            return dev::load_shared(reinterpret_cast<const uint4*>(x[i] + H * 256 + j * 8 * kStepColumns * 2));
-        };
-    };
     Quarter q;
     stats.template quarter<H, 0>(q);
-    multiply_quarter<BITS, NT, 0, Stats::kInteger>(acc, w, q, chunk(0));
+    multiply_quarter<BITS, NT, 0, Stats::kInteger, H>(acc, w, q, x[0]);
     stats.template quarter<H, 1>(q);
-    multiply_quarter<BITS, NT, 1, Stats::kInteger>(acc, w, q, chunk(1));
+    multiply_quarter<BITS, NT, 1, Stats::kInteger, H>(acc, w, q, x[1]);
     stats.template quarter<H, 2>(q);
-    multiply_quarter<BITS, NT, 2, Stats::kInteger>(acc, w, q, chunk(2));
+    multiply_quarter<BITS, NT, 2, Stats::kInteger, H>(acc, w, q, x[2]);
     stats.template quarter<H, 3>(q);
-    multiply_quarter<BITS, NT, 3, Stats::kInteger>(acc, w, q, chunk(3));
+    multiply_quarter<BITS, NT, 3, Stats::kInteger, H>(acc, w, q, x[3]);
 }
 
 template <int NT>
@@ -100,22 +147,21 @@ HF_DEVICE void add_scaled(float (&total)[NT][4], const float (&acc)[NT][4], floa
 }
 
 template <class Stats, int BITS, int NT>
-HF_DEVICE void multiply_step(float (&total)[NT][4], uint2 (&w0)[BITS], uint2 (&w1)[BITS], Stats& stats,
-                             const Matrix& m, const uint32_t* stream, int next, int lane,
-                             const unsigned char* const (&x)[4]) {
+HF_DEVICE void multiply_step(float (&total)[NT][4], WordFetcher<Stats, BITS>& w, Stats& stats, int next,
+                             const uint32_t (&x)[4]) {
     float acc[NT][4] = {};
-    multiply_set<Stats, BITS, NT, 0>(acc, w0, stats, x);
-    fetch_set<Stats, BITS>(w0, m, stream, next, 0, lane);
+    multiply_set<Stats, BITS, NT, 0>(acc, w.words[0], stats, x);
+    w.template fetch<0>(next);
     if constexpr (Stats::kInteger) {
         add_scaled<NT>(total, acc, stats.factor(0, 0), stats.factor(0, 1));
         float second[NT][4] = {};
-        multiply_set<Stats, BITS, NT, 1>(second, w1, stats, x);
+        multiply_set<Stats, BITS, NT, 1>(second, w.words[1], stats, x);
         add_scaled<NT>(total, second, stats.factor(1, 0), stats.factor(1, 1));
     } else {
-        multiply_set<Stats, BITS, NT, 1>(acc, w1, stats, x);
+        multiply_set<Stats, BITS, NT, 1>(acc, w.words[1], stats, x);
         add_scaled<NT>(total, acc, stats.factor(0, 0), stats.factor(0, 1));
     }
-    fetch_set<Stats, BITS>(w1, m, stream, next, 1, lane);
+    w.template fetch<1>(next);
 }
 
 // Adds up the slices, adds outliers and bias, scales and writes. One warp per row and 8 tokens.
@@ -160,37 +206,33 @@ template <class Stats, int BITS, int NT, int ROW_BLOCKS, int SLICES, int BLOCKS_
 HF_KERNEL(32 * ROW_BLOCKS * SLICES, BLOCKS_PER_SM) linear_kernel(const LinearArgs a) {
     using Shape = LinearShape<NT, ROW_BLOCKS, SLICES>;
     const Matrix& m = a.weight;
-    unsigned char* shared = dev::shared_memory();
-    const int lane = dev::thread() & 31, warp = dev::thread() >> 5, g = lane >> 2, t = lane & 3;
+    const int lane = dev::thread() & 31, warp = dev::uniform(dev::thread() >> 5), g = lane >> 2, t = lane & 3;
     const int slice = warp / ROW_BLOCKS, which = warp % ROW_BLOCKS;
     const int64_t first_token = dev::block_y() * Shape::kTokens, last_block = (m.rows - 1) / kRows;
     const int tokens = int(a.tokens - first_token < Shape::kTokens ? a.tokens - first_token : Shape::kTokens);
-    const int room = Shape::x_tokens(tokens);
     // Row blocks past the end repeat the last one; their rows are not written.
     const int64_t wanted = dev::block_x() * ROW_BLOCKS + which, row_block = wanted < last_block ? wanted : last_block;
     const uint32_t* stream = m.packed + row_block * m.panels.words;
-    const uint16_t* x = a.x + first_token * a.x_stride;
-
-    const int x_half = room * kStepColumns;  // fp16 numbers in one of a slice's two buffers
-    uint16_t* x_slice = reinterpret_cast<uint16_t*>(shared) + 2 * slice * x_half;
-    Stats stats(m, stream, lane,
-                reinterpret_cast<uint32_t*>(shared + 2 * SLICES * x_half * 2) + warp * Stats::kSharedWords);
 
     const int steps = (m.panels.tiles + kStepTiles - 1) / kStepTiles;
-    uint2 w0[BITS], w1[BITS];
-    stats.prefetch(slice);
-    fetch_set<Stats, BITS>(w0, m, stream, slice, 0, lane);
-    fetch_set<Stats, BITS>(w1, m, stream, slice, 1, lane);
-    fetch_x<ROW_BLOCKS>(a, x, tokens, slice, which, lane, x_slice);
 
-    // The lane's token g (or the last one) and tile t; chunk i of set h at byte x_at[i] + 256 h.
+    // Shared memory: two buffers of x for each slice, statistics for each warp.
+    const uint32_t shared = dev::shared_address(), buffer_bytes = Shape::x_tokens(tokens) * kTokenBytes;
+    const uint32_t x_slice = shared + 2 * slice * buffer_bytes;
+    Stats stats(m, stream, lane, slice, SLICES, shared + 2 * SLICES * buffer_bytes + warp * (Stats::kSharedWords * 4));
+    WordFetcher<Stats, BITS> words(m, stream, lane);
+    XFetcher<NT, ROW_BLOCKS, SLICES> x(a, first_token, tokens, which, slice, lane, x_slice);
+    stats.prefetch(slice, slice < steps);
+    words.template fetch<0>(slice);
+    words.template fetch<1>(slice);
+    x.fetch(0);
+
+    // The lane's token g (or the last one) and tile t; chunk i of set h is at x_at[i] + 256 h.
     const int token = NT > 1 ? g : (g < tokens ? g : tokens - 1);
-    const unsigned char* x_at[4];
+    uint32_t x_at[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        x_at[i] = reinterpret_cast<const unsigned char*>(x_slice + token * kStepColumns + 8 * x_place(4 * t + i, token));
-    }
-    int other = x_half * 2;  // bytes to the other buffer
+    for (int i = 0; i < 4; ++i) x_at[i] = x_slice + token * kTokenBytes + 16 * x_place(4 * t + i, token);
+    uint32_t buffer = 0;
     float total[NT][4] = {};
     // Where warps share x, all go through the loop equally often, because they meet in it.
     const int end = ROW_BLOCKS > 1 ? (steps + SLICES - 1) / SLICES * SLICES : steps;
@@ -202,22 +244,20 @@ HF_KERNEL(32 * ROW_BLOCKS * SLICES, BLOCKS_PER_SM) linear_kernel(const LinearArg
             dev::sync_warp();
         }
         const int next = step + SLICES;
-        if (next < steps) {
-            uint16_t* to = x_slice + (other > 0 ? x_half : 0);
-            fetch_x<ROW_BLOCKS>(a, x, tokens, next, which, lane, to);
-        }
-        if (step < steps) {
+        if (next < steps) x.fetch(buffer_bytes - buffer);
+        if (ROW_BLOCKS == 1 || step < steps) {
             stats.decode(step);
-            stats.prefetch(next);
+            stats.prefetch(next, next < steps);
             dev::sync_warp();
-            multiply_step<Stats, BITS, NT>(total, w0, w1, stats, m, stream, next, lane, x_at);
+            multiply_step<Stats, BITS, NT>(total, words, stats, next, x_at);
         }
+        buffer = buffer_bytes - buffer;
+        const uint32_t other = 2 * buffer - buffer_bytes;
 #pragma unroll
         for (int i = 0; i < 4; ++i) x_at[i] += other;
-        other = -other;
     }
     dev::sync_block();
-    finish_rows<NT, ROW_BLOCKS, SLICES>(a, total, reinterpret_cast<float*>(shared), first_token);
+    finish_rows<NT, ROW_BLOCKS, SLICES>(a, total, reinterpret_cast<float*>(dev::shared_memory()), first_token);
 }
 
 }  // namespace hf_spqr

@@ -16,15 +16,15 @@ class StatsAffine128 {
     static constexpr int kTileShift = PER_CHANNEL ? 30 : 7;
     static constexpr int kSharedWords = 0;
 
-    HF_DEVICE StatsAffine128(const Matrix& m, const uint32_t* stream, int lane, uint32_t*)
+    HF_DEVICE StatsAffine128(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t)
         : m_(m), stream_(stream + 2 * (lane >> 2)) {}
 
     // A step is two groups: the halves of one word of scales, and one pair of zero codes.
-    HF_DEVICE void prefetch(int step) {
+    HF_DEVICE void prefetch(int step, bool exists) {
         if constexpr (PER_CHANNEL) {
             scales_ = dev::load_stream(reinterpret_cast<const uint2*>(stream_));
         } else {
-            if (2 * step >= m_.panels.groups) return;
+            if (!exists) return;
             const int panel = step >> 4, pair = step & 15;
             const uint32_t* start = stream_ + panel * m_.panels.panel_words;
             scales_ = dev::load_stream(reinterpret_cast<const uint2*>(start + pair * kRows));
@@ -46,7 +46,7 @@ class StatsAffine128 {
     }
 
     template <int H, int>
-    HF_DEVICE void quarter(Quarter& q) const {
+    HF_DEVICE void quarter(Quarter& q) {
         q.shift[0] = H ? dev::high_twice(shift_[0]) : dev::low_twice(shift_[0]);
         q.shift[1] = H ? dev::high_twice(shift_[1]) : dev::low_twice(shift_[1]);
     }

@@ -81,10 +81,10 @@ class StatsAny {
     static constexpr int kTileShift = -1;  // as the matrix says
     static constexpr int kSharedWords = 32 * 24;
 
-    HF_DEVICE StatsAny(const Matrix& m, const uint32_t* stream, int lane, uint32_t* shared)
+    HF_DEVICE StatsAny(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t shared)
         : m_(m), reader_(m, stream), lane_(lane), shared_(shared) {}
 
-    HF_DEVICE void prefetch(int) {}
+    HF_DEVICE void prefetch(int, bool) {}
 
     HF_DEVICE void decode(int step) {
         const int shift = m_.panels.group_shift, first = step * kStepColumns >> shift;
@@ -102,15 +102,15 @@ class StatsAny {
                 const float z = dev::mul(sz.zero, dev::as_float(uint32_t(127 - kPlace) << 23));
                 word = dev::to_half2(s, kSubtractFirst<BITS> ? -z : -dev::mul(s, z));
             }
-            shared_[i / kRows * 24 + i % kRows] = word;
+            dev::store_shared(shared_ + (i / kRows * 24 + i % kRows) * 4, word);
         }
     }
 
     template <int H, int I>
-    HF_DEVICE void quarter(Quarter& q) const {
+    HF_DEVICE void quarter(Quarter& q) {
         const int t = lane_ & 3, g = lane_ >> 2;
         const int group = ((4 * H + t) * kColumns + 8 * I) >> m_.panels.group_shift;
-        fill<BITS>(q, dev::load_shared(reinterpret_cast<const uint2*>(shared_ + group * 24 + 2 * g)));
+        fill<BITS>(q, dev::load_shared2<0>(shared_ + (group * 24 + 2 * g) * 4));
     }
 
     HF_DEVICE float factor(int, int) const { return factor_; }
@@ -121,7 +121,7 @@ class StatsAny {
     const Matrix& m_;
     StatReader<FORMAT> reader_;
     int lane_;
-    uint32_t* shared_;
+    uint32_t shared_;
     float factor_;
 };
 

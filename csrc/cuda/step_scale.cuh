@@ -24,8 +24,12 @@ class StepScale {
 template <int BITS>
 HF_DEVICE void fill(Quarter& q, uint2 both) {
     constexpr uint32_t kFactors = one_and_power(Fields<BITS>::kLow - Fields<BITS>::kHigh);
-    q.scale[0] = dev::hmul2(dev::low_twice(both.x), kFactors);
-    q.scale[1] = dev::hmul2(dev::low_twice(both.y), kFactors);
+    const uint32_t first = dev::hmul2(dev::low_twice(both.x), kFactors);
+    const uint32_t second = dev::hmul2(dev::low_twice(both.y), kFactors);
+    q.low[0] = dev::low_twice(first);
+    q.low[1] = dev::low_twice(second);
+    q.high[0] = dev::high_twice(first);
+    q.high[1] = dev::high_twice(second);
     q.shift[0] = dev::high_twice(both.x);
     q.shift[1] = dev::high_twice(both.y);
 }

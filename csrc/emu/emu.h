@@ -270,12 +270,44 @@ HF_EMU_CALL void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 
 HF_EMU_CALL uint2 load_stream(const uint2* p) { return *p; }
 HF_EMU_CALL uint32_t load_stream(const uint32_t* p) { return *p; }
-HF_EMU_CALL uint2 load_shared(const uint2* p) { return *p; }
-HF_EMU_CALL uint4 load_shared(const uint4* p) { return *p; }
 
-HF_EMU_CALL void copy_async(void* shared, const void* global, bool valid) {
+inline int uniform(int v) { return v; }
+inline uint32_t keep(uint32_t v) { return v; }
+template <class T>
+T* keep(T* p) {
+    return p;
+}
+template <uint32_t MASK>
+uint32_t mask_or(uint32_t a, uint32_t bits) {
+    return (a & MASK) | bits;
+}
+inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
+inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+
+inline uint32_t shared_address() { return 0; }
+template <class T>
+T& shared_at(uint32_t at) {
+    return *reinterpret_cast<T*>(shared_memory() + at);
+}
+template <int OFFSET>
+uint2 load_shared2(uint32_t at) {
+    return shared_at<uint2>(at + OFFSET);
+}
+template <int OFFSET>
+uint4 load_shared4(uint32_t at) {
+    return shared_at<uint4>(at + OFFSET);
+}
+inline void store_shared(uint32_t at, uint32_t v) { shared_at<uint32_t>(at) = v; }
+inline void store_shared(uint32_t at, uint2 v) { shared_at<uint2>(at) = v; }
+
+HF_EMU_CALL void start_copy(uint32_t to, const void* global, bool valid) {
+    unsigned char* shared = shared_memory() + to;
     memset(shared, 0xCD, 16);
     emu::block().current->copies.push_back({shared, global, valid});
+}
+template <int OFFSET>
+void copy_async(uint32_t to, const void* global, int bytes, bool wanted) {
+    if (wanted) start_copy(to + OFFSET, global, bytes != 0);
 }
 inline void wait_for_copies() {
     for (const emu::Copy& c : emu::block().current->copies) {
