@@ -90,7 +90,7 @@ class OmniQuantRun(Run[OmniQuantConfig]):
             assert isinstance(linear, nn.Linear)
             bias = None if linear.bias is None else linear.bias.detach()
             module = AffineLinear.from_weight(weight, bias, linear.weight.dtype).to(linear.weight.device)
-            module.backend = self.config.backend
+            module.backend, module.act_bits = self.config.backend, self.config.act_bits
             block.module.set_submodule(name, module)
             self.done(
                 LayerReport(

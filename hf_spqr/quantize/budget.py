@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,15 +38,15 @@ LOWEST, HIGHEST, BINS = -10.0, 10.0, 640
 class LayerScores:
     """How many outliers a layer has at any threshold.
 
-    name; weights: number of them; fixed_bytes: size without outliers; outlier_bytes: size of one; above [BINS + 1]:
-    number of scores above each threshold of the grid; own: a threshold of its own, from the config, that stays.
+    name; weights: number of them; fixed_bytes: size without outliers; outlier_bytes: size of one; above: number of
+    scores above each of the BINS + 1 thresholds of the grid; own: a threshold of its own, from the config, that stays.
     """
 
     name: str
     weights: int
     fixed_bytes: int
     outlier_bytes: int
-    above: Tensor
+    above: list[int]
     own: float | None = None
 
     @property
@@ -61,35 +62,40 @@ class LayerScores:
         position = (math.log2(threshold) - LOWEST) / (HIGHEST - LOWEST) * BINS
         position = min(max(position, 0.0), BINS - 1e-6)
         low = int(position)
-        a, b = float(self.above[low]), float(self.above[low + 1])
+        a, b = self.above[low], self.above[low + 1]
         return a + (b - a) * (position - low)
 
 
 @torch.no_grad()
-def survey_layer(name: str, weight: Tensor, hessian: Tensor, params: SpQRParams, *, fixed: bool) -> LayerScores:
-    """Score a layer [N, K] for inputs with Hessian [K, K]; ``fixed``: it keeps the threshold in ``params``.
+def survey_layer(
+    name: str, weights: Sequence[Tensor], hessian: Tensor, params: SpQRParams, *, fixed: bool
+) -> LayerScores:
+    """Score one layer, or the same layer of all experts, [N, K] each, for inputs with Hessian [K, K].
 
-    Raises what the factorization of the Hessian raises.
+    ``fixed``: it keeps the threshold in ``params``. Raises what the factorization of the Hessian raises.
     """
-    rows, columns = weight.shape
+    rows, columns = weights[0].shape
     layout = params.layout(rows, columns)
-    perm = activation_order(hessian.diagonal()) if params.act_order else torch.arange(columns, device=weight.device)
+    diagonal = hessian.diagonal()
+    perm = activation_order(diagonal) if params.act_order else torch.arange(columns, device=diagonal.device)
     factor = inverse_factor(hessian[perm][:, perm], params.percdamp)
-    work = weight.float().T[perm]
-    unit = absolute_threshold(work, factor.upper, 1.0)
     cost = factor.upper.diagonal().square().reciprocal()[:, None]
     histogram = torch.zeros(BINS + 2, dtype=torch.int64)
     size = columns if params.group_size < 0 else params.group_size
-    for start in range(0, columns, size):
-        part = slice(start, start + size)
-        score = leave_one_out(work[part], cost[part], 2**params.bits - 1).div_(unit).clamp_min_(2.0**LOWEST / 2)
-        bins = ((score.log2() - LOWEST) * (BINS / (HIGHEST - LOWEST))).floor_().clamp_(-1, BINS).long() + 1
-        histogram += torch.bincount(bins.flatten().cpu(), minlength=BINS + 2)
-    above = histogram.flip(0).cumsum(0).flip(0)[1:]
+    for weight in weights:
+        work = weight.float().T[perm]
+        unit = absolute_threshold(work, factor.upper, 1.0)
+        for start in range(0, columns, size):
+            part = slice(start, start + size)
+            score = leave_one_out(work[part], cost[part], 2**params.bits - 1).div_(unit).clamp_min_(2.0**LOWEST / 2)
+            bins = ((score.log2() - LOWEST) * (BINS / (HIGHEST - LOWEST))).floor_().clamp_(-1, BINS).long() + 1
+            histogram += torch.bincount(bins.flatten().cpu(), minlength=BINS + 2)
+    above = histogram.flip(0).cumsum(0).flip(0)[1:].tolist()
     row_blocks, words = layout.packed_shape()
     fixed_bytes = 4 * row_blocks * words + 4 * (rows + 1) + (4 * columns if params.act_order else 0)
     own = params.outlier_threshold if fixed else None
-    return LayerScores(name, rows * columns, fixed_bytes, layout.outlier_dtype.itemsize, above, own)
+    many = len(weights)
+    return LayerScores(name, many * rows * columns, many * fixed_bytes, layout.outlier_dtype.itemsize, above, own)
 
 
 @dataclass
@@ -99,7 +105,7 @@ class Budget:
     target_bits: float
     layers: dict[str, LayerScores] = field(default_factory=dict)
     factors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    used: list[float] = field(default_factory=list)
+    used: dict[str, float] = field(default_factory=dict)
     left: float = 0.0
     first: float = 0.0
 
@@ -131,25 +137,27 @@ class Budget:
         own = self.layers[name].own
         if own is not None:
             return own
-        self.used.append(self._bisect())
-        return self.used[-1]
+        if name not in self.used:  # the experts of a layer are asked for one by one
+            self.used[name] = self._bisect()
+        return self.used[name]
 
-    def spend(self, name: str, outliers: int) -> None:
-        """The layer called ``name`` is done and has so many outliers."""
+    def spend(self, name: str, outliers: int, nbytes: int) -> None:
+        """The layer called ``name`` is done: it has so many outliers and takes so many bytes."""
         layer = self.layers.pop(name)
-        self.left -= layer.fixed_bytes + layer.outlier_bytes * outliers
-        expected = layer.count(self.used[-1] if self.used else math.inf)
+        self.left -= nbytes
+        expected = layer.count(self.used.get(name, math.inf))
         for kind in (layer.kind, ""):
             true, predicted = self.factors.get(kind, (0.0, 0.0))
             self.factors[kind] = (true + outliers, predicted + expected)
 
     def chosen(self) -> float:
         """The threshold of the model: the mean of those of its layers, on a logarithmic scale."""
-        return math.exp(sum(map(math.log, self.used)) / len(self.used)) if self.used else self.first
+        return math.exp(sum(map(math.log, self.used.values())) / len(self.used)) if self.used else self.first
 
     def summary(self, bits: float) -> str:
         """What was chosen and what came out, in words."""
-        spread = f" (per layer {min(self.used):.4g} to {max(self.used):.4g})" if self.used else ""
+        used = self.used.values()
+        spread = f" (per layer {min(used):.4g} to {max(used):.4g})" if used else ""
         text = (
             f"target_bits={self.target_bits:g}: outlier_threshold {self.chosen():.4g}{spread} gives {bits:.3f} bits."
         )

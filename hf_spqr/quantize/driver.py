@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from hf_spqr.calibration.blocks import find_blocks, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows
 from hf_spqr.config import OmniQuantConfig, SpQRConfig
-from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import ExpertsTarget, find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
@@ -59,11 +58,6 @@ def quantize_model(
     blocks = find_blocks(model)
     targets = find_targets(model, blocks, config)
     spqr = isinstance(config, SpQRConfig)
-    if isinstance(config, OmniQuantConfig) and config.act_bits is not None:
-        raise UnsupportedLayerError(
-            "act_bits: packed layers do not quantize activations yet; the model would run as if act_bits were None."
-            " Use a weight-only scheme (act_bits=None), or methods.omniquant.quantize_block on its own."
-        )
     experts = find_experts(model, blocks, config) if spqr else []
     if not targets and not experts:
         raise nothing_to_quantize(model, blocks)
@@ -84,6 +78,8 @@ def quantize_model(
         ),
         skipped=left_alone(model, chosen),
     )
+    if isinstance(config, OmniQuantConfig):
+        _settle_attention(model, config, report)
     recording = record(model, blocks, calibration_batches(windows) if spqr else windows)
     names = _names_in_order(model, targets, experts)
     bar = tqdm(total=len(names), desc="Quantizing", unit="layer", disable=not progress)
@@ -97,6 +93,17 @@ def quantize_model(
     report.seconds = time.perf_counter() - started
     model.quantization_report = report  # type: ignore[assignment]
     return report
+
+
+def _settle_attention(model: nn.Module, config: OmniQuantConfig, report: QuantizationReport) -> None:
+    """Leave q, k, v alone where inference could not quantize them: what is learned must be what runs."""
+    quantizes = config.act_bits is not None and config.params().quantize_attention
+    if quantizes and not getattr(model, "_supports_sdpa", False):
+        config.learning["quantize_attention"] = False
+        report.notes.append(
+            f"{type(model).__name__} does not compute attention by scaled_dot_product_attention: q, k and v stay in"
+            " full precision, the inputs of the layers are quantized."
+        )
 
 
 def _names_in_order(model: nn.Module, targets: Sequence[Target], experts: Sequence[ExpertsTarget]) -> list[str]:

@@ -9,7 +9,7 @@ layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -27,7 +27,7 @@ from hf_spqr.nn.experts import ExpertsKind, PackedExperts, activate, describe, p
 from hf_spqr.nn.grouped import AffineGroupedLinear, GroupedLinear, SpQRGroupedLinear
 from hf_spqr.report import LayerReport
 
-__all__ = ["ExpertsTarget", "ProjectionResult", "find_experts", "quantize_experts", "record_inputs"]
+__all__ = ["ExpertsTarget", "ProjectionResult", "find_experts", "quantize_experts", "record_inputs", "survey_experts"]
 
 FILL_TOKENS = 4096
 """At most this many tokens of the whole layer stand in for the tokens that an expert did not see."""
@@ -203,6 +203,22 @@ def quantize_experts(
         parts["down_proj"].add(kind.view(module, "down_proj")[expert], hessian, len(tokens), quantize)
     results = {name: part.result() for name, part in parts.items()}
     return pack_experts(module, {name: result.linear for name, result in results.items()}), list(results.values())
+
+
+@torch.no_grad()
+def survey_experts(target: ExpertsTarget, inputs: Inputs) -> Iterator[tuple[str, list[Tensor], Tensor]]:
+    """(full name, matrices [N, K] of all experts, one Hessian [K, K]) of each projection of ``target``.
+
+    The Hessian is that of tokens of the whole layer, for ``down_proj`` as the first expert transforms them: enough to
+    compare the weights of the experts with each other.
+    """
+    module, kind = target.module, target.kind
+    fill = inputs.sample(FILL_TOKENS).to(next(module.parameters()).device)
+    for projection in kind.projections:
+        last = projection == "down_proj"
+        x, width = (_inner(module, kind, 0, fill), kind.intermediate) if last else (fill, kind.hidden)
+        name = f"{target.name}.{projection}"
+        yield name, list(kind.view(module, projection)), _moments(x, width).hessian()
 
 
 class _Projection:

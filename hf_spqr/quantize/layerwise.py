@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,16 +64,25 @@ class SpQRRun(Run[SpQRConfig]):
                     with named(mine[group[0]].name):
                         hessian = sums.pop(group[0]).hessian()
                     for name in group:
-                        self.show(f"{mine[name].name}: counting outliers")
-                        params = self.config.params(mine[name].name)
-                        own = params.outlier_threshold != self.config.outlier_threshold
-                        with named(mine[name].name):
-                            weight = dense.matrix(layers[name])
-                            budget.add(survey_layer(mine[name].name, weight, hessian, params, fixed=own))
+                        self._count(budget, mine[name].name, [dense.matrix(layers[name])], hessian)
+                for name, weights, hessian in self.survey_experts(index, hidden):
+                    self._count(budget, name, weights, hessian)
                 if index + 1 < len(self.blocks):
                     hidden = self.outputs(block, hidden, calls)
         budget.start()
         return budget
+
+    def _count(self, budget: Budget, name: str, weights: Sequence[Tensor], hessian: Tensor) -> None:
+        self.show(f"{name}: counting outliers")
+        params = self.config.params(name)
+        own = params.outlier_threshold != self.config.outlier_threshold
+        with named(name):
+            budget.add(survey_layer(name, weights, hessian, params, fixed=own))
+
+    def done(self, layer: LayerReport) -> None:
+        if self.budget is not None:
+            self.budget.spend(layer.name, layer.outliers, layer.nbytes)
+        super().done(layer)
 
     def _quantize_block(self, block: Block, mine: dict[str, Target], hidden: list[Tensor]) -> dict[str, nn.Module]:
         """Packed modules by local name. Until they are put in place, the layers hold their dequantized weights."""
@@ -93,8 +103,8 @@ class SpQRRun(Run[SpQRConfig]):
 
     def _quantize_projection(self, name: str, weight: Tensor, hessian: Tensor) -> LayerResult:
         params = self.config.params(name)
-        if self.budget is not None and params.outlier_threshold == self.config.outlier_threshold:
-            params = replace(params, outlier_threshold=self.budget.chosen())
+        if self.budget is not None:
+            params = replace(params, outlier_threshold=self.budget.threshold(name))
         return spqr.quantize(weight, hessian, params)
 
     @torch.no_grad()
@@ -113,8 +123,6 @@ class SpQRRun(Run[SpQRConfig]):
         module.backend = self.config.backend
         module.replaces = dense.kind(linear)
         dense.set_matrix(linear, result.weight.dequantize(dtype))
-        if self.budget is not None:
-            self.budget.spend(target.name, module.outliers())
         if result.damping_raised:
             self.report.notes.append(
                 f"{target.name}: the Hessian was not positive definite, damping was raised to {result.percdamp:g}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from hf_spqr.calibration.blocks import Block, Call, Recording, replay
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import HfSpqrError, NonFiniteError
-from hf_spqr.quantize.experts import ExpertsTarget, Quantize, quantize_experts, record_inputs
+from hf_spqr.quantize.experts import ExpertsTarget, Quantize, quantize_experts, record_inputs, survey_experts
 from hf_spqr.quantize.targets import Target
 from hf_spqr.report import LayerReport, QuantizationReport
 
@@ -97,6 +97,16 @@ class Run(Generic[ConfigT]):
                 self.report.notes.extend(result.notes())
                 self.done(result.report(self.method, seconds))
         return packed
+
+    def survey_experts(self, index: int, hidden: list[Tensor]) -> Iterator[tuple[str, Sequence[Tensor], Tensor]]:
+        """(name, matrices [N, K] of all experts, one Hessian [K, K]) of the projections in block ``index``."""
+        mine = {target.local_name: target for target in self.experts if target.block == index}
+        if not mine:
+            return
+        modules = {name: target.module for name, target in mine.items()}
+        inputs = record_inputs(self.blocks[index].module, modules, hidden, self.recording.calls[index])
+        for name, target in mine.items():
+            yield from survey_experts(target, inputs.pop(name))
 
     def put(self, block: Block, packed: Mapping[str, nn.Module]) -> None:
         """Put packed modules in the place of layers of ``block``."""

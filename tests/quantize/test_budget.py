@@ -49,6 +49,13 @@ def test_layers_with_a_threshold_of_their_own_keep_it(texts, tokenizer):
     assert report.bits_per_weight == pytest.approx(4.6, rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_count_too(kind, texts, tokenizer):
+    report, _, _ = run(texts, tokenizer, tiny_model(kind, num_hidden_layers=3), bits=4, target_bits=7.6)
+    assert any(layer.experts for layer in report.layers)
+    assert report.bits_per_weight == pytest.approx(7.6, rel=0.01)
+
+
 @pytest.mark.parametrize("target", [3.2, 30.0])
 def test_impossible_targets(texts, tokenizer, target):
     model = tiny_model("llama")
@@ -60,7 +67,7 @@ def test_impossible_targets(texts, tokenizer, target):
 def test_histogram_counts_fall_with_the_threshold():
     torch.manual_seed(0)
     x = torch.randn(300, 64)
-    scores = survey_layer("a.b", torch.randn(32, 64), x.T @ x, SpQRParams(), fixed=False)
+    scores = survey_layer("a.b", [torch.randn(32, 64)], x.T @ x, SpQRParams(), fixed=False)
     counts = [scores.count(t) for t in (1e-9, 0.01, 0.1, 1.0, 100.0, float("inf"))]
     assert counts == sorted(counts, reverse=True) and counts[-1] == 0 and counts[0] > 0.5 * 32 * 64
     assert scores.fixed_bytes == 4 * 2 * 16 * 10 + 4 * 33
