@@ -24,31 +24,44 @@ from hf_spqr.cli.folder import check_output, complete_folder
 
 
 def convert_command(
-    model: Annotated[str, typer.Argument(metavar="IN", help='Official SpQR checkpoint (quant_method "spqr").')],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="IN", help="Official SpQR or GPTQ v2 checkpoint; the base model for --omniquant."),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It appears complete or not at all.")],
+    omniquant: Annotated[
+        Path | None, typer.Option("--omniquant", help="OmniQuant's .pth file, to be applied to the base model IN.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", help="Bits, for --omniquant and for GPTQ folders whose config has none.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="Group size, likewise; -1: one group per output channel.")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type of what is not quantized.")] = Dtype.auto,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")] = "50GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT if it exists.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Rewrite a checkpoint that another program quantized in our format: smaller, any dtype, CPU and CUDA.
+    """Rewrite a checkpoint that another program quantized in our format: any dtype, CPU and CUDA.
 
-    The weights stay what they were. Outliers that the published SpQR converter stored as whole weights, where its
-    format wants what is to be added, are found and repaired.
+    The weights stay what they were. Reads official SpQR checkpoints (outliers that the published converter stored as
+    whole weights, where its format wants what is to be added, are found and repaired), GPTQ v2 folders (zero points
+    stored as they are), and OmniQuant's .pth files together with their base model.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
       hf-spqr convert elvircrn/Llama-2-7b-SPQR-3Bit-16x16-red_pajama-hf out/llama-2-7b-spqr
+
+      hf-spqr convert falcon-180b-omniquant-w3a16g512 out/falcon --bits 3 --group-size 512
+
+      hf-spqr convert meta-llama/Llama-2-7b-hf out/w3 --omniquant Llama-2-7b-w3a16g128.pth --bits 3 --group-size 128
     """
     check_model(model)
     check_output(out, overwrite, inputs=(model,))
-    method = stored_method(model)
-    if method != "spqr":
-        found = f'its quant_method is "{method}"' if method else "it is not quantized"
-        raise CommandError(f'{model}: convert reads official SpQR checkpoints (quant_method "spqr"), {found}')
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded: Any = load_model(model, dtype, None)
+        loaded = read(model, dtype, omniquant, bits, group_size)
     notes = list(loaded.quantization_report.notes)
     for warning in caught:
         if str(warning.message) not in notes:
@@ -67,6 +80,33 @@ def convert_command(
     out_console().print(
         f"[bold]{out}[/bold]  {totals['layers']} layers in {size_of(totals['nbytes'])}: "
         f"[bold]{number_or_none(totals['bits_per_weight'], 3)} bits per weight[/bold], {totals['outliers']} outliers"
+    )
+
+
+def read(model: str, dtype: Dtype, omniquant: Path | None, bits: int | None, group_size: int | None) -> Any:
+    """The model in our format; CommandError for what is none of the formats."""
+    method = stored_method(model)
+    if omniquant is not None:
+        from hf_spqr.integrations.omniquant_pth import apply_parameters, read_parameters
+
+        if method is not None:
+            raise CommandError(f"{model} is quantized already ({method}); --omniquant needs the base model")
+        if bits is None:
+            raise CommandError("--omniquant needs --bits, which the file does not say; its name does (w3a16g128: 3)")
+        parameters = read_parameters(omniquant)
+        loaded: Any = load_model(model, dtype, None)
+        apply_parameters(loaded, parameters, bits=bits, group_size=-1 if group_size is None else group_size)
+        return loaded
+    if method == "spqr":
+        return load_model(model, dtype, None)
+    if method == "gptq" or (method is None and bits is not None):
+        from hf_spqr.integrations.gptq import load_gptq_v2
+
+        return load_gptq_v2(model, bits, group_size, dtype=dtype.value)
+    found = f'its quant_method is "{method}"' if method else "it is not quantized"
+    raise CommandError(
+        f'{model}: convert reads official SpQR (quant_method "spqr") and GPTQ v2 checkpoints, {found}. A GPTQ folder'
+        " without quantization_config needs --bits and --group-size"
     )
 
 

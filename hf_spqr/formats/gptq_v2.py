@@ -14,11 +14,13 @@ from torch import Tensor
 
 from hf_spqr.formats.affine import AffineLayout, AffineWeight
 from hf_spqr.formats.bitstream import WORD, pack_bits, unpack_bits
-from hf_spqr.formats.panels import ceil_div
+from hf_spqr.formats.panels import GROUP_SIZES, ceil_div
 
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 BITS = (2, 3, 4, 8)
 """Widths that readers of the format know."""
+LARGEST_GROUP = max(GROUP_SIZES)
+"""Columns that share a scale in our format; theirs may be larger."""
 
 
 def encode(weight: AffineWeight) -> dict[str, Tensor]:
@@ -51,6 +53,7 @@ def encode(weight: AffineWeight) -> dict[str, Tensor]:
 def decode(bits: int, tensors: Mapping[str, Tensor]) -> AffineWeight:
     """Read a matrix; ``g_idx`` may be missing (groups in order). Columns are reordered where the groups are mixed.
 
+    Groups of more than 128 columns are cut into groups of 128 with the same statistics.
     Raises ValueError if the tensors do not fit each other or the groups are not all equally long.
     """
     if bits not in BITS:
@@ -72,12 +75,16 @@ def decode(bits: int, tensors: Mapping[str, Tensor]) -> AffineWeight:
     if group.numel() != columns or not torch.equal(group[order], expected):
         raise ValueError(f"g_idx does not cut {columns} columns into {groups} groups of {size}")
     perm = None if torch.equal(group, expected) else order.to(torch.int32)
-    layout = AffineLayout(rows, columns, bits, -1 if groups == 1 else size)
     zeros = unpack_bits(tensors["qzeros"], bits, rows).T
+    scales = scales.T
+    if groups > 1 and size > LARGEST_GROUP and size % LARGEST_GROUP == 0:
+        parts, size = size // LARGEST_GROUP, LARGEST_GROUP
+        zeros, scales = (t.repeat_interleave(parts, 1)[:, : ceil_div(columns, size)] for t in (zeros, scales))
+    layout = AffineLayout(rows, columns, bits, -1 if groups == 1 else size)
     return AffineWeight(
         layout=layout,
         codes=codes if perm is None else codes[:, order].contiguous(),
-        scales=scales.T.contiguous(),
+        scales=scales.contiguous(),
         zeros=zeros.contiguous(),
         perm=perm,
     )

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,10 @@ def test_mistakes_are_messages(run, official: Path, quantized: Path, base: Path,
         (("convert", base, tmp_path / "x"), "it is not quantized"),
         (("convert", quantized, tmp_path / "x"), 'its quant_method is "hf_spqr"'),
         (("convert", official, official), "or contains, the input"),
+        (("convert", base, tmp_path / "x", "--omniquant", "a.pth"), "needs --bits"),
+        (("convert", quantized, tmp_path / "x", "--omniquant", "a.pth", "--bits", 4), "needs the base model"),
+        (("convert", base, tmp_path / "x", "--omniquant", tmp_path / "a.pth", "--bits", 4), "does not exist"),
+        (("convert", base, tmp_path / "x", "--bits", 4, "--group-size", 32), "no packed layer"),
         (("export", base, tmp_path / "x", "--format", "spqr"), "is not quantized"),
         (("export", quantized, tmp_path / "x", "--format", "gptq_v2"), "affine models only"),
     ]:
@@ -51,6 +57,28 @@ def test_mistakes_are_messages(run, official: Path, quantized: Path, base: Path,
         assert result.code == 1, arguments
         assert message in " ".join(result.err.split()), result.err
     assert not (tmp_path / "x").exists()
+
+
+def test_gptq_and_omniquant_files(run, base: Path, tmp_path: Path) -> None:
+    layer = AutoModelForCausalLM.from_pretrained(base).model.layers[0]
+    groups = {name: m.weight.numel() // 32 for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+    factors = {
+        f"{name}.weight_quantizer.{side}_factor": torch.full((count, 1), 4.0)
+        for name, count in groups.items()
+        for side in ("upbound", "lowbound")
+    }
+    blocks = {0: factors, 1: factors}
+    torch.save(blocks, tmp_path / "w4g32.pth")
+    arguments = ("--omniquant", tmp_path / "w4g32.pth", "--bits", 4, "--group-size", 32, "--json")
+    result = run("convert", base, tmp_path / "omni", *arguments)
+    assert result.code == 0, result.err
+    assert result.json["totals"]["layers"] == 14
+    result = run("export", tmp_path / "omni", tmp_path / "gptq", "--format", "gptq_v2")
+    assert result.code == 0, result.err
+    result = run("convert", tmp_path / "gptq", tmp_path / "back", "--json")
+    assert result.code == 0, result.err
+    ours, back = (load_file(tmp_path / folder / "model.safetensors") for folder in ("omni", "back"))
+    assert ours.keys() == back.keys() and all(torch.equal(ours[key], back[key]) for key in ours)
 
 
 @pytest.mark.shared
