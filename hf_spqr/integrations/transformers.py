@@ -14,6 +14,7 @@ from hf_spqr import quantize
 from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import FORMAT_VERSION, OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
+from hf_spqr.integrations import activations
 from hf_spqr.integrations.checkpoint import Contents, check_complete, read_contents
 from hf_spqr.integrations.experts import (
     JoinExperts,
@@ -205,6 +206,15 @@ class OmniQuantQuantizer(PackedQuantizer):
     grouped_class = AffineGroupedLinear
     config_class = OmniQuantConfig
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        activations.enforce(model, self.quantization_config)
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        model = super()._dequantize(model, dtype)
+        activations.release(model)
+        return model
+
 
 def quantize_model(model: nn.Module, config: SpQRConfig | OmniQuantConfig, **arguments: Any) -> QuantizationReport:
     """Quantize a loaded model in place and make the result known to Transformers, so that it can be saved.
@@ -226,6 +236,8 @@ def attach(model: nn.Module, config: PackedConfig) -> None:
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method
     _drop_conversions(model)
+    if isinstance(config, OmniQuantConfig):
+        activations.enforce(model, config)
 
 
 QUANTIZERS: dict[type[PackedConfig], type[PackedQuantizer]] = {
@@ -236,6 +248,7 @@ QUANTIZERS: dict[type[PackedConfig], type[PackedQuantizer]] = {
 
 def register() -> None:
     """Make the quantization methods known to Transformers; called by ``import hf_spqr``, harmless when repeated."""
+    activations.register_attention()
     for config_class, quantizer in QUANTIZERS.items():
         method = config_class.quant_method
         auto.AUTO_QUANTIZER_MAPPING[method] = quantizer

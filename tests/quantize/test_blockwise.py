@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_spqr import ConfigError, UnsupportedLayerError
+from hf_spqr import ConfigError
 from hf_spqr.config import OmniQuantConfig
 from hf_spqr.methods.omniquant import OmniQuantParams, preset
 from hf_spqr.nn import AffineLinear
@@ -63,8 +63,9 @@ def test_exclusions(texts, tokenizer):
 
 
 def test_quantized_activations_are_not_passed_over_in_silence(texts, tokenizer):
-    with pytest.raises(UnsupportedLayerError, match="do not quantize activations yet"):
-        run(tiny_model("llama"), texts, tokenizer, act_bits=8, group_size=-1)
+    model = tiny_model("llama")
+    run(model, texts, tokenizer, act_bits=8, group_size=-1)
+    assert {m.act_bits for m in model.modules() if isinstance(m, AffineLinear)} == {8}
 
 
 def test_config_round_trip():

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_spqr.formats.affine import AffineLayout
+from hf_spqr.ops.activation import MIN_SCALE, token_grid
 
 from .params import OmniQuantParams
 
-MIN_SCALE = 1e-5
 MAX_SCALE = 6e4  # largest scale that float16 holds, with room for rounding
 LWC_INIT = 4.0  # sigmoid(4) = 0.982, section 3.2 as coded
 
@@ -97,17 +97,6 @@ class _FakeQuantizeTokens(torch.autograd.Function):
         low, bottom = x.min(-1, keepdim=True)
         out = grad.scatter_add(-1, top, slope.masked_fill(high <= 0, 0.0).to(grad))
         return out.scatter_add(-1, bottom, -slope.masked_fill(low >= 0, 0.0).to(grad)), None
-
-
-def token_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Asymmetric grid of each token: ``x [..., K]`` to float32 scale and integer-valued zero point, both ``[..., 1]``.
-
-    The range always holds 0, so the zero point lies in ``[0, 2 ** bits - 1]``.
-    """
-    low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).clamp(min=MIN_SCALE)
-    return scale, (-low / scale).round()
 
 
 def quantize_tokens(x: Tensor, bits: int) -> Tensor:

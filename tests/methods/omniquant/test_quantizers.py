@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hf_spqr.formats.affine import AffineWeight, pack, unpack
 from hf_spqr.methods.omniquant import OmniQuantParams
-from hf_spqr.methods.omniquant.quantizers import fake_quantize, make_quantizer, quantize_tokens, token_grid
+from hf_spqr.methods.omniquant.quantizers import fake_quantize, make_quantizer, quantize_tokens
+from hf_spqr.ops.activation import fake_quantize_activation, token_grid
 
 KINDS = {
     "nearest": OmniQuantParams(bits=3, group_size=32, rounding=False, lwc=False),
@@ -102,6 +103,7 @@ def test_tokens_are_quantized_on_their_own_grid(bits: int) -> None:
     assert float(zero.min()) >= 0 and float(zero.max()) <= 2**bits - 1
     leaf = x.clone().requires_grad_()
     out = quantize_tokens(leaf, bits)
+    assert torch.equal(out, fake_quantize_activation(x, bits))
     assert ((out - x).abs() <= scale * 0.51 + scale * (zero - -x.amin(-1, keepdim=True) / scale).abs()).all()
     upstream = torch.randn_like(out)
     out.backward(upstream)

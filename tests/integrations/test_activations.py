@@ -1,0 +1,74 @@
+"""Weight-activation models: what is learned is what runs, also after saving and loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_spqr
+from hf_spqr.nn import AffineLinear
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+
+def quantized(kind: str, name: str = "W8A8", **fields: object) -> torch.nn.Module:
+    model = tiny_model(kind)
+    torch.manual_seed(0)
+    data = [torch.randint(1, 250, (24,)).tolist() for _ in range(6)]
+    config = hf_spqr.OmniQuantConfig.from_preset(
+        name, dataset=data, nsamples=6, seqlen=24, epochs=1, batch_size=3, **fields
+    )
+    hf_spqr.quantize_model(model, config, progress=False)
+    return model
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(1, 250, (2, 20), generator=torch.Generator().manual_seed(1))
+    return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_scheme_survives_saving(kind: str, tmp_path: Path) -> None:
+    reference = logits(tiny_model(kind))
+    model = quantized(kind)
+    layers = [module for module in model.modules() if isinstance(module, AffineLinear)]
+    assert layers and all(layer.act_bits == 8 for layer in layers)
+    before = logits(model)
+    assert 0 < (before - reference).norm() < 0.2 * reference.norm()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), before)
+    for module in loaded.modules():
+        if isinstance(module, AffineLinear):
+            assert module.act_bits == 8
+            module.act_bits = None
+    assert not torch.equal(logits(loaded), before)
+
+
+def test_attention_quantizes_its_operands(tmp_path: Path) -> None:
+    model = quantized("llama", "W4A4")
+    assert model.config._attn_implementation == "hf_spqr_a4"
+    model.save_pretrained(tmp_path)
+    with_attention = logits(model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")  # does not switch it off
+    assert torch.equal(logits(loaded), with_attention)
+    loaded.set_attn_implementation("sdpa")
+    assert not torch.allclose(logits(loaded), with_attention, atol=1e-3)
+    plain = loaded.dequantize()
+    assert plain.config._attn_implementation == "sdpa"
+
+
+def test_a_soft_capped_model_keeps_its_attention() -> None:
+    model = quantized("gemma2")
+    assert model.config._attn_implementation == "eager"
+    assert model.config.quantization_config.params().quantize_attention is False
+    assert any("q, k and v stay" in note for note in model.quantization_report.notes)
+
+
+def test_weight_only_models_are_left_as_they_are() -> None:
+    model = quantized("llama", "W4A16g32")
+    assert model.config._attn_implementation == "sdpa"
+    assert all(m.act_bits is None for m in model.modules() if isinstance(m, AffineLinear))
