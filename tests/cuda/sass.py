@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import importlib.util
 import os
 import re
@@ -34,6 +35,7 @@ def cuobjdump() -> Path | None:
     return None
 
 
+@functools.cache
 def functions(cubin: Path) -> dict[str, list[tuple[int, str]]]:
     """Mangled name -> (address, instruction) of every kernel in the file."""
     tool = cuobjdump()
