@@ -9,13 +9,13 @@ namespace hf_spqr {
 namespace {
 
 constexpr int kGroups = 16;       // of a panel
-constexpr int64_t kAhead = 2048;  // bytes to prefetch ahead
+constexpr int64_t kAhead = 1024;  // bytes to prefetch ahead
 constexpr int kMaxStatBits = 4;   // a vpermps looks up sixteen values
 
-// Where the scale code of each group of a panel lies in the tile of statistics; the zero code is 16 bits higher.
+// Where the codes of each group of a panel lie in the tile of statistics.
 struct CodePlaces {
     int vector[kGroups];
-    int32_t shift[kGroups];
+    int32_t scale_shift[kGroups], zero_shift[kGroups];
     __m512 value;  // of a field's low four bits
 
     explicit CodePlaces(int stat_bits) {
@@ -24,7 +24,8 @@ struct CodePlaces {
         const int per_half = 16 / stat_bits;
         for (int g = 0; g < kGroups; ++g) {
             vector[g] = stat_bits == 3 ? kVector3[g] : g / per_half;
-            shift[g] = stat_bits * (stat_bits == 3 ? kPlace3[g] : g % per_half);
+            scale_shift[g] = stat_bits * (stat_bits == 3 ? kPlace3[g] : g % per_half);
+            zero_shift[g] = scale_shift[g] + 16;
         }
         alignas(64) float table[16];
         for (int i = 0; i < 16; ++i) table[i] = float(i & ((1 << stat_bits) - 1));
@@ -35,18 +36,20 @@ struct CodePlaces {
 // A panel's statistics for one row block: the codes, and per group (ss, ss sz, zs X, zs X zz), X being the sum of the
 // group's activations. The numbers stay in memory: broadcasting from there costs no vector operation.
 struct PanelStatistics {
-    alignas(64) uint32_t codes[4][kRows];
+    const uint32_t* codes[4];
+    alignas(64) uint32_t spare[kRows];  // three bits: group 15, which lies in the spare bits of the others
     alignas(64) float four[kGroups][4];
 
     void load(const Matrix& m, const uint32_t* p, const float* quads) {
-        for (int i = 0; i < m.stat_bits; ++i) _mm512_store_si512(codes[i], _mm512_loadu_si512(p + i * kRows));
-        if (m.stat_bits == 3) {  // group 15 lies in the spare bits
+        for (int i = 0; i < 4; ++i) codes[i] = p + i * kRows;
+        if (m.stat_bits == 3) {
             const __m512i bit0 = _mm512_set1_epi16(1), bit1 = _mm512_set1_epi16(2), bit2 = _mm512_set1_epi16(4);
-            const __m512i a = _mm512_load_si512(codes[0]), b = _mm512_load_si512(codes[1]),
-                          c = _mm512_load_si512(codes[2]);
+            const __m512i a = _mm512_loadu_si512(codes[0]), b = _mm512_loadu_si512(codes[1]),
+                          c = _mm512_loadu_si512(codes[2]);
             const __m512i s = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(a, 15), bit0),
                                               _mm512_and_si512(_mm512_srli_epi16(b, 14), bit1));
-            _mm512_store_si512(codes[3], _mm512_or_si512(s, _mm512_and_si512(_mm512_srli_epi16(c, 13), bit2)));
+            codes[3] = spare;
+            _mm512_store_si512(spare, _mm512_or_si512(s, _mm512_and_si512(_mm512_srli_epi16(c, 13), bit2)));
         }
         const __m128i* second = reinterpret_cast<const __m128i*>(p + m.stat_bits * kRows);
         // What lies behind a shorter last panel is read, and not used.
@@ -68,9 +71,9 @@ struct PanelStatistics {
     __attribute__((always_inline)) __m512 apply(const CodePlaces& places, int g, __m512i dot, float xs,
                                                 __m512 y) const {
         const float* n = four[g];
-        const __m512i c = _mm512_load_si512(codes[places.vector[g]]);
-        const __m512i s = _mm512_srlv_epi32(c, _mm512_set1_epi32(places.shift[g]));
-        const __m512i z = _mm512_srlv_epi32(c, _mm512_set1_epi32(places.shift[g] + 16));
+        const __m512i c = _mm512_loadu_si512(codes[places.vector[g]]);
+        const __m512i s = _mm512_srlv_epi32(c, _mm512_set1_epi32(places.scale_shift[g]));
+        const __m512i z = _mm512_srlv_epi32(c, _mm512_set1_epi32(places.zero_shift[g]));
         __m512 f = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(xs), _mm512_set1_ps(n[3]));
         f = _mm512_fnmadd_ps(_mm512_permutexvar_ps(z, places.value), _mm512_set1_ps(n[2]), f);
         const __m512 scale =
@@ -83,10 +86,7 @@ struct PanelStatistics {
 template <int B, int PerTile, int R>
 void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
     const Matrix& m = a.weight;
-    const Planes planes(m);
-    const int32_t* hi = reinterpret_cast<const int32_t*>(planes.hi(a.planes));
-    const int32_t* lo = reinterpret_cast<const int32_t*>(planes.lo(a.planes));
-    const float* xs = planes.scale(a.planes);
+    const Planes planes(m, 1, a.planes);
     const int tiles = PerTile == 1 ? m.group / kColumns : 1;
     const Unpack<B> unpack;
     PanelStatistics statistics[R];
@@ -96,35 +96,35 @@ void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
     for (PanelWalk walk(m, block); walk.next(); first_group += kGroups) {
         const Panel& panel = walk.panel;
         for (int r = 0; r < R; ++r) {
-            statistics[r].load(m, panel.statistics + r * m.words, planes.quads(a.planes) + 4 * first_group);
+            statistics[r].load(m, panel.statistics + r * m.words, planes.quad(first_group));
         }
         int group = 0;
         for (int64_t tile = 0; tile < panel.count; tile += tiles, group += PerTile) {
-            const int64_t word = (panel.first_tile + tile) * 8;  // of four activations
+            const int64_t here = panel.count - tile < tiles ? panel.count - tile : tiles;
+            const PlaneTile* x = planes.tile(panel.first_tile + tile);
+            const BlockNumbers* numbers = planes.block(first_group + group);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const uint32_t* codes = panel.tiles + r * m.words + tile * B * kRows;
-                for (int i = 0; i < B; ++i) {
+                for (int64_t i = 0; i < here * B; ++i) {
                     _mm_prefetch(reinterpret_cast<const char*>(codes + i * kRows) + kAhead, _MM_HINT_T0);
                 }
                 __m512i w[8];
-                unpack(codes, w);
                 if constexpr (PerTile > 1) {
+                    unpack(codes, w);
 #pragma GCC unroll 4
                     for (int i = 0; i < PerTile; ++i) {
                         constexpr int kCount = 8 / PerTile;
-                        const __m512i sum =
-                            dot<kCount>(w + i * kCount, hi + word + i * kCount, lo + word + i * kCount);
-                        y[r] = statistics[r].apply(places, group + i, sum, xs[first_group + group + i], y[r]);
+                        const __m512i sum = dot<kCount>(w + i * kCount, x->hi + i * kCount, x->lo + i * kCount);
+                        y[r] = statistics[r].apply(places, group + i, sum, numbers[i].scale, y[r]);
                     }
                 } else {
-                    __m512i sum = dot<8>(w, hi + word, lo + word);
-                    const int64_t left = panel.count - tile < tiles ? panel.count - tile : tiles;
-                    for (int64_t t = 1; t < left; ++t) {
+                    TileSums sums;
+                    for (int64_t t = 0; t < here; ++t) {
                         unpack(codes + t * B * kRows, w);
-                        sum = _mm512_add_epi32(sum, dot<8>(w, hi + word + 8 * t, lo + word + 8 * t));
+                        sums.add(w, x[t].hi, x[t].lo);
                     }
-                    y[r] = statistics[r].apply(places, group, sum, xs[first_group + group], y[r]);
+                    y[r] = statistics[r].apply(places, group, sums.total(), numbers->scale, y[r]);
                 }
             }
         }
@@ -135,7 +135,7 @@ void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
 template <int B, int PerTile>
 void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
     const CodePlaces places(a.weight.stat_bits);
-    constexpr int kInFlight = 1;
+    constexpr int kInFlight = 4;
     int64_t block = first;
     for (; block + kInFlight <= last; block += kInFlight) row_blocks<B, PerTile, kInFlight>(a, places, block);
     for (; block < last; ++block) row_blocks<B, PerTile, 1>(a, places, block);

@@ -16,13 +16,13 @@ struct PrepareArgs {
     float* out;
     int64_t out_stride;
     const Matrix* weight;
-    char* planes;  // integer form of the same, where the kernels want one
-    int64_t planes_stride;
+    int64_t tokens;
+    char* planes;  // of all tokens: integer form of x, where the kernels want one
 };
 
 struct Kernels {
-    // Bytes of the integer form of one token; null where the kernels want none.
-    int64_t (*planes_bytes)(const Matrix&);
+    // Bytes of the integer form of x; null where the kernels want none.
+    int64_t (*planes_bytes)(const Matrix&, int64_t tokens);
     // Activations, for tokens [first, last).
     void (*prepare)(const PrepareArgs&, int64_t first, int64_t last);
     // Row blocks [first, last), at most kMaxTokens tokens.

@@ -37,8 +37,7 @@ struct LinearArgs {
     Matrix weight;
     const float* x;
     int64_t x_stride;
-    const char* planes;  // of the first token, as Kernels::prepare leaves them; unused where planes_bytes is null
-    int64_t planes_stride;
+    char* planes;  // integer form of x, where the kernels want one
     int tokens;
     const void* bias;  // of dtype, or null
     void* y;

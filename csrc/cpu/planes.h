@@ -11,19 +11,41 @@ inline int plane_block(const Matrix& m) {
     return m.group == kPerChannel ? 128 : m.group;
 }
 
-// Where the parts of one token's planes lie. Blocks are counted to whole panels of 16, so that kernels may read on.
+struct PlaneTile {  // of one token, 32 columns; four activations to a word
+    int32_t hi[8], lo[8];
+};
+
+struct BlockNumbers {  // of one token
+    float scale, sum;  // sum: of the activations, in fp32
+};
+
+// Where the parts lie: [tile][token], [block][token], and
+// - for one token, (1, 1, sum, 1) per block, what the second level of SpQR's statistics is multiplied by;
+// - for several tokens of a matrix with outliers, fp32 activations as [column][token], tokens padded to 16.
+// Blocks are counted to whole panels of 16, so that kernels may read on.
 struct Planes {
-    int64_t columns, blocks;
+    int64_t tiles, blocks, tokens, padded_tokens;
+    bool transposed;
+    char* memory;
 
-    Planes(const Matrix& m)
-        : columns(ceil_div(m.columns, 128) * 128), blocks(ceil_div(ceil_div(columns, plane_block(m)), 16) * 16) {}
+    Planes(const Matrix& m, int64_t token_count, char* start)
+        : tokens(token_count),
+          padded_tokens(ceil_div(token_count, 16) * 16),
+          transposed(token_count > 1 && m.outlier_row != nullptr),
+          memory(start) {
+        tiles = ceil_div(m.columns, 128) * 4;
+        blocks = ceil_div(tiles * kColumns / plane_block(m), 16) * 16;
+    }
 
-    // quads: (1, 1, sum, 1) of a block, what second-level statistics are multiplied by.
-    int64_t bytes() const { return 2 * columns + blocks * 4 * (1 + 4); }
-    const int8_t* hi(const char* token) const { return reinterpret_cast<const int8_t*>(token); }
-    const int8_t* lo(const char* token) const { return reinterpret_cast<const int8_t*>(token) + columns; }
-    const float* scale(const char* token) const { return reinterpret_cast<const float*>(token + 2 * columns); }
-    const float* quads(const char* token) const { return scale(token) + blocks; }
+    int64_t bytes() const {
+        const int64_t quads = tokens == 1 ? blocks * 16 : 0, columns = transposed ? tiles * kColumns : 0;
+        return tiles * tokens * int64_t(sizeof(PlaneTile)) + blocks * tokens * int64_t(sizeof(BlockNumbers)) + quads +
+               columns * padded_tokens * int64_t(sizeof(float));
+    }
+    PlaneTile* tile(int64_t i) const { return reinterpret_cast<PlaneTile*>(memory) + i * tokens; }
+    BlockNumbers* block(int64_t i) const { return reinterpret_cast<BlockNumbers*>(tile(tiles)) + i * tokens; }
+    float* quad(int64_t i) const { return reinterpret_cast<float*>(block(blocks)) + 4 * i; }
+    float* column(int64_t i) const { return reinterpret_cast<float*>(block(blocks)) + padded_tokens * i; }
 };
 
 }  // namespace

@@ -1,12 +1,11 @@
 #include <immintrin.h>
-#include "cpu/kernels.h"
 #include "cpu/planes.h"
 #include "cpu/vnni.h"
 
 namespace hf_spqr {
 namespace {
 
-// hi and lo of 16 columns.
+// The first or second 16 columns of a tile.
 void split(__m512 x, __m512 inverse, int8_t* hi, int8_t* lo) {
     const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
     const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24);
@@ -15,44 +14,52 @@ void split(__m512 x, __m512 inverse, int8_t* hi, int8_t* lo) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(lo), _mm512_cvtepi32_epi8(low));
 }
 
-}  // namespace
-
-int64_t planes_bytes_vnni(const Matrix& m) {
-    return Planes(m).bytes();
+// Scale and sum of columns [first, last).
+BlockNumbers numbers_of(const float* x, int64_t first, int64_t last) {
+    __m512 largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+    for (int64_t k = first; k < last; k += 16) {
+        const __mmask16 mask = last - k < 16 ? __mmask16((1u << (last - k)) - 1) : __mmask16(0xffff);
+        const __m512 v = _mm512_maskz_loadu_ps(mask, x + k);
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
+        sum = _mm512_add_ps(sum, v);  // also carries NaN and infinity on
+    }
+    const float top = _mm512_reduce_max_ps(largest);
+    return {top > 1e-30f ? top / 32512.f : 0.f, _mm512_reduce_add_ps(sum)};
 }
 
-// x: fp32, zero padded to whole tiles.
-void split_planes_vnni(const Matrix& m, const float* x, char* out) {
-    const Planes planes(m);
-    const int block = plane_block(m), step = block < 16 ? block : 16;
-    const __mmask16 mask = __mmask16((1u << step) - 1);
-    int8_t* hi = const_cast<int8_t*>(planes.hi(out));
-    int8_t* lo = const_cast<int8_t*>(planes.lo(out));
-    float* scale = const_cast<float*>(planes.scale(out));
-    float* quads = const_cast<float*>(planes.quads(out));
+}  // namespace
+
+int64_t planes_bytes_vnni(const Matrix& m, int64_t tokens) {
+    return Planes(m, tokens, nullptr).bytes();
+}
+
+// x: fp32 of the token, zero padded to whole tiles.
+void split_planes_vnni(const Matrix& m, const float* x, int64_t token, int64_t tokens, char* out) {
+    const Planes planes(m, tokens, out);
+    const int block = plane_block(m);
     const int64_t end = ceil_div(m.columns, kColumns) * kColumns;
     for (int64_t b = 0; b < planes.blocks; ++b) {
         const int64_t first = b * block, last = first + block < end ? first + block : end;
-        __m512 largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
-        for (int64_t k = first; k < last; k += step) {
-            const __m512 v = _mm512_maskz_loadu_ps(mask, x + k);
-            largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
-            sum = _mm512_add_ps(sum, v);  // also carries NaN and infinity on
-        }
-        const float top = _mm512_reduce_max_ps(largest);
-        const __m512 inverse = _mm512_set1_ps(top > 1e-30f ? 32512.f / top : 0.f);
-        scale[b] = top > 1e-30f ? top / 32512.f : 0.f;
-        _mm_storeu_ps(quads + 4 * b, _mm_setr_ps(1.f, 1.f, _mm512_reduce_add_ps(sum), 1.f));
-        for (int64_t k = first; k < first + block && k < planes.columns; k += step) {
-            const __m512 v = k < last ? _mm512_maskz_loadu_ps(mask, x + k) : _mm512_setzero_ps();
-            if (step == 16) {
-                split(v, inverse, hi + k, lo + k);
-            } else {  // groups of 8: the upper half is written again by the next block
-                alignas(16) int8_t h[16], l[16];
-                split(v, inverse, h, l);
-                _mm_storel_epi64(reinterpret_cast<__m128i*>(hi + k), _mm_load_si128(reinterpret_cast<__m128i*>(h)));
-                _mm_storel_epi64(reinterpret_cast<__m128i*>(lo + k), _mm_load_si128(reinterpret_cast<__m128i*>(l)));
-            }
+        const BlockNumbers n = numbers_of(x, first, last);
+        planes.block(b)[token] = n;
+        if (tokens == 1) _mm_storeu_ps(planes.quad(b), _mm_setr_ps(1.f, 1.f, n.sum, 1.f));
+    }
+    if (planes.transposed) {  // the padding stays as it is: nobody looks at what it gives
+        for (int64_t k = 0; k < m.columns; ++k) planes.column(k)[token] = x[k];
+    }
+    for (int64_t tile = 0; tile < planes.tiles; ++tile) {
+        PlaneTile& out_tile = planes.tile(tile)[token];
+        for (int half = 0; half < 2; ++half) {
+            const int64_t first = tile * kColumns + 16 * half;
+            // Two groups of 8 may share a vector.
+            const float low = planes.block(first / block)[token].scale,
+                        high = planes.block((first + 8) / block)[token].scale;
+            const __m512 scale = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high));
+            const __mmask16 some = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_GT_OQ);
+            const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(1.f), scale);
+            const __m512 v = first < end ? _mm512_loadu_ps(x + first) : _mm512_setzero_ps();
+            split(v, inverse, reinterpret_cast<int8_t*>(out_tile.hi) + 16 * half,
+                  reinterpret_cast<int8_t*>(out_tile.lo) + 16 * half);
         }
     }
 }

@@ -94,5 +94,24 @@ __attribute__((always_inline)) inline __m512i dot(const __m512i* w, const int32_
     return a;
 }
 
+// The same over several tiles of a block: four sums, because one alone would wait for itself.
+struct TileSums {
+    __m512i hi[2], lo[2];
+
+    TileSums() { hi[0] = hi[1] = lo[0] = lo[1] = _mm512_setzero_si512(); }
+
+    __attribute__((always_inline)) void add(const __m512i* w, const int32_t* x_hi, const int32_t* x_lo) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            hi[i % 2] = _mm512_dpbusd_epi32(hi[i % 2], w[i], _mm512_set1_epi32(x_hi[i]));
+            lo[i % 2] = _mm512_dpbusd_epi32(lo[i % 2], w[i], _mm512_set1_epi32(x_lo[i]));
+        }
+    }
+    __m512i total() const {
+        const __m512i high = _mm512_slli_epi32(_mm512_add_epi32(hi[0], hi[1]), 8);
+        return _mm512_add_epi32(high, _mm512_add_epi32(lo[0], lo[1]));
+    }
+};
+
 }  // namespace
 }  // namespace hf_spqr

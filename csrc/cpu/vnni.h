@@ -4,12 +4,15 @@
 
 namespace hf_spqr {
 
-int64_t planes_bytes_vnni(const Matrix&);
-void split_planes_vnni(const Matrix&, const float* x, char* out);
+int64_t planes_bytes_vnni(const Matrix&, int64_t tokens);
+void split_planes_vnni(const Matrix&, const float* x, int64_t token, int64_t tokens, char* planes);
 
 // One token of SpQR, row blocks [first, last), for matrices that has_gemv_spqr_vnni accepts.
 bool has_gemv_spqr_vnni(const Matrix&);
 void gemv_spqr_vnni(const LinearArgs&, int64_t first, int64_t last);
+// One token of either format, for matrices that has_gemv_vnni accepts.
+bool has_gemv_vnni(const Matrix&);
+void gemv_vnni(const LinearArgs&, int64_t first, int64_t last);
 // Any matrix, 1 to kMaxTokens tokens.
 void batch_vnni(const LinearArgs&, int64_t first, int64_t last);
 

@@ -60,18 +60,17 @@ void linear_few(const Tensor& x, int64_t tokens, const Matrix& m, const int32_t*
                 DType dtype) {
     const Kernels& k = kernels();
     const int64_t padded = ceil_div(m.columns, kColumns) * kColumns;
-    const int64_t planes_bytes = k.planes_bytes ? ceil_div(k.planes_bytes(m), 64) * 64 : 0;
     const int64_t x_bytes = padded * 4 * tokens;
-    Tensor scratch = stable::new_empty(x, {x_bytes + planes_bytes * tokens}, ScalarType::Byte);
+    const int64_t planes_bytes = k.planes_bytes ? k.planes_bytes(m, tokens) : 0;
+    Tensor scratch = stable::new_empty(x, {x_bytes + planes_bytes}, ScalarType::Byte);
     char* memory = static_cast<char*>(scratch.mutable_data_ptr());
     float* prepared = reinterpret_cast<float*>(memory);
     char* planes = memory + x_bytes;
-    const PrepareArgs prepare{x.const_data_ptr(), m.columns, dtype, perm,   m.columns,   padded,
-                              prepared,           padded,    &m,    planes, planes_bytes};
+    const PrepareArgs prepare{x.const_data_ptr(), m.columns, dtype, perm,   m.columns, padded,
+                              prepared,           padded,    &m,    tokens, planes};
     stable::parallel_for(0, tokens, std::max<int64_t>(1, kElementsPerTask / padded),
                          [&](int64_t first, int64_t last) { k.prepare(prepare, first, last); });
-    const LinearArgs args{m,      prepared, padded, planes, planes_bytes, int(tokens), bias, y.mutable_data_ptr(),
-                          m.rows, dtype};
+    const LinearArgs args{m, prepared, padded, planes, int(tokens), bias, y.mutable_data_ptr(), m.rows, dtype};
     over_row_blocks(m, [&](int64_t first, int64_t last) { k.linear(args, first, last); });
 }
 
