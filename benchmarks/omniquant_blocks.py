@@ -1,7 +1,7 @@
 """Held-out block error and perplexity of OmniQuant on the small fixture models, block by block.
 
-    python benchmarks/omniquant_blocks.py --shared ../shared --setting W2A16g64 --preset reference --tokens 16
-    python benchmarks/omniquant_blocks.py --shared ../shared --setting W4A4 --outliers 20 --model tiny_opt
+    python -m benchmarks.omniquant_blocks --shared ../shared --setting W2A16g64 --preset reference --samples 16
+    python -m benchmarks.omniquant_blocks --shared ../shared --setting W4A4 --outliers 20 --model tiny_opt
 
 Block error: mean squared error of a block's output on 32 held-out segments of 128 tokens, target from the
 full-precision chain, input from the quantized chain (mean over elements; the input and output share the residual).
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks.machine import machine
 from hf_spqr.calibration.blocks import Block, find_blocks, record
 from hf_spqr.methods.omniquant import OmniQuantParams, preset, quantize_block
 from hf_spqr.methods.omniquant.runner import BlockRunner
@@ -143,7 +143,7 @@ def main() -> None:
         "model": args.model, "setting": args.setting, "preset": args.preset, "samples": args.samples,
         "outliers": args.outliers, "seed": args.seed, "set": args.set,
         "errors": errors, "perplexity_full": before, **result,
-        "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+        "machine": machine(),
     }  # fmt: skip
     steps = sum(row["steps"] for row in result["blocks"])
     print(
