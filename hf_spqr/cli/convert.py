@@ -38,6 +38,9 @@ def convert_command(
     group_size: Annotated[
         int | None, typer.Option("--group-size", help="Group size, likewise; -1: one group per output channel.")
     ] = None,
+    act_bits: Annotated[
+        int | None, typer.Option("--act-bits", help="Bits of the activations, for --omniquant (w4a4: 4).")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type of what is not quantized.")] = Dtype.auto,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")] = "50GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT if it exists.")] = False,
@@ -61,7 +64,7 @@ def convert_command(
     check_output(out, overwrite, inputs=(model,))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = read(model, dtype, omniquant, bits, group_size)
+        loaded = read(model, dtype, omniquant, bits, group_size, act_bits)
     notes = list(loaded.quantization_report.notes)
     for warning in caught:
         if str(warning.message) not in notes:
@@ -83,7 +86,9 @@ def convert_command(
     )
 
 
-def read(model: str, dtype: Dtype, omniquant: Path | None, bits: int | None, group_size: int | None) -> Any:
+def read(
+    model: str, dtype: Dtype, omniquant: Path | None, bits: int | None, group_size: int | None, act_bits: int | None
+) -> Any:
     """The model in our format; CommandError for what is none of the formats."""
     method = stored_method(model)
     if omniquant is not None:
@@ -95,7 +100,8 @@ def read(model: str, dtype: Dtype, omniquant: Path | None, bits: int | None, gro
             raise CommandError("--omniquant needs --bits, which the file does not say; its name does (w3a16g128: 3)")
         parameters = read_parameters(omniquant)
         loaded: Any = load_model(model, dtype, None)
-        apply_parameters(loaded, parameters, bits=bits, group_size=-1 if group_size is None else group_size)
+        group_size = -1 if group_size is None else group_size
+        apply_parameters(loaded, parameters, bits=bits, group_size=group_size, act_bits=act_bits)
         return loaded
     if method == "spqr":
         return load_model(model, dtype, None)

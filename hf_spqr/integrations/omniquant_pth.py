@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_spqr.calibration.blocks import Block, find_blocks
 from hf_spqr.config import OmniQuantConfig
-from hf_spqr.errors import CheckpointError, UnsupportedLayerError
+from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.stored import layer_report
 from hf_spqr.integrations.transformers import attach
 from hf_spqr.methods.omniquant.published import clipped_weight, clipping_of, fold_transforms
@@ -48,18 +48,13 @@ def apply_parameters(
 ) -> QuantizationReport:
     """Fold the transforms of the file into ``model``, in place, and quantize its linear layers as published.
 
-    The file does not say bits and group_size (-1: per channel) of its training; its name does, e.g. ``w3a16g128``.
+    The file does not say bits, group_size (-1: per channel) and act_bits (None: activations are left alone) of its
+    training; its name does, e.g. ``w3a16g128`` or ``w4a4``.
 
     Raises:
         CheckpointError: the parameters do not fit the model.
-        UnsupportedLayerError: ``act_bits`` is given. Files of weight-activation schemes need activations quantized
-            at inference, which packed layers do not do; they would run as another model.
     """
-    if act_bits is not None:
-        raise UnsupportedLayerError(
-            f"act_bits={act_bits}: packed layers do not quantize activations; the model would silently be another one."
-        )
-    config = OmniQuantConfig(bits=bits, group_size=group_size, rounding=False, epochs=0)
+    config = OmniQuantConfig(bits=bits, group_size=group_size, act_bits=act_bits, rounding=False, epochs=0)
     blocks = find_blocks(model)
     if set(parameters) != set(range(len(blocks))):
         raise CheckpointError(

@@ -14,7 +14,7 @@ from hf_spqr import quantize
 from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import FORMAT_VERSION, OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
-from hf_spqr.integrations import activations
+from hf_spqr.integrations import activations, hub
 from hf_spqr.integrations.checkpoint import Contents, check_complete, read_contents
 from hf_spqr.integrations.experts import (
     JoinExperts,
@@ -132,6 +132,7 @@ class PackedQuantizer(HfQuantizer):
     # -- after loading ---------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        hub.install(model)
         if self.pre_quantized:
             self._check_loaded(model)
             _drop_conversions(model)
@@ -235,6 +236,7 @@ def attach(model: nn.Module, config: PackedConfig) -> None:
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method
+    hub.install(model)
     _drop_conversions(model)
     if isinstance(config, OmniQuantConfig):
         activations.enforce(model, config)

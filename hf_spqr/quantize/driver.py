@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_spqr.calibration.blocks import find_blocks, record
+from hf_spqr.calibration.blocks import find_stacks, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows
 from hf_spqr.config import OmniQuantConfig, SpQRConfig
 from hf_spqr.quantize.blockwise import OmniQuantRun
@@ -20,6 +20,7 @@ from hf_spqr.quantize.experts import ExpertsTarget, find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
 from hf_spqr.quantize.targets import Target, check_weights, find_targets, left_alone, nothing_to_quantize
 from hf_spqr.report import CalibrationReport, QuantizationReport
+from hf_spqr.report.card import hub_name
 
 __all__ = ["quantize_model"]
 
@@ -40,7 +41,7 @@ def quantize_model(
     activations are in host memory, the packed result is where the layer was.
 
     Args:
-        model: a causal decoder of Transformers, weights present.
+        model: a decoder of Transformers (its language part, where it has others) or a text encoder-decoder.
         config: method, layers and calibration data.
         tokenizer: tokenizer for text data; else ``config.tokenizer``, else the one of ``model.name_or_path``.
         device: where the blocks are computed; by default where they are.
@@ -55,12 +56,15 @@ def quantize_model(
         CalibrationError: no or too little calibration data.
     """
     started = time.perf_counter()
-    blocks = find_blocks(model)
-    targets = find_targets(model, blocks, config)
     spqr = isinstance(config, SpQRConfig)
-    experts = find_experts(model, blocks, config) if spqr else []
+    stacks = [
+        (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config) if spqr else [])
+        for blocks in find_stacks(model)
+    ]
+    targets = [target for _, found, _ in stacks for target in found]
+    experts = [target for _, _, found in stacks for target in found]
     if not targets and not experts:
-        raise nothing_to_quantize(model, blocks)
+        raise nothing_to_quantize(model, [block for blocks, _, _ in stacks for block in blocks])
     chosen = {t.name: t.linear for t in targets} | {t.name: t.module for t in experts}
     check_weights(chosen)
     windows = calibration_windows(
@@ -77,16 +81,18 @@ def quantize_model(
             _describe(config.dataset), len(windows), sum(w.numel() for w in windows), config.seqlen
         ),
         skipped=left_alone(model, chosen),
+        base_model=_hub_source(model),
     )
     if isinstance(config, OmniQuantConfig):
         _settle_attention(model, config, report)
-    recording = record(model, blocks, calibration_batches(windows) if spqr else windows)
+    batches = calibration_batches(windows) if spqr else windows
     names = _names_in_order(model, targets, experts)
     bar = tqdm(total=len(names), desc="Quantizing", unit="layer", disable=not progress)
     kind: Any = SpQRRun if spqr else OmniQuantRun
-    run = kind(model, config, blocks, targets, experts, recording, report, bar, device)
     with bar:
-        run.quantize()
+        for stack in stacks:
+            recording = record(model, stack[0], batches)
+            kind(model, config, *stack, recording, report, bar, device).quantize()
     order = {name: position for position, name in enumerate(names)}
     report.layers.sort(key=lambda layer: order[layer.name])
     report.config = config.to_dict()
@@ -135,6 +141,12 @@ def _tokenizer(model: nn.Module, tokenizer: Any, dataset: Any) -> Any:
         return AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError):
         return None  # token ids need none; text says clearly that it does
+
+
+def _hub_source(model: nn.Module) -> str | None:
+    """The repository that the model came from; None for a folder, whose path is nobody's business."""
+    name = getattr(model, "name_or_path", None)
+    return None if name and os.path.isdir(name) else hub_name(name)
 
 
 def _describe(dataset: Any) -> str:

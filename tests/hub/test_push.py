@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_spqr.errors import CheckpointError
-from hf_spqr.integrations.hub import PushError, install, push_folder, push_to_hub
+from hf_spqr.integrations.hub import PushError, push_folder, push_to_hub
 from tests.tiny_models import byte_tokenizer, tiny_model
 
 IDS = torch.arange(40)[None] * 5 % 258
@@ -40,7 +40,7 @@ def test_what_is_pulled_is_what_was_pushed_to_the_bit(hub, model, folder):
 
 def test_the_method_of_the_model(hub, make_model):
     model = make_model()
-    install(model)
+
     model.push_to_hub("tester/m", tokenizer=byte_tokenizer(), max_shard_size="60KB", tags=["mine"])
     files = hub.repos["tester/m"].files()
     shards = [name for name in files if name.endswith(".safetensors")]

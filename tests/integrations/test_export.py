@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from hf_spqr.config import OmniQuantConfig
 from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.integrations.export import export_model
+from hf_spqr.integrations.transformers import attach
 from hf_spqr.methods import rtn
 from hf_spqr.methods.base import AffineParams
 from hf_spqr.nn import AffineLinear
@@ -121,6 +123,22 @@ def test_what_a_format_cannot_say_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(UnsupportedLayerError, match="one width"):
         export_model(affine_model(overrides={"q_proj": 8}), out, "gptq_v2")
     assert not out.exists()
+
+
+def test_the_activation_scheme_is_written(tmp_path):
+    model = affine_model(bits=4, group_size=-1)
+    attach(model, OmniQuantConfig(bits=4, group_size=-1, act_bits=8))
+    with pytest.raises(UnsupportedLayerError, match="silently"):
+        export_model(model, tmp_path / "gptq", "gptq_v2")
+    with pytest.warns(UserWarning, match="q, k and v"):
+        export_model(model, tmp_path / "ct", "compressed-tensors")
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "int-quantized"
+    activations = config["config_groups"]["group_0"]["input_activations"]
+    assert (activations["num_bits"], activations["strategy"], activations["dynamic"]) == (8, "token", True)
+    assert model.config.quantization_config.act_bits == 8
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0.02)
 
 
 def test_export_leaves_the_model_as_it_was(tmp_path):

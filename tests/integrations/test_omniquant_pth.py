@@ -61,6 +61,19 @@ def test_with_transforms(tmp_path):
     assert (logits(model) - before).abs().max() < 0.2 * before.abs().max()  # 8 bit, clipped by 2 %
 
 
+def test_activations_are_quantized_where_the_scheme_says_so(tmp_path):
+    model = tiny_model("llama", torch.float32, num_key_value_heads=4)
+    make_file(tmp_path / "w4a4.pth", model, -1, transforms=True)
+    apply_parameters(model, read_parameters(tmp_path / "w4a4.pth"), bits=4, group_size=-1, act_bits=4)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.model.layers[0].mlp.up_proj.act_bits == 4
+    assert torch.equal(logits(again), logits(model))
+    plain = tiny_model("llama", torch.float32, num_key_value_heads=4)
+    apply_parameters(plain, read_parameters(tmp_path / "w4a4.pth"), bits=4, group_size=-1)
+    assert (logits(plain) - logits(model)).abs().max() > 1e-2
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     model = tiny_model("llama", torch.float32)
     make_file(tmp_path / "x.pth", model)
@@ -69,8 +82,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
         apply_parameters(model, {0: found[0]}, bits=4)
     with pytest.raises(hf_spqr.CheckpointError, match=r"q_proj: The file has \d+ clipping factors"):
         apply_parameters(model, found, bits=4, group_size=64)
-    with pytest.raises(hf_spqr.UnsupportedLayerError, match="act_bits=4"):
-        apply_parameters(model, found, bits=4, act_bits=4)
     (tmp_path / "text.pth").write_text("hello")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     for name, message in (("text.pth", "no file of"), ("other.pth", "no file of"), ("none.pth", "does not exist")):
