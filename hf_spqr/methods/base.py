@@ -13,6 +13,8 @@ from hf_spqr.formats.affine import AffineLayout, AffineWeight
 from hf_spqr.formats.panels import GROUP_SIZES
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
 
+_ENERGY_BLOCK = 256
+
 
 @dataclass(frozen=True)
 class SpQRParams:
@@ -21,12 +23,13 @@ class SpQRParams:
     bits                2..8, width of the weight codes
     group_size          inputs that share one scale and zero (8, 16, 32, 64, 128; -1 = the whole row)
     scale_bits,
-    zero_bits           1..8, widths of the codes of the scales and zeros themselves
+    zero_bits           2..8, widths of the codes of the scales and zeros themselves
     second_group        16 or 32 scales share one second level: 16 rows times 1 or 2 neighbouring groups
     outlier_threshold   tau: a weight is kept in 16 bit when that lowers the squared error by more than tau times the
                         mean over inputs of var(W_j) / [H^-1]_jj; smaller = more outliers, inf = none
     act_order           store the columns in the order of falling activation energy (needs a gather of x at inference)
-    percdamp            damping of H as a share of its mean diagonal
+                        None: the mode's choice, False by default and True in the reference
+    percdamp            damping of H as a share of its mean diagonal; None: 0.03, in the reference 1.0
     mode                "default", or "reference" = the published engine in every choice
     """
 
@@ -36,21 +39,37 @@ class SpQRParams:
     zero_bits: int = 3
     second_group: int = 16
     outlier_threshold: float = 0.2
-    act_order: bool = False
-    percdamp: float = 0.01
+    act_order: bool | None = None
+    percdamp: float | None = None
     mode: str = "default"
 
     def __post_init__(self) -> None:
-        _check_common(self.bits, self.group_size, self.percdamp)
+        if self.mode not in ("default", "reference"):
+            raise ConfigError(f'mode must be "default" or "reference", got {self.mode!r}')
+        _check_common(self.bits, self.group_size, self.damping)
         for name in ("scale_bits", "zero_bits"):
-            if not 1 <= getattr(self, name) <= 8:
-                raise ConfigError(f"{name} must be 1..8, got {getattr(self, name)}")
+            if not 2 <= getattr(self, name) <= 8:
+                raise ConfigError(f"{name} must be 2..8, got {getattr(self, name)}")
         if self.second_group not in (16, 32):
             raise ConfigError(f"second_group must be 16 or 32, got {self.second_group}")
         if not self.outlier_threshold > 0:
             raise ConfigError(f"outlier_threshold must be > 0 (inf for no outliers), got {self.outlier_threshold}")
-        if self.mode not in ("default", "reference"):
-            raise ConfigError(f'mode must be "default" or "reference", got {self.mode!r}')
+
+    @property
+    def reference(self) -> bool:
+        return self.mode == "reference"
+
+    @property
+    def permutes(self) -> bool:
+        """Whether the columns are stored in activation order: `act_order`, or the mode's choice."""
+        return self.reference if self.act_order is None else self.act_order
+
+    @property
+    def damping(self) -> float:
+        """`percdamp`, or the mode's choice."""
+        if self.percdamp is None:
+            return 1.0 if self.reference else 0.03
+        return self.percdamp
 
     def layout(self, out_features: int, in_features: int) -> SpQRLayout:
         """The packed layout of a layer [out_features, in_features]."""
@@ -134,8 +153,16 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) ->
 
 
 def output_energy(weight: Tensor, hessian: Tensor) -> float:
-    """tr(W H W^T) for W [N, K]: the squared norm of the layer's output over the calibration data."""
-    return float(((weight @ hessian) * weight).sum())
+    """tr(W H W^T) for W [N, K]: the squared norm of the layer's output over the calibration data. H is symmetric, so
+    only its blocks on and above the diagonal are multiplied."""
+    total = 0.0
+    for start in range(0, weight.shape[1], _ENERGY_BLOCK):
+        here = weight[:, start : start + _ENERGY_BLOCK]
+        width = here.shape[1]
+        product = here @ hessian[start : start + width, start:]
+        inside = (product[:, :width] * here).sum()
+        total += float(inside + 2 * (product[:, width:] * weight[:, start + width :]).sum())
+    return total
 
 
 def energy_ratio(spent: float, total: float) -> float:

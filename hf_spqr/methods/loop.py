@@ -42,6 +42,11 @@ class State(Generic[GridT]):
     outlier: Tensor
     grids: list[GridT]
 
+    def first(self, rows: int) -> State[GridT]:
+        """The state without the rows that were added as padding (the grids keep theirs)."""
+        kept = (tensor[:, :rows] for tensor in (self.codes, self.dense, self.value, self.outlier))
+        return State(*kept, self.grids)
+
 
 def propagate(
     work: Tensor, upper: Tensor, plan: Plan, bits: int, fit: FitUnit[GridT], threshold: float = math.inf

@@ -78,7 +78,7 @@ def blocks(plan: Plan) -> list[tuple[int, int, list[tuple[int, int, list[Group] 
         for position, group in enumerate(unit):
             for first in range(group.start, group.stop, CHUNK):
                 last = min(first + CHUNK, group.stop)
-                if not out or not (fits or last - out[-1][0] <= BLOCK and out[-1][0] >= start):
+                if not out or not (fits or (last - out[-1][0] <= BLOCK and out[-1][0] >= start)):
                     out.append((first, last, []))
                 begin, _, chunks = out.pop()
                 out.append((begin, last, [*chunks, (first, last, due, position)]))

@@ -52,8 +52,8 @@ def inverse_factor(hessian: Tensor, percdamp: float) -> InverseFactor:
                 return InverseFactor(upper, percdamp, raised=percdamp != asked)
         percdamp = max(10 * percdamp, 1e-6)
     raise CalibrationError(
-        f"The Hessian is not positive definite even with damping {percdamp / 10:g} of its mean diagonal: it cannot come"
-        " from X^T X. Check the calibration inputs for huge values, or give more calibration data."
+        f"The Hessian is not positive definite even with damping {percdamp / 10:g} of its mean diagonal: it cannot"
+        " come from X^T X. Check the calibration inputs for huge values, or give more calibration data."
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
 from hf_spqr.methods import spqr_fit, spqr_reference
-from hf_spqr.methods.base import LayerResult, SpQRParams, check_inputs, relative_error
+from hf_spqr.methods.base import LayerResult, SpQRParams, check_inputs, energy_ratio, output_energy, relative_error
 from hf_spqr.methods.descent import descend, refit_outliers
 from hf_spqr.methods.loop import State, propagate
 from hf_spqr.methods.order import Plan, activation_order, plan_by_energy, plan_in_place
@@ -31,10 +31,10 @@ def quantize(weight: Tensor, hessian: Tensor, params: SpQRParams) -> LayerResult
     weight, hessian = weight.float(), hessian.float()
     rows, columns = weight.shape
     layout = params.layout(rows, columns)
-    reference = params.mode == "reference"
+    reference = params.reference
 
     diagonal = hessian.diagonal()
-    perm = activation_order(diagonal) if params.act_order else None
+    perm = activation_order(diagonal) if params.permutes else None
     stored = diagonal if perm is None else diagonal[perm]
     if reference or perm is not None:
         plan = plan_in_place(columns, params.group_size, layout.groups_per_second)
@@ -43,7 +43,7 @@ def quantize(weight: Tensor, hessian: Tensor, params: SpQRParams) -> LayerResult
     way = plan.columns if perm is None else perm[plan.columns]
 
     ordered = hessian[way][:, way]
-    factor = inverse_factor(ordered, params.percdamp)
+    factor = inverse_factor(ordered, params.damping)
     work = pad_rows(weight).T[way].contiguous()
     if reference:
         work[ordered.diagonal() == 0] = 0
@@ -55,13 +55,17 @@ def quantize(weight: Tensor, hessian: Tensor, params: SpQRParams) -> LayerResult
     def fit(groups: list[Tensor], costs: list[Tensor]) -> UnitStatistics:
         return fit_unit(groups, costs, threshold, params)
 
-    state = propagate(work, factor.upper, plan, params.bits, fit, threshold)
-    if original is not None:
-        ordered = damped(ordered, factor.percdamp)
-        descend(state, original, ordered, plan, params.bits)
-        refit_outliers(state, original, ordered)
-    packed = assemble(state, layout, plan, perm)
-    error = relative_error(weight, packed.dequantize(), hessian)
+    state = propagate(work, factor.upper, plan, params.bits, fit, threshold).first(rows)
+    if original is None:
+        packed = assemble(state, layout, plan, perm)
+        error = relative_error(weight, packed.dequantize(), hessian)
+    else:
+        original = original[:, :rows]
+        added = factor.percdamp * float(ordered.diagonal().mean())
+        descend(state, original, damped(ordered, factor.percdamp), plan, params.bits)
+        spent = refit_outliers(state, original, ordered, added)
+        packed = assemble(state, layout, plan, perm)
+        error = energy_ratio(spent, output_energy(weight, hessian))
     return LayerResult(packed, error, factor.percdamp, factor.raised, packed.outlier_col.numel())
 
 
@@ -82,7 +86,7 @@ def assemble(state: State[UnitStatistics], layout: SpQRLayout, plan: Plan, perm:
     """The logical weight in stored column order; outliers become what is to be added to the dense value."""
     rows = layout.out_features
     back = torch.argsort(plan.columns)
-    residual = torch.where(state.outlier, state.value - state.dense, 0.0)[back, :rows].T
+    residual = torch.where(state.outlier, state.value - state.dense, 0.0)[back].T
     # A residual that rounds to 0 in float16 would cost 32 bits for nothing.
     row, column = (residual.half() != 0).nonzero(as_tuple=True)
     counts = torch.bincount(row, minlength=rows)
@@ -92,7 +96,7 @@ def assemble(state: State[UnitStatistics], layout: SpQRLayout, plan: Plan, perm:
     zero_codes = torch.cat([unit.zeros.codes for unit in state.grids])[group_order, :rows]
     return SpQRWeight(
         layout=layout,
-        codes=state.codes[back, :rows].T.contiguous(),
+        codes=state.codes[back].T.contiguous(),
         scale_codes=scale_codes.T.to(torch.uint8).contiguous(),
         zero_codes=zero_codes.T.to(torch.uint8).contiguous(),
         second=torch.stack([unit.second() for unit in state.grids], dim=1)[:, unit_order].contiguous(),

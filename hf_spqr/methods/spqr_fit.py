@@ -1,8 +1,8 @@
 """Statistics of a unit of groups in mode "default": the grid that costs least when outliers have a price.
 
 A weight that would be off by e costs min(e^2 / U_jj^2, T): past the threshold T it is kept apart as an outlier. So one
-loss decides about ranges, codes of scales and zeros, and outliers together (docs/spqr.md). The published engine instead
-scores outliers one at a time and then takes the min-max range of what is left.
+loss decides about ranges, codes of scales and zeros, and outliers together (docs/spqr.md). The published engine
+instead scores outliers one at a time and then takes the min-max range of what is left.
 
 Tensors are transposed, [g, N]; `cost` [g, 1] is 1 / U_jj^2.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hf_spqr.methods.base import SpQRParams
 from hf_spqr.methods.loop import safe
-from hf_spqr.methods.spqr_statistics import ROWS, Coded, UnitStatistics, encode, refine
+from hf_spqr.methods.spqr_statistics import ROWS, Coded, UnitStatistics, encode_weighted
 
-EXTREMES = 3
+EXTREMES = 2
 WINDOW = 8
 
 
@@ -24,15 +24,14 @@ def fit_unit(groups: list[Tensor], costs: list[Tensor], threshold: float, params
     """Scales and zeros for weights [g, N] of each group as they are now; N a multiple of 16.
 
     First real-valued grids, then the second level of the scales, zeros that fit the quantized scales, their second
-    level, and last the pair of codes that costs least among all pairs (of 8 x 8 neighbours for statistics of more
-    than 3 bits).
+    level, and last the pair of codes that costs least.
     """
     top = 2**params.bits - 1
     both = list(zip(groups, costs, strict=True))
     grids = [real_grid(group, cost, top, threshold) for group, cost in both]
     kept = [_kept(group, cost, *grid, top, threshold) for (group, cost), grid in zip(both, grids, strict=True)]
     scale_weight = torch.stack([_spread(weight, code) for weight, code in kept])
-    scales = _encode(torch.stack([grid[0] for grid in grids]), scale_weight, params.scale_bits)
+    scales = encode_weighted(torch.stack([grid[0] for grid in grids]), scale_weight, params.scale_bits)
     zeros, zero_weight = [], []
     for (group, cost), grid, scale in zip(both, grids, scales.value, strict=True):
         weight, code = _kept(group, cost, scale, grid[1], top, threshold)
@@ -40,16 +39,16 @@ def fit_unit(groups: list[Tensor], costs: list[Tensor], threshold: float, params
         centre = (weight * (code - group / safe(scale))).sum(0) / total.clamp_min(1e-30)
         zeros.append(torch.where(total > 0, centre, grid[1]))
         zero_weight.append(total * scale.square())
-    coded = _encode(torch.stack(zeros), torch.stack(zero_weight), params.zero_bits)
+    coded = encode_weighted(torch.stack(zeros), torch.stack(zero_weight), params.zero_bits)
     for index, (group, cost) in enumerate(both):
         _choose_codes(index, group, cost, scales, coded, threshold, params)
     return UnitStatistics(scales, coded)
 
 
 def real_grid(weight: Tensor, cost: Tensor, top: int, threshold: float) -> tuple[Tensor, Tensor]:
-    """Best scale and zero ([N], [N]) among the ranges from one of the three smallest to one of the three largest
-    weights (only the full range where there are no outliers), then one step of least squares if that lowers the loss."""
-    count = EXTREMES if threshold != float("inf") and weight.shape[0] > 2 * EXTREMES else 1
+    """Best scale and zero ([N], [N]) among the ranges from one of the two smallest to one of the two largest
+    weights, then one step of least squares if that lowers the loss."""
+    count = EXTREMES if weight.shape[0] > 2 * EXTREMES else 1
     lows, highs = _smallest(weight, count), -_smallest(-weight, count)
     low = lows.repeat_interleave(count, 0)
     high = highs.repeat(count, 1)
@@ -59,7 +58,7 @@ def real_grid(weight: Tensor, cost: Tensor, top: int, threshold: float) -> tuple
     scale = torch.where(flat, high.abs() / top, scale).clamp_min(1e-9)
     zero = -torch.where(flat, low.clamp_max(0), low) / scale
     loss = _loss(weight, cost, scale, zero, top, threshold)
-    best = loss.argmin(0, keepdim=True)
+    best = loss.min(0, keepdim=True).indices
     scale, zero = scale.gather(0, best)[0], zero.gather(0, best)[0]
 
     kept, code = _kept(weight, cost, scale, zero, top, threshold)
@@ -70,29 +69,31 @@ def real_grid(weight: Tensor, cost: Tensor, top: int, threshold: float) -> tuple
     slope = (kept * code * (weight - mean)).sum(0) / spread.clamp_min(1e-30)
     slope = torch.where((spread > 1e-6 * total) & (slope > 1e-9), slope, scale)
     refitted = torch.stack([scale, slope]), torch.stack([zero, mean_code - mean / slope])
-    better = _loss(weight, cost, *refitted, top, threshold).argmin(0, keepdim=True)
+    better = _loss(weight, cost, *refitted, top, threshold).min(0, keepdim=True).indices
     return refitted[0].gather(0, better)[0], refitted[1].gather(0, better)[0]
 
 
 def _choose_codes(
     index: int, weight: Tensor, cost: Tensor, scales: Coded, zeros: Coded, threshold: float, params: SpQRParams
 ) -> None:
-    """Replace the codes of group `index` by the pair of least loss among the windows around them."""
-    scale_codes, zero_codes = (
-        _window(scales.codes[index], params.scale_bits),
-        _window(zeros.codes[index], params.zero_bits),
-    )
-    candidates = _rows(zeros.step) * (zero_codes - _rows(zeros.offset))
-    top = 2**params.bits - 1
-    best_loss = torch.full_like(scales.codes[index], torch.inf)
-    best_scale, best_zero = scales.codes[index].clone(), zeros.codes[index].clone()
-    for codes in scale_codes:
-        scale = _rows(scales.step) * (codes - _rows(scales.offset))
-        loss, place = _loss(weight, cost, scale[None], candidates, top, threshold).min(0)
-        better = (loss < best_loss) & (scale > 0)
-        best_loss = torch.where(better, loss, best_loss)
-        best_scale = torch.where(better, codes, best_scale)
-        best_zero = torch.where(better, zero_codes.gather(0, place[None])[0], best_zero)
+    """Replace the codes of group `index` by the pair of least loss among 8 neighbouring scale codes (all, at 3 bit),
+    and for each of them four zero codes about the one that keeps the centre of the grid where it is."""
+    top, zero_top = 2**params.bits - 1, 2**params.zero_bits - 1
+    scale_step, scale_offset = _rows(scales.step), _rows(scales.offset)
+    zero_step, zero_offset = _rows(zeros.step), _rows(zeros.offset)
+    centre = scales.value[index] * (top / 2 - zeros.value[index])
+    around = torch.arange(-2, 2, dtype=weight.dtype, device=weight.device)[:, None]
+    best_loss, best_scale, best_zero = torch.full_like(centre, torch.inf), scales.codes[index], zeros.codes[index]
+    for scale_code in _window(scales.codes[index], params.scale_bits):
+        scale = scale_step * (scale_code - scale_offset)
+        wanted = (top / 2 - centre / safe(scale)) / zero_step + zero_offset
+        zero_codes = wanted.round_().clamp_(2, zero_top - 1) + around
+        loss = _loss(weight, cost, scale[None], zero_step * (zero_codes - zero_offset), top, threshold)
+        for zero_code, its_loss in zip(zero_codes, loss, strict=True):
+            better = its_loss < best_loss
+            best_loss = torch.minimum(best_loss, its_loss)
+            best_scale = torch.where(better, scale_code, best_scale)
+            best_zero = torch.where(better, zero_code, best_zero)
     scales.replace(index, best_scale)
     zeros.replace(index, best_zero)
 
@@ -120,20 +121,6 @@ def _spread(kept: Tensor, code: Tensor) -> Tensor:
     total = kept.sum(0)
     mean = (kept * code).sum(0) / total.clamp_min(1e-30)
     return (kept * (code - mean).square()).sum(0)
-
-
-def _encode(values: Tensor, importance: Tensor, bits: int) -> Coded:
-    """Second level of statistics [n, N]: min-max of those that matter, then refined by weighted least squares.
-
-    Where a group has only outliers (importance 0) its statistics have no say; they take the mean of the others.
-    """
-    silent = importance <= 0
-    if bool(silent.any()):
-        tiles = (values.shape[0], -1, ROWS)
-        shown = ~silent.view(tiles)
-        mean = (values.view(tiles) * shown).sum((0, 2)) / shown.sum((0, 2)).clamp_min(1)
-        values = torch.where(silent, _rows(mean), values)
-    return refine(values, importance, encode(values, bits), bits)
 
 
 def _smallest(weight: Tensor, count: int) -> Tensor:

@@ -58,57 +58,68 @@ class UnitStatistics:
 
 def encode(values: Tensor, bits: int) -> Coded:
     """Quantize statistics [n, N] to `bits`, min-max over each 16 rows x n groups."""
+    return _coded(_encode(_tiles(values), 2**bits - 1), values.shape[0])
+
+
+def encode_weighted(values: Tensor, importance: Tensor, bits: int) -> Coded:
+    """Like `encode`, then the second-level numbers are moved to the weighted least-squares fit of the values given
+    their codes, wherever that lowers sum(importance * error^2) of the tile.
+
+    Statistics of importance 0 (groups of nothing but outliers) have no say: they take the mean of the others.
+    """
     top = 2**bits - 1
-    tiles = _tiles(values)
-    low, high = tiles.amin((0, 2)), tiles.amax((0, 2))
+    wanted, weight = _tiles(values), _tiles(importance)
+    total = weight.sum(1, keepdim=True).clamp_min_(1e-30)
+    weight = weight / total
+    mean = (weight * wanted).sum(1, keepdim=True)
+    wanted = torch.where(weight > 0, wanted, mean)
+    start = _encode(wanted, top)
+    codes = start[0]
+    centred = codes - (weight * codes).sum(1, keepdim=True)
+    spread = (weight * centred.square()).sum(1)
+    slope = (weight * centred * wanted).sum(1)
+    usable = (spread > 1e-6) & (slope > 0)
+    step = to_half(torch.where(usable, slope / spread.clamp_min(1e-30), start[1]), positive=True)
+    offset = to_half(torch.where(usable, (codes - centred)[:, 0] - mean[:, 0] / step, start[2]))
+    moved = _encode_with(wanted, step, offset, top)
+    better = ((moved[3] - wanted).square_() - (start[3] - wanted).square_()).mul_(weight).sum(1) < 0
+    chosen = [torch.where(better.view(-1, *[1] * (b.dim() - 1)), b, a) for a, b in zip(start, moved, strict=True)]
+    return _coded((chosen[0], chosen[1], chosen[2], chosen[3]), values.shape[0])
+
+
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _encode(tiles: Tensor, top: int) -> _Parts:
+    """Codes [T, 16 n], step [T], offset [T], value [T, 16 n] of the min-max grid of each row of `tiles`."""
+    low, high = tiles.aminmax(dim=1)
     # A spread below what float16 can resolve in the offset, -low / step, is widened: the values then share one code.
     spread = torch.maximum(high - low, torch.maximum(low.abs(), high.abs()) * 1e-3)
     step = to_half(spread / top, positive=True)
-    return encode_with(values, step, to_half(-low / step), top)
+    return _encode_with(tiles, step, to_half(-low / step), top)
 
 
-def encode_with(values: Tensor, step: Tensor, offset: Tensor, top: int) -> Coded:
-    """Quantize statistics [n, N] with given second-level numbers [N / 16]."""
-    codes = (_tiles(values) / step[:, None] + offset[:, None]).round_().clamp_(0, top)
-    value = step[:, None] * (codes - offset[:, None])
-    return Coded(codes.view_as(values), step, offset, value.view_as(values))
+def _encode_with(tiles: Tensor, step: Tensor, offset: Tensor, top: int) -> _Parts:
+    codes = (tiles / step[:, None]).add_(offset[:, None]).round_().clamp_(0, top)
+    return codes, step, offset, (codes - offset[:, None]).mul_(step[:, None])
 
 
-def refine(values: Tensor, importance: Tensor, start: Coded, bits: int, steps: int = 2) -> Coded:
-    """Move the second-level numbers to those that fit values [n, N] best in the weighted square, given the codes;
-    keep what is better, tile by tile; `steps` times."""
-    top, wanted = 2**bits - 1, _tiles(values)
-    weight = _tiles(importance) + 1e-6 * _tiles(importance).mean((0, 2), keepdim=True) + 1e-30
+def _coded(parts: _Parts, groups: int) -> Coded:
+    codes, step, offset, value = parts
+    return Coded(_untile(codes, groups), step, offset, _untile(value, groups))
 
-    def loss(coded: Coded) -> Tensor:
-        return (_tiles(coded.value) - wanted).square_().mul_(weight).sum((0, 2))
 
-    total = weight.sum((0, 2))
-    best, best_loss = start, loss(start)
-    for _ in range(steps):
-        codes = _tiles(best.codes)
-        mean_code = (weight * codes).sum((0, 2)) / total
-        mean = (weight * wanted).sum((0, 2)) / total
-        centred = codes - mean_code[:, None]
-        spread = (weight * centred.square()).sum((0, 2))
-        slope = (weight * centred * (wanted - mean[:, None])).sum((0, 2)) / spread.clamp_min(1e-30)
-        usable = (spread > 1e-6 * total) & (slope > 0)
-        step = to_half(torch.where(usable, slope, best.step), positive=True)
-        offset = to_half(torch.where(usable, mean_code - mean / step, best.offset))
-        tried = encode_with(values, step, offset, top)
-        tried_loss = loss(tried)
-        better = tried_loss < best_loss
-        best_loss = torch.where(better, tried_loss, best_loss)
-        best = encode_with(values, torch.where(better, step, best.step), torch.where(better, offset, best.offset), top)
-    return best
+def _tiles(values: Tensor) -> Tensor:
+    """[n, N] as [N / 16, 16 n]: what shares its second-level numbers in one row."""
+    count = values.shape[0]
+    return values.view(count, -1, ROWS).transpose(0, 1).reshape(-1, count * ROWS)
+
+
+def _untile(tiles: Tensor, groups: int) -> Tensor:
+    return tiles.view(-1, groups, ROWS).transpose(0, 1).reshape(groups, -1)
 
 
 def to_half(values: Tensor, positive: bool = False) -> Tensor:
     """Round to what float16 stores (saturating); `positive` keeps results above 0 by the smallest float16."""
     limit = torch.finfo(torch.float16).max
     return values.clamp(2.0**-24 if positive else -limit, limit).half().to(values.dtype)
-
-
-def _tiles(values: Tensor) -> Tensor:
-    """[n, N] as [n, N / 16, 16]."""
-    return values.view(values.shape[0], -1, ROWS)

@@ -77,8 +77,8 @@ def survey_layer(
     rows, columns = weights[0].shape
     layout = params.layout(rows, columns)
     diagonal = hessian.diagonal()
-    perm = activation_order(diagonal) if params.act_order else torch.arange(columns, device=diagonal.device)
-    factor = inverse_factor(hessian[perm][:, perm], params.percdamp)
+    perm = activation_order(diagonal) if params.permutes else torch.arange(columns, device=diagonal.device)
+    factor = inverse_factor(hessian[perm][:, perm], params.damping)
     cost = factor.upper.diagonal().square().reciprocal()[:, None]
     histogram = torch.zeros(BINS + 2, dtype=torch.int64)
     size = columns if params.group_size < 0 else params.group_size
@@ -92,7 +92,7 @@ def survey_layer(
             histogram += torch.bincount(bins.flatten().cpu(), minlength=BINS + 2)
     above = histogram.flip(0).cumsum(0).flip(0)[1:].tolist()
     row_blocks, words = layout.packed_shape()
-    fixed_bytes = 4 * row_blocks * words + 4 * (rows + 1) + (4 * columns if params.act_order else 0)
+    fixed_bytes = 4 * row_blocks * words + 4 * (rows + 1) + (4 * columns if params.permutes else 0)
     own = params.outlier_threshold if fixed else None
     many = len(weights)
     return LayerScores(name, many * rows * columns, many * fixed_bytes, layout.outlier_dtype.itemsize, above, own)
