@@ -38,8 +38,8 @@ def cubin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tupl
     def compile_for(name: str, arch: str) -> tuple[Path, str]:
         if (name, arch) not in made:
             target = folder / f"{name}.{arch}.cubin"
-            command = [str(home / "bin/nvcc"), "-std=c++17", "-O3", "-Xptxas", "-v", "-I", str(ROOT / "csrc"),
-                       *nvcc.gencodes(arch), "-cubin", str(ROOT / f"csrc/cuda/{name}.cu"), "-o", str(target)]  # fmt: skip
+            flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-I", str(ROOT / "csrc"), *nvcc.gencodes(arch), "-cubin"]
+            command = [str(home / "bin/nvcc"), *flags, str(ROOT / f"csrc/cuda/{name}.cu"), "-o", str(target)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             made[name, arch] = target, done.stderr

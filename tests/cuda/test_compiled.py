@@ -40,8 +40,7 @@ def test_instruction_budget(cubin: Callable, name: str, bits: int, most: float) 
     code = [body for function, body in sass.functions(path).items() if f"Li{bits}ELi1ELi1ELi8E" in function]
     assert len(code) == 1
     loop = sass.main_loop(code[0])
-    print(
-        f"{name}, {bits} bits: {loop.instructions / WEIGHTS_PER_LANE:.2f} instructions per weight, {dict(loop.by_name)}"
-    )
+    per_weight = loop.instructions / WEIGHTS_PER_LANE
+    print(f"{name}, {bits} bits: {per_weight:.2f} instructions per weight, {dict(loop.by_name)}")
     assert loop.by_name["HMMA"] >= 16 and not loop.by_name["LDL"] and not loop.by_name["STL"]
-    assert loop.instructions / WEIGHTS_PER_LANE <= most
+    assert per_weight <= most

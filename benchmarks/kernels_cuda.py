@@ -1,0 +1,139 @@
+"""Times the CUDA kernels beside torch's dense matrix product, from GPU memory.
+
+    python benchmarks/kernels_cuda.py [--quick]
+
+Each time is the median over replays of a CUDA graph, per call. Within a graph every call takes another copy of the
+weights, together more than the L2 cache holds, because a decoding model too comes back to a layer only after all the
+others. The byte limit is what a call must read and write, at the bandwidth that this run measured for a plain copy.
+Writes benchmarks/results/kernels_cuda-<gpu>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from machine import save
+from torch import Tensor
+
+from hf_spqr import ops
+from hf_spqr.formats.affine import AffineLayout
+from hf_spqr.formats.spqr import SpQRLayout
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
+ROTATE_BYTES = 240 << 20  # at least twice the L2 cache of the largest GPUs
+OUTLIERS = 0.01
+
+
+def seconds_of_copy() -> float:
+    """Per byte moved, of a copy much larger than the cache."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return time_graph([lambda: target.copy_(source)]) / (2 * source.numel())
+
+
+def time_graph(calls: list[Callable[[], Any]], replays: int = 20) -> float:
+    """Median seconds per call."""
+    for call in calls[:3]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return median(times[3:])
+
+
+def copies_of(nbytes: int) -> int:
+    return max(2, -(-ROTATE_BYTES // nbytes))
+
+
+def random_words(shape: tuple[int, int]) -> Tensor:
+    """Any words are a valid matrix, and time does not depend on them."""
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int64, device="cuda").to(torch.int32)
+
+
+def spqr_calls(rows: int, columns: int, x: Tensor, layout: SpQRLayout) -> tuple[list[Callable], int]:
+    per_row = round(OUTLIERS * columns)
+    row = torch.arange(rows + 1, dtype=torch.int32, device="cuda") * per_row
+    column = torch.rand(rows, columns, device="cuda").topk(per_row, dim=1).indices.sort(dim=1).values.flatten()
+    outlier = (column.to(torch.int32) | (0x2000 << 16)).contiguous()
+    nbytes = 4 * (layout.row_blocks * layout.words + row.numel() + outlier.numel())
+    calls = []
+    for _ in range(copies_of(nbytes)):
+        tensors = (random_words(layout.packed_shape()), row.clone(), outlier.clone(), None)
+        numbers = (layout.bits, layout.group_size, layout.stat_bits, layout.second_group)
+        calls.append(lambda t=tensors, n=numbers: ops.spqr_linear(x, *t, None, rows, *n))
+    return calls, nbytes
+
+
+def affine_calls(rows: int, x: Tensor, layout: AffineLayout) -> tuple[list[Callable], int]:
+    nbytes = 4 * layout.row_blocks * layout.words
+    numbers = (layout.bits, layout.group_size, layout.symmetric, False)
+    weights = [random_words(layout.packed_shape()) for _ in range(copies_of(nbytes))]
+    return [lambda w=w: ops.affine_linear(x, w, None, None, rows, *numbers) for w in weights], nbytes
+
+
+def dense_calls(rows: int, columns: int, x: Tensor) -> tuple[list[Callable], int]:
+    nbytes = 2 * rows * columns
+    weights = [torch.randn(rows, columns, device="cuda", dtype=x.dtype) for _ in range(copies_of(nbytes))]
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights], nbytes
+
+
+def kinds(rows: int, columns: int, x: Tensor, x_half: Tensor) -> dict[str, Callable[[], tuple[list[Callable], int]]]:
+    """Name -> maker of calls, so that only one set of weights lives at a time."""
+    return {
+        "torch bf16": lambda: dense_calls(rows, columns, x),
+        "torch fp16": lambda: dense_calls(rows, columns, x_half),
+        "spqr 3 bit, bf16": lambda: spqr_calls(rows, columns, x, SpQRLayout(rows, columns)),
+        "spqr 3 bit, fp16": lambda: spqr_calls(rows, columns, x_half, SpQRLayout(rows, columns)),
+        "affine 4 bit g128, fp16": lambda: affine_calls(rows, x_half, AffineLayout(rows, columns, 4, 128)),
+        "affine 4 bit g128, bf16": lambda: affine_calls(rows, x, AffineLayout(rows, columns, 4, 128)),
+        "affine 3 bit g128, fp16": lambda: affine_calls(rows, x_half, AffineLayout(rows, columns, 3, 128)),
+        "affine 2 bit g64, fp16": lambda: affine_calls(rows, x_half, AffineLayout(rows, columns, 2, 64)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two shapes, few batch sizes")
+    quick = parser.parse_args().quick
+    if not ops.COMPILED_CUDA:
+        raise SystemExit(f"the CUDA extension is not there: {ops.WHY_NOT.get('_C_cuda')}")
+    gpu = torch.cuda.get_device_name()
+    per_byte = seconds_of_copy()
+    print(f"{gpu}: a copy moves {1e-12 / per_byte:.2f} TB/s")
+    rows_of_table = []
+    for rows, columns in SHAPES[:2] if quick else SHAPES:
+        for tokens in (1, 8, 16, 64, 2048) if quick else TOKENS:
+            x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+            for name, make in kinds(rows, columns, x, x.half()).items():
+                calls, nbytes = make()
+                seconds = time_graph(calls)
+                limit = per_byte * (nbytes + 2 * tokens * (rows + columns))
+                entry = {"rows": rows, "columns": columns, "tokens": tokens, "kind": name, "weight_bytes": nbytes,
+                         "microseconds": 1e6 * seconds, "of_byte_limit": limit / seconds}  # fmt: skip
+                rows_of_table.append(entry)
+                print(f"{rows:6} x {columns:6}, {tokens:5} tokens, {name:26} {1e6 * seconds:9.2f} us "
+                      f"{100 * limit / seconds:5.1f} % of the byte limit", flush=True)  # fmt: skip
+                del calls, make
+    name = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower()
+    result = {"gpu": gpu, "cuda": torch.version.cuda, "copy_bytes_per_second": 1 / per_byte, "results": rows_of_table}
+    print(save(f"kernels_cuda-{name}", result))
+
+
+if __name__ == "__main__":
+    main()
