@@ -19,6 +19,7 @@ from .propose import find_pairs
 from .quantizers import make_quantizer
 from .result import BlockResult
 from .runner import BlockRunner, Kwargs
+from .shorten import short_call
 from .transforms import ChannelStatistics, Transforms, consumer_modules, start_scales
 
 Progress = Callable[[int, int, float], None]
@@ -102,7 +103,7 @@ def quantize_block(
     inputs_fp, inputs_q: hidden states ``[S, T, H]`` that enter the block in the full-precision and in the quantized
     chain, any float dtype, host or device. kwargs: keyword arguments that the block itself receives, one mapping for
     all samples or one for each. probe: a short recorded call ``(hidden [B, T, H], kwargs)`` on which equivalent
-    transforms are verified (default: the first sample, at its full length). pairs: verified transforms, to skip the
+    transforms are verified (default: the first tokens of the first sample). pairs: verified transforms, to skip the
     search. progress is told (step, steps, loss).
 
     The block is left as it was. Parameters other than the linears' weights that transforms change are returned, not
@@ -153,7 +154,7 @@ class _Job:
         if not params.transforms:
             pairs = []
         elif pairs is None:
-            hidden, arguments = probe or (self.inputs_fp[:1].to(runner.device), runner.arguments([0]))
+            hidden, arguments = probe or short_call(runner, self.inputs_fp[:1].to(runner.device))
             pairs, rejected = find_pairs(self.block, hidden, arguments, seed=params.seed)
         pairs = [pair for pair in pairs if pair.kind in params.let_pairs]
         statistics = ChannelStatistics()
