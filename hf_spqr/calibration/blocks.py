@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from hf_spqr.errors import CalibrationError, UnsupportedLayerError
 
-__all__ = ["Block", "Call", "Recording", "find_blocks", "record", "replay"]
+__all__ = ["Block", "Call", "Recording", "find_blocks", "find_stacks", "record", "replay"]
 
-BLOCK_LISTS = ("layers", "h", "blocks", "layer")
+BLOCK_LISTS = ("layers", "h", "blocks", "layer", "block")
 HIDDEN = "hidden_states"
 
 
@@ -54,15 +54,25 @@ class Recording:
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The decoder blocks of ``model``, in order.
+    """The blocks of all stacks of ``model``, in order; see :func:`find_stacks`."""
+    return [block for stack in find_stacks(model) for block in stack]
 
-    They are the longest ``nn.ModuleList`` of the model's decoder, one with a usual name (``layers``, ``h``, ...)
-    before any other.
+
+def find_stacks(model: nn.Module) -> list[list[Block]]:
+    """The blocks of the decoder of ``model`` (of its language part, where it has others), in order.
+
+    A model with an encoder and a decoder for text has two stacks, of which the encoder comes first.
 
     Raises:
         UnsupportedLayerError: there is no list of blocks.
     """
-    decoder = _decoder(model)
+    encoder = _encoder(model)
+    stacks = [] if encoder is None else [_blocks_of(model, encoder)]
+    return [*stacks, _blocks_of(model, _decoder(model))]
+
+
+def _blocks_of(model: nn.Module, decoder: nn.Module) -> list[Block]:
+    """The longest ``nn.ModuleList`` of ``decoder``, one with a usual name (``layers``, ``h``, ...) before others."""
     lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
     lists = [(name, module) for name, module in lists if len(module) and _has_matrix(module[0])]
     if not lists:
@@ -80,10 +90,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 @torch.no_grad()
 def record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Recording:
-    """Run ``model`` once per batch of token ids [n, length] and keep what each block is given.
+    """Run ``model`` once per batch of token ids [n, length] and keep what each block of one stack is given.
 
-    The model is put in evaluation mode for this and no block is executed, except one of each class on the first
-    batch, to learn what its calls return.
+    The model is put in evaluation mode for this and no block of the stack is executed, except one of each class for
+    each shape of a batch, to learn what its calls return.
 
     Raises:
         CalibrationError: there are no batches, or the model does not call its blocks.
@@ -92,8 +102,9 @@ def record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor])
     if not batches:
         raise CalibrationError("There are no calibration batches.")
     recording = Recording(calls=[[] for _ in blocks])
-    extras: dict[type, tuple[Any, ...] | None] = {}
+    extras: dict[tuple[type, torch.Size], tuple[Any, ...] | None] = {}
     device = next(model.parameters()).device
+    run = _runner(model, blocks)
     training = model.training
     model.eval()
     with ExitStack() as stack:
@@ -102,7 +113,7 @@ def record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor])
             block.module.forward = _recorder(recording, index, block, extras)
         try:
             for batch in batches:
-                _decoder(model)(input_ids=batch.to(device), use_cache=False)
+                run(batch.to(device))
         finally:
             model.train(training)
     for block, calls in zip(blocks, recording.calls, strict=True):
@@ -137,12 +148,41 @@ def _decoder(model: nn.Module) -> nn.Module:
     return model
 
 
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The text encoder of an encoder-decoder model, else None."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    if getattr(model, "main_input_name", None) != "input_ids":
+        raise UnsupportedLayerError(
+            f"{type(model).__name__} reads {getattr(model, 'main_input_name', 'no tokens')}: encoder-decoder models"
+            " are calibrated on text, which only works where the encoder reads input_ids."
+        )
+    return model.get_encoder()  # type: ignore[operator]
+
+
+def _runner(model: nn.Module, blocks: Sequence[Block]) -> Callable[[Tensor], Any]:
+    """What calls the stack of ``blocks`` on token ids: no more of the model than is needed for that."""
+    encoder = _encoder(model)
+    if encoder is None:
+        return lambda ids: _decoder(model)(input_ids=ids, use_cache=False)
+    if any(module is blocks[0].module for module in encoder.modules()):
+        return lambda ids: encoder(input_ids=ids)
+    tokens = [getattr(model.config, name, None) for name in ("decoder_start_token_id", "bos_token_id")]
+    start = next((token for token in tokens if isinstance(token, int)), 0)
+
+    def decode(ids: Tensor) -> Any:
+        shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+        return model(input_ids=ids, decoder_input_ids=shifted, use_cache=False)
+
+    return decode
+
+
 def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() == 2 for parameter in module.parameters())
 
 
 def _recorder(
-    recording: Recording, index: int, block: Block, extras: dict[type, tuple[Any, ...] | None]
+    recording: Recording, index: int, block: Block, extras: dict[tuple[type, torch.Size], tuple[Any, ...] | None]
 ) -> Callable[..., Any]:
     original = block.module.forward
     kind = type(block.module)
@@ -152,16 +192,17 @@ def _recorder(
         if not positional and HIDDEN not in kwargs:
             raise UnsupportedLayerError(f"{block.name} ({kind.__name__}) is not called with hidden states.")
         hidden = args[0] if positional else kwargs[HIDDEN]
-        if kind not in extras:
+        key = kind, hidden.shape  # what comes back beside the hidden states may depend on their length: biases, masks
+        if key not in extras:
             output = original(*args, **kwargs)
-            extras[kind] = tuple(output[1:]) if isinstance(output, tuple | list) else None
+            extras[key] = tuple(output[1:]) if isinstance(output, tuple | list) else None
         if index == 0:
             recording.hidden.append(hidden.to("cpu"))
         given = {k: v for k, v in kwargs.items() if k != HIDDEN and k != "past_key_values"}
         calls = recording.calls[index]
         call = Call(tuple(args[1:]), given, positional)
         calls.append(_share(call, calls[-1]) if calls else call)
-        more = extras[kind]
+        more = extras[key]
         return hidden if more is None else (hidden, *more)
 
     return forward

@@ -25,6 +25,7 @@ from hf_spqr.formats.spqr import SpQRWeight
 from hf_spqr.methods.base import LayerResult, energy_ratio, output_energy
 from hf_spqr.nn.experts import ExpertsKind, PackedExperts, activate, describe, pack_experts
 from hf_spqr.nn.grouped import AffineGroupedLinear, GroupedLinear, SpQRGroupedLinear
+from hf_spqr.quantize.targets import kept_in_float32
 from hf_spqr.report import LayerReport
 
 __all__ = ["ExpertsTarget", "ProjectionResult", "find_experts", "quantize_experts", "record_inputs", "survey_experts"]
@@ -120,7 +121,7 @@ def find_experts(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
 
     A module is left alone as a whole where the config excludes one of its projections.
     """
-    keep = getattr(model, "_keep_in_fp32_modules", None) or ()
+    keep = kept_in_float32(model)
     found = []
     for index, block in enumerate(blocks):
         for local_name, module in block.module.named_modules():

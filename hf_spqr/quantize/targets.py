@@ -35,7 +35,7 @@ def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
     """
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     tied_names = {*tied, *tied.values()}
-    keep = getattr(model, "_keep_in_fp32_modules", None) or ()
+    keep = kept_in_float32(model)
     targets = []
     for index, block in enumerate(blocks):
         for local_name, module in block.module.named_modules():
@@ -48,6 +48,12 @@ def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
             if 4 * rows * words < dense.matrix(module).nbytes:
                 targets.append(Target(name, local_name, index, module))
     return targets
+
+
+def kept_in_float32(model: nn.Module) -> set[str]:
+    """Parts of module names that the model wants in float32 whatever its dtype."""
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return {part for name in names for part in getattr(model, name, None) or ()}
 
 
 def nothing_to_quantize(model: nn.Module, blocks: Sequence[Block]) -> UnsupportedLayerError:
