@@ -24,6 +24,7 @@ from hf_spqr.cli.common import (
     print_json,
     progress,
 )
+from hf_spqr.cli.tasks import run_tasks, show_tasks
 
 
 class Protocol(str, Enum):
@@ -37,9 +38,19 @@ class Protocol(str, Enum):
 def eval_command(
     model: ModelArgument,
     dataset: Annotated[
-        str,
+        str | None,
         typer.Option("--dataset", "-d", help="Text: a txt, json or jsonl file, or a Hub data set name:config:split."),
-    ],
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Instead of a text: tasks of lm-eval, e.g. arc_easy,piqa,winogrande,wikitext."),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option("--task-folder", help="With --tasks: a folder of task files (YAML) of your own.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", help="With --tasks: examples in the context.", min=0)
+    ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help="A second model to compare with, usually the unquantized one.")
     ] = None,
@@ -57,7 +68,9 @@ def eval_command(
     stride: Annotated[
         int | None, typer.Option("--stride", help="Step of the sliding window. Default: half of --seqlen.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Use the first N documents only.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Use the first N documents, of each task, only.", min=1)
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Windows per forward pass.", min=1)] = 8,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type of the activations and unpacked weights.")] = (
         Dtype.auto
@@ -65,10 +78,10 @@ def eval_command(
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure the perplexity of a model, quantized or not, on a text.
+    """Measure a model, quantized or not: perplexity on a text, or lm-eval tasks.
 
     The protocol is part of the result: perplexities are comparable only under the same one. A quantized model's bits
-    per weight are counted from its files.
+    per weight are counted from its files. Tasks are run by lm-eval and give the numbers of its own command line.
 
     [bold]Examples[/bold]
 
@@ -77,12 +90,24 @@ def eval_command(
       hf-spqr eval out/demo --base examples/demo-model -d examples/demo-heldout.jsonl --json
 
       hf-spqr eval out/demo -d wiki.txt --protocol sliding-window --seqlen 512 --stride 256
+
+      hf-spqr eval out/model --base MODEL --tasks arc_easy,piqa,winogrande,wikitext --json
     """
     from hf_spqr.calibration.data import iter_documents
 
     names = [model] if base is None else [base, model]
     for name in names:
         check_model(name)
+    if (dataset is None) == (tasks is None):
+        raise typer.BadParameter("give either --dataset, a text for perplexity, or --tasks, tasks of lm-eval")
+    if tasks is not None:
+        found = run_tasks(names, tasks, task_folder, num_fewshot, limit, batch_size, dtype, device)
+        if json:
+            print_json(found)
+        else:
+            show_tasks(found)
+        return
+    assert dataset is not None
     documents = list(islice(iter_documents(dataset), limit))
     if not documents:
         raise CommandError(f"{dataset} has no documents")
