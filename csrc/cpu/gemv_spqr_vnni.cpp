@@ -2,6 +2,7 @@
 #include "cpu/outliers_avx512.h"
 #include "cpu/planes.h"
 #include "cpu/store_avx512.h"
+#include "cpu/three_bits.h"
 #include "cpu/unpack_vbmi.h"
 #include "cpu/vnni.h"
 
@@ -19,12 +20,10 @@ struct CodePlaces {
     __m512 value;  // of a field's low four bits
 
     explicit CodePlaces(int stat_bits) {
-        static constexpr int kVector3[kGroups] = {0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 2, 2, 2, 2, 2, 3};
-        static constexpr int kPlace3[kGroups] = {0, 1, 2, 3, 0, 1, 4, 4, 2, 3, 0, 1, 2, 3, 4, 0};
         const int per_half = 16 / stat_bits;
         for (int g = 0; g < kGroups; ++g) {
             vector[g] = stat_bits == 3 ? kVector3[g] : g / per_half;
-            scale_shift[g] = stat_bits * (stat_bits == 3 ? kPlace3[g] : g % per_half);
+            scale_shift[g] = stat_bits == 3 ? kShift3[g] : stat_bits * (g % per_half);
             zero_shift[g] = scale_shift[g] + 16;
         }
         alignas(64) float table[16];

@@ -12,7 +12,9 @@ Isa detect() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-    if (avx2) return avx512 ? vnni ? Isa::avx512_vnni : Isa::avx512 : Isa::avx2;
+    const bool bf16 = __builtin_cpu_supports("avx512bf16");
+    if (avx2 && avx512 && vnni) return bf16 ? Isa::avx512_bf16 : Isa::avx512_vnni;
+    if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;
 #endif
     return Isa::scalar;
 }
@@ -22,7 +24,7 @@ std::atomic<int> lowered{kIsaCount};  // kIsaCount: not lowered
 }  // namespace
 
 const char* isa_name(Isa isa) {
-    constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_vnni"};
+    constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
     return kNames[int(isa)];
 }
 
@@ -45,6 +47,8 @@ bool lower_isa(Isa isa) {
 const Kernels& kernels() {
 #if defined(__x86_64__)
     switch (current_isa()) {
+        case Isa::avx512_bf16:
+            return bf16_kernels();
         case Isa::avx512_vnni:
             return kVnniKernels;
         case Isa::avx512:

@@ -1,14 +1,11 @@
 // Codes out of tiles, and statistics out of panels, as fp32. Internal linkage (see vec.h).
 #pragma once
 #include "cpu/panels.h"
+#include "cpu/three_bits.h"
 #include "cpu/vec.h"
 
 namespace hf_spqr {
 namespace {
-
-// Three bits: which vector and which place of a half-word hold column pair j; pair 15 lies in the spare bits.
-constexpr int kVector3[16] = {0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 2, 2, 2, 2, 2, 0};
-constexpr int kShift3[16] = {0, 3, 6, 9, 0, 3, 12, 12, 6, 9, 0, 3, 6, 9, 12, 15};
 
 // Codes of column 2 * pair + parity of a tile, rows lane .. lane + kLanes.
 template <int B>

@@ -12,7 +12,7 @@ namespace {
 namespace stable = torch::stable;
 
 constexpr int64_t kBytesPerTask = 64 << 10;     // less is not worth a thread
-constexpr int64_t kScratchBytes = 4 << 20;      // of dequantized weights
+constexpr int64_t kScratchBytes = 8 << 20;      // of dequantized weights
 constexpr int64_t kElementsPerTask = 32 << 10;  // of activations
 
 // Bytes of the row blocks before `block`. Outlier-heavy rows count for what they are.
