@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hf_spqr.calibration.blocks import Block, Call
 from hf_spqr.config import OmniQuantConfig
-from hf_spqr.errors import CalibrationError, UnsupportedLayerError
+from hf_spqr.errors import CalibrationError
 from hf_spqr.methods.omniquant import BlockResult, quantize_block
-from hf_spqr.nn import AffineLinear
+from hf_spqr.nn import AffineLinear, dense
 from hf_spqr.quantize.run import Run, named
 from hf_spqr.quantize.targets import Target
 from hf_spqr.report import LayerReport
@@ -62,14 +62,7 @@ class OmniQuantRun(Run[OmniQuantConfig]):
     def _learn(
         self, block: Block, mine: dict[str, Target], full: Tensor, quantized: Tensor, calls: list[dict[str, Any]]
     ) -> BlockResult:
-        linears: dict[str, nn.Linear] = {}
-        for name, target in mine.items():
-            if not isinstance(target.linear, nn.Linear):
-                raise UnsupportedLayerError(
-                    f"{target.name} is a {type(target.linear).__name__}: OmniQuant quantizes nn.Linear. Use SpQR, or"
-                    " exclude the layer with modules_to_not_convert."
-                )
-            linears[name] = target.linear
+        linears = {name: target.linear for name, target in mine.items()}
 
         def progress(step: int, steps: int, loss: float) -> None:
             self.show(f"{block.name} step {step}/{steps} loss {loss:.3g}")
@@ -87,9 +80,11 @@ class OmniQuantRun(Run[OmniQuantConfig]):
             setattr(block.module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
         for name, weight in result.weights.items():
             linear = block.module.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            bias = None if linear.bias is None else linear.bias.detach()
-            module = AffineLinear.from_weight(weight, bias, linear.weight.dtype).to(linear.weight.device)
+            old, bias = dense.matrix(linear), getattr(linear, "bias", None)
+            module = AffineLinear.from_weight(weight, None if bias is None else bias.detach(), old.dtype).to(
+                old.device
+            )
+            module.replaces = dense.kind(linear)
             module.backend, module.act_bits = self.config.backend, self.config.act_bits
             block.module.set_submodule(name, module)
             self.done(

@@ -30,7 +30,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", (*ARCHITECTURES, "gpt2"))
 def test_the_scheme_survives_saving(kind: str, tmp_path: Path) -> None:
     reference = logits(tiny_model(kind))
     model = quantized(kind)

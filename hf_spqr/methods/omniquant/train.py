@@ -30,7 +30,7 @@ class Student(nn.Module):
 
     def __init__(
         self,
-        linears: Mapping[str, nn.Linear],
+        linears: Mapping[str, nn.Module],
         tensors: Mapping[str, Tensor],
         pairs: Sequence[EquivalencePair],
         params: OmniQuantParams,
@@ -39,21 +39,27 @@ class Student(nn.Module):
     ) -> None:
         super().__init__()
         self.names = list(linears)
+        self._turned = {name for name, module in linears.items() if not isinstance(module, nn.Linear)}
         self.transforms = Transforms(pairs, device, params.let_log, shift=params.act_bits is not None)
-        made = [make_quantizer(tensors[f"{name}.weight"], layers.get(name, params)) for name in self.names]
+        made = [make_quantizer(self.matrix(name, tensors), layers.get(name, params)) for name in self.names]
         self.quantizers = nn.ModuleList(made)
         self.params, self._layer = params, dict(zip(self.names, made, strict=True))
         moving = {site.param for pair in pairs for site in pair.scales}
         for name, quantizer in self._layer.items():
             if f"{name}.weight" not in moving:
-                quantizer.fix(tensors[f"{name}.weight"])
+                quantizer.fix(self.matrix(name, tensors))
+
+    def matrix(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight of a layer as [out_features, in_features]."""
+        weight = tensors[f"{name}.weight"]
+        return weight.T if name in self._turned else weight
 
     def forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The block's tensors that change, weights fake-quantized."""
         changed = self.transforms(tensors)
         for name, quantizer in self._layer.items():
-            key = f"{name}.weight"
-            changed[key] = quantizer(changed.get(key, tensors[key]))
+            quantized = quantizer(self.matrix(name, {**tensors, **changed}))
+            changed[f"{name}.weight"] = quantized.T if name in self._turned else quantized
         return changed
 
     def learned(self) -> list[dict[str, Any]]:
@@ -78,9 +84,8 @@ class Student(nn.Module):
         changed = self.transforms(tensors)
         weights = {}
         for name, quantizer in self._layer.items():
-            key = f"{name}.weight"
-            weight = changed.pop(key, tensors[key])
-            codes, scales, zeros = quantizer.export(weight)
+            codes, scales, zeros = quantizer.export(self.matrix(name, {**tensors, **changed}))
+            changed.pop(f"{name}.weight", None)
             weights[name] = AffineWeight(quantizer.layout, codes, scales, zeros)
         return weights, {name: value.to(block.get_parameter(name).dtype) for name, value in changed.items()}
 
@@ -91,7 +96,7 @@ def quantize_block(
     inputs_q: Tensor,
     kwargs: Kwargs | Sequence[Kwargs],
     params: OmniQuantParams,
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Module],
     *,
     probe: tuple[Tensor, Kwargs] | None = None,
     pairs: Sequence[EquivalencePair] | None = None,
@@ -99,6 +104,8 @@ def quantize_block(
     progress: Progress | None = None,
 ) -> BlockResult:
     """Quantize ``linears`` (by their names inside ``block``) to the packed affine format (paper, algorithm 1).
+
+    A layer that is not an ``nn.Linear`` holds its weight as ``[in_features, out_features]`` (GPT-2's Conv1D).
 
     inputs_fp, inputs_q: hidden states ``[S, T, H]`` that enter the block in the full-precision and in the quantized
     chain, any float dtype, host or device. kwargs: keyword arguments that the block itself receives, one mapping for
@@ -131,7 +138,7 @@ class _Job:
         inputs_q: Tensor,
         kwargs: Kwargs | Sequence[Kwargs],
         params: OmniQuantParams,
-        linears: Mapping[str, nn.Linear],
+        linears: Mapping[str, nn.Module],
         layers: Mapping[str, OmniQuantParams],
     ) -> None:
         self.block, self.params, self.linears, self.layers = block, params, linears, layers
@@ -231,7 +238,12 @@ class _Job:
 
     def _tensors(self, weights: Mapping[str, AffineWeight], folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the packed block computes with."""
-        dense = {f"{name}.weight": weight.dequantize() for name, weight in weights.items()}
+        dense = {
+            f"{name}.weight": weight.dequantize()
+            if isinstance(self.linears[name], nn.Linear)
+            else weight.dequantize().T
+            for name, weight in weights.items()
+        }
         return {**dense, **{name: value.float() for name, value in folded.items()}}
 
     def _start(self, student: Student, statistics: ChannelStatistics) -> None:

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from hf_spqr.calibration.blocks import find_blocks, record
 from hf_spqr.methods.omniquant import preset, quantize_block
+from hf_spqr.nn.dense import DENSE_CLASSES, features
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 # equivalent transforms of the last block, as counted by hand from the architecture
-PAIRS = {"olmo2": 3, "gpt_neox": 4, "falcon": 3, "cohere2": 4}
+PAIRS = {"gpt2": 4, "olmo2": 3, "gpt_neox": 4, "falcon": 3, "cohere2": 4}
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", (*ARCHITECTURES, "gpt2"))
 @pytest.mark.parametrize("name", ["W4A16g32", "W8A8"])
 def test_every_architecture_is_quantized(kind: str, name: str) -> None:
     model = tiny_model(kind)
@@ -25,7 +25,7 @@ def test_every_architecture_is_quantized(kind: str, name: str) -> None:
     recording = record(model, blocks, [torch.randint(1, 250, (1, 24)) for _ in range(6)])
     block, hidden = blocks[-1].module, torch.cat(recording.hidden)
     kwargs = [call.kwargs for call in recording.calls[-1]]
-    linears = {key: module for key, module in block.named_modules() if isinstance(module, nn.Linear)}
+    linears = {key: module for key, module in block.named_modules() if isinstance(module, DENSE_CLASSES)}
     params = replace(preset(name), epochs=2, batch_size=3)
     result = quantize_block(block, hidden, hidden, kwargs, params, linears)
     assert len(result.pairs) == (PAIRS.get(kind, 5) if params.transforms else 0), result.pairs
@@ -34,4 +34,4 @@ def test_every_architecture_is_quantized(kind: str, name: str) -> None:
     assert (result.outputs_q - result.outputs_fp).square().mean() < 0.05 * spread
     for key, weight in result.weights.items():
         layout = weight.layout
-        assert (layout.out_features, layout.in_features) == tuple(linears[key].weight.shape)
+        assert (layout.out_features, layout.in_features) == features(linears[key])
