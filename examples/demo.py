@@ -28,31 +28,30 @@ def relative(path: Path) -> str:
 
 
 def run(*arguments: str, capture: bool = False) -> str:
-    """Run one ``hf-spqr`` command or script in a process of its own; stop the demo when it fails."""
-    shown = ["hf-spqr" if word == "-m hf_spqr.cli" else word for word in arguments]
-    print(f"\n$ {shlex.join(shown)}", flush=True)
-    command = [
-        sys.executable,
-        *(["-m", "hf_spqr.cli"] if arguments[0] == "hf-spqr" else [arguments[0]]),
-        *arguments[1:],
-    ]
+    """Run ``hf-spqr ...`` or ``python ...`` in a process of its own; stop the demo when it fails."""
+    print(f"\n$ {shlex.join(arguments)}", flush=True)
+    program = ["-m", "hf_spqr.cli"] if arguments[0] == "hf-spqr" else []
+    command = [sys.executable, *program, *arguments[1:]]
     done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
     return done.stdout or ""
 
 
-def round_to_nearest(bits: int, group_size: int, limit: int | None) -> dict[str, Any]:
+def round_to_nearest(bits: int, group_size: int, limit: int) -> dict[str, Any]:
     """Perplexity and true bits per weight of the demo model with every packed layer rounded to nearest."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     from hf_spqr.calibration.data import iter_documents
     from hf_spqr.evaluate import perplexity
-    from hf_spqr.formats.affine import nbytes, pack
+    from hf_spqr.formats.affine import pack
+    from hf_spqr.formats.columns import nbytes
     from hf_spqr.methods import rtn
     from hf_spqr.methods.base import AffineParams
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     size = weights = 0
     for name, module in model.named_modules():
@@ -71,17 +70,16 @@ def round_to_nearest(bits: int, group_size: int, limit: int | None) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "out/demo", help="folder of the quantized model")
-    parser.add_argument("--limit", type=int, help="evaluate on the first N held-out documents only")
+    parser.add_argument("--limit", type=int, default=100, help="evaluate on the first N held-out documents")
     parser.add_argument("--nsamples", type=int, default=128, help="calibration sequences")
     args = parser.parse_args()
     out, base = relative(args.out), relative(MODEL)
-    limit = [] if args.limit is None else ["--limit", str(args.limit)]
 
     samples = ["--nsamples", str(args.nsamples), "--seqlen", "512"]
     run("hf-spqr", "quantize", base, out, "-d", relative(CALIBRATION), "--bits", "3", *samples, "--overwrite")
     run("hf-spqr", "inspect", out)
-    run(relative(EXAMPLES / "load_and_generate.py"), out)
-    held_out = ["-d", relative(HELD_OUT), *limit]
+    run("python", relative(EXAMPLES / "load_and_generate.py"), out)
+    held_out = ["-d", relative(HELD_OUT), "--limit", str(args.limit)]
     result = json.loads(run("hf-spqr", "eval", out, "--base", base, *held_out, "--json", capture=True))
 
     rows = [("unquantized", result["base"]["perplexity"], 16.0)]
