@@ -44,8 +44,9 @@ class State(Generic[GridT]):
 
     def first(self, rows: int) -> State[GridT]:
         """The state without the rows that were added as padding (the grids keep theirs)."""
-        kept = (tensor[:, :rows] for tensor in (self.codes, self.dense, self.value, self.outlier))
-        return State(*kept, self.grids)
+        return State(
+            self.codes[:, :rows], self.dense[:, :rows], self.value[:, :rows], self.outlier[:, :rows], self.grids
+        )
 
 
 def propagate(

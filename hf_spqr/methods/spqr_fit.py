@@ -117,10 +117,11 @@ def _kept(
 
 
 def _spread(kept: Tensor, code: Tensor) -> Tensor:
-    """How much the loss of a group grows with the square of a change of its scale, [N]."""
+    """How much the loss of a group grows with the square of a change of its scale, [N]; above 0 unless all of the
+    group are outliers, so that a group of equal weights keeps its scale."""
     total = kept.sum(0)
     mean = (kept * code).sum(0) / total.clamp_min(1e-30)
-    return (kept * (code - mean).square()).sum(0)
+    return (kept * (code - mean).square()).sum(0) + 1e-3 * total
 
 
 def _smallest(weight: Tensor, count: int) -> Tensor:

@@ -45,25 +45,12 @@ def leave_one_out(weight: Tensor, cost: Tensor, top: int) -> Tensor:
     return torch.where(is_high & ~is_low, base - (without_high.sum(0) - without_high), score)
 
 
-def range_without_outliers(
-    weight: Tensor, cost: Tensor, top: int, threshold: float, rounds: int
-) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of each group ([N], [N]) among the weights that score no more than `threshold`.
-
-    Each further round scores what the round before has left, so that two outliers cannot hide each other.
-    """
+def range_without_outliers(weight: Tensor, cost: Tensor, top: int, threshold: float) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each group ([N], [N]), with those that score above `threshold` replaced by the
+    mean of the others."""
     if threshold == float("inf") or weight.shape[0] < 2:
         return weight.amin(0), weight.amax(0)
-    keep = leave_one_out(weight, cost, top) <= threshold
-    for _ in range(rounds - 1):
-        rows = (~keep.all(0)).nonzero()[:, 0]
-        if rows.numel() == 0:
-            break
-        part, part_keep = weight[:, rows], keep[:, rows]
-        filled = fill_removed(part, part_keep)
-        scores = leave_one_out(filled, cost, top)
-        keep[:, rows] = part_keep & (scores <= threshold)
-    filled = fill_removed(weight, keep)
+    filled = fill_removed(weight, leave_one_out(weight, cost, top) <= threshold)
     return filled.amin(0), filled.amax(0)
 
 

@@ -17,7 +17,7 @@ def fit_unit(groups: list[Tensor], costs: list[Tensor], threshold: float, params
     """
     top = 2**params.bits - 1
     grids = [
-        min_max_grid(*range_without_outliers(group, cost, top, threshold, rounds=1), top)
+        min_max_grid(*range_without_outliers(group, cost, top, threshold), top)
         for group, cost in zip(groups, costs, strict=True)
     ]
     scale = torch.stack([grid[0] for grid in grids])
