@@ -21,6 +21,7 @@ from hf_spqr.errors import (
 )
 from hf_spqr.integrations import legacy
 from hf_spqr.integrations.transformers import quantize_model, register
+from hf_spqr.integrations.when_imported import when_imported
 
 __version__ = "0.1.0"
 
@@ -36,5 +37,13 @@ __all__ = [
     "quantize_model",
 ]
 
+
+def _teach_peft() -> None:
+    from hf_spqr.integrations import peft
+
+    peft.install()
+
+
 register()
 legacy.register()
+when_imported("peft.tuners.lora.model", _teach_peft)

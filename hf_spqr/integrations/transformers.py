@@ -185,7 +185,7 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters beside the packed layers, that is: the packed weights have no gradient
 
     @property
     def is_compileable(self) -> bool:

@@ -1,0 +1,68 @@
+"""LoRA on packed layers: `peft.get_peft_model(model, LoraConfig(...))` works as on any model.
+
+Imported when PEFT is, see :mod:`hf_spqr`. The packed weights stay as they are; gradients pass through them to the
+adapters. Merging turns the adapted layers into ordinary ones, because a sum of packed and low-rank weights is not
+packed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.tuners.lora import LoraConfig
+from peft.tuners.lora import model as lora_model
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from hf_spqr.errors import UnsupportedLayerError
+from hf_spqr.nn import PackedLinear
+
+__all__ = ["LoraPackedLinear", "install"]
+
+
+class LoraPackedLinear(Linear):
+    """A packed layer with adapters beside it."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        if config.init_lora_weights not in (True, False, "gaussian"):
+            raise UnsupportedLayerError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which are packed; use True."
+            )
+        if config.use_dora:
+            raise UnsupportedLayerError("use_dora=True needs the base weights in full; packed layers take plain LoRA.")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.packed_layers: list[PackedLinear] = []  # what merge put an ordinary layer in the place of; no submodule
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the weights of an ordinary layer, which takes the place of the packed one."""
+        if isinstance(self.base_layer, PackedLinear):
+            self.packed_layers = [self.base_layer]
+            self.base_layer = self.base_layer.to_linear()
+        super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Put the packed layer back, exactly as it was."""
+        if self.merged:
+            self.merged_adapters.clear()
+        if self.packed_layers:
+            self.base_layer = self.packed_layers.pop()
+
+
+def install() -> None:
+    """Let PEFT find :class:`LoraPackedLinear` for packed layers."""
+    default = lora_model.dispatch_default
+    if getattr(default, "knows_packed_layers", False):
+        return
+
+    def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
+        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(layer, PackedLinear):
+            return LoraPackedLinear(target, adapter_name, config=config, **kwargs)
+        return default(target, adapter_name, config=config, **kwargs)
+
+    dispatch.knows_packed_layers = True  # type: ignore[attr-defined]
+    lora_model.dispatch_default = dispatch  # type: ignore[assignment]

@@ -1,0 +1,137 @@
+"""LoRA on packed layers: train, save, load, merge."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import hf_spqr
+from hf_spqr.integrations.peft import LoraPackedLinear
+from hf_spqr.nn import AffineLinear, SpQRLinear
+from tests.integrations.conftest import IDS, quantize_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(params=["hf_spqr", "omniquant"])
+def folder(request, model_dir, texts, tmp_path):
+    out = tmp_path / "quantized"
+    if request.param == "hf_spqr":
+        quantize_folder(model_dir(), texts).save_pretrained(out)
+    else:
+        config = hf_spqr.OmniQuantConfig(
+            bits=4, group_size=32, rounding=False, epochs=0, dataset=texts, nsamples=4, seqlen=32
+        )
+        AutoModelForCausalLM.from_pretrained(model_dir(), quantization_config=config).save_pretrained(out)
+    return out
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def adapted(folder, **options):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
+    )
+
+
+def train(model, steps=12):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.filterwarnings("error:Unsupported layer type")
+def test_train_save_load_merge(folder, tmp_path):
+    model = adapted(folder)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, LoraPackedLinear) and isinstance(layer.base_layer, SpQRLinear | AffineLinear)
+    packed = layer.base_layer.packed.clone()
+    start = logits(model)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all("lora_" in name for name in trainable)
+    losses = train(model)
+    assert losses[-1] < 0.95 * losses[0] and losses == sorted(losses, reverse=True), losses
+    assert torch.equal(layer.base_layer.packed, packed)
+    trained = logits(model)
+    assert (trained - start).abs().max() > 0.1
+
+    model.save_pretrained(tmp_path / "adapter")
+    assert sum(file.stat().st_size for file in (tmp_path / "adapter").glob("*.safetensors")) < 60_000
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    assert torch.equal(logits(again), trained)
+    with again.disable_adapter():
+        assert torch.equal(logits(again), start)
+
+    dense = AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    merged = PeftModel.from_pretrained(dense, tmp_path / "adapter").merge_and_unload()
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-3, atol=1e-3)
+
+
+def test_merging_into_a_packed_model_and_back(folder, tmp_path):
+    model = adapted(folder)
+    train(model, 3)
+    trained = logits(model)
+    model.merge_adapter()
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    assert isinstance(layer.base_layer, nn.Linear)
+    torch.testing.assert_close(logits(model), trained, rtol=1e-3, atol=1e-3)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), trained)
+    merged = model.merge_and_unload()
+    assert isinstance(merged.model.layers[0].mlp.down_proj, nn.Linear)
+    assert isinstance(merged.model.layers[0].mlp.up_proj, SpQRLinear | AffineLinear)
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-3, atol=1e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
+
+
+def test_the_trainer_takes_it(folder, tmp_path):
+    model = adapted(folder)
+    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+    arguments = TrainingArguments(
+        tmp_path / "run", max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
+        logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_what_packed_layers_cannot_do_is_refused(folder):
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match="use_dora"):
+        adapted(folder, use_dora=True)
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match="init_lora_weights='pissa'"):
+        adapted(folder, init_lora_weights="pissa")
+
+
+def test_hf_spqr_does_not_import_peft_and_finds_it_later():
+    code = (
+        "import sys, hf_spqr\n"
+        "assert 'peft' not in sys.modules\n"
+        "import peft\n"
+        "from peft.tuners.lora import model\n"
+        "assert model.dispatch_default.knows_packed_layers\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
