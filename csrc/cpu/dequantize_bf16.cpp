@@ -156,7 +156,8 @@ void dequantize(const DequantizeArgs& a, int64_t first, int64_t last) {
 }  // namespace
 
 const Kernels& bf16_kernels() {
-    static const Kernels kernels = {kVnniKernels.planes_bytes, kVnniKernels.prepare, kVnniKernels.linear, dequantize};
+    static const Kernels kernels = {kVnniKernels.planes_bytes, kVnniKernels.prepare, kVnniKernels.linear, dequantize,
+                                    kVnniKernels.read};
     return kernels;
 }
 

@@ -62,6 +62,17 @@ void linear_generic(const LinearArgs& a, int64_t first_block, int64_t last_block
     }
 }
 
+uint32_t read_generic(const uint32_t* p, int64_t words) {
+    VecU a{}, b{};
+    for (int64_t i = 0; i + 2 * kLanes <= words; i += 2 * kLanes) {
+        a ^= load(p + i);
+        b ^= load(p + i + kLanes);
+    }
+    uint32_t result = 0;
+    for (int i = 0; i < kLanes; ++i) result ^= a[i] ^ b[i];
+    return result;
+}
+
 template <DType D>
 void prepare_token(const PrepareArgs& a, int64_t t) {
     float* out = a.out + t * a.out_stride;

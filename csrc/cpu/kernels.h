@@ -29,6 +29,8 @@ struct Kernels {
     void (*linear)(const LinearArgs&, int64_t first, int64_t last);
     // Row blocks [first, last); out is where row block `first` begins.
     void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last);
+    // Exclusive or over words (a multiple of 64 of them): what a plain read of memory costs.
+    uint32_t (*read)(const uint32_t*, int64_t words);
 };
 
 extern const Kernels kScalarKernels;

@@ -1,6 +1,7 @@
 // The whole native surface: every op's schema, and its CPU implementation. hf_spqr/ops/schema.py says the same in
 // Python. Only torch's stable ABI is used, so one binary serves every torch from 2.10 on.
 #include <Python.h>
+#include <atomic>
 #include <string>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -69,6 +70,19 @@ std::string set_cpu_isa(const std::string& name) {
     return before;
 }
 
+// Reads a tensor on all threads and returns a number that depends on all of it: the bandwidth that kernels are held
+// against. Only whole 256-byte pieces of each thread's share are read.
+int64_t read_memory(const Tensor& data) {
+    STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous() && data.scalar_type() == ScalarType::Int,
+                    "read_memory: data must be int32, contiguous and on the CPU");
+    const uint32_t* words = static_cast<const uint32_t*>(data.const_data_ptr());
+    std::atomic<uint32_t> result{0};
+    torch::stable::parallel_for(0, data.numel() / 64, 4096, [&](int64_t first, int64_t last) {
+        result ^= kernels().read(words + 64 * first, 64 * (last - first));
+    });
+    return result.load();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(hf_spqr, m) {
@@ -86,6 +100,7 @@ STABLE_TORCH_LIBRARY(hf_spqr, m) {
         "int group_size, bool symmetric, bool scale_bf16, ScalarType dtype) -> Tensor");
     m.def("cpu_isa() -> str");
     m.def("set_cpu_isa(str name) -> str");
+    m.def("read_memory(Tensor data) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_spqr, CPU, m) {
@@ -93,6 +108,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_spqr, CPU, m) {
     m.impl("spqr_dequantize", TORCH_BOX(&spqr_dequantize));
     m.impl("affine_linear", TORCH_BOX(&affine_linear));
     m.impl("affine_dequantize", TORCH_BOX(&affine_dequantize));
+    m.impl("read_memory", TORCH_BOX(&read_memory));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_spqr, CompositeExplicitAutograd, m) {
