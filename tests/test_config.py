@@ -153,6 +153,9 @@ def test_params_take_the_defaults_of_the_method():
     from hf_spqr.methods.base import SpQRParams
 
     assert SpQRConfig().params("x") == SpQRParams()
+    settled = SpQRConfig()
+    settled.settle()
+    assert (settled.act_order, settled.percdamp) == (SpQRParams().act_order, SpQRParams().percdamp)
     params = SpQRConfig(percdamp=0.5, act_order=True, mode="reference").params("x")
     assert (params.percdamp, params.act_order, params.mode) == (0.5, True, "reference")
 

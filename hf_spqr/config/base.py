@@ -202,6 +202,13 @@ class PackedConfig(QuantizationConfigMixin):
                 fields.update(changes)
         return fields
 
+    def settle(self) -> None:
+        """Replace fields that were left to the method by its values: the config is a record of how a file was made."""
+
+    def stores_order(self, *names: str) -> bool | None:
+        """Whether the layer that goes by ``names`` has columns in an order of its own; None if that is not known."""
+        return None
+
     def excludes(self, name: str) -> bool:
         """Whether ``modules_to_not_convert`` selects the module called ``name``."""
         return any(name_matches(pattern, name) for pattern in self.modules_to_not_convert or ())

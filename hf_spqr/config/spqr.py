@@ -128,6 +128,14 @@ class SpQRConfig(PackedConfig):
         if fields["percdamp"] is not None:
             check_number("percdamp", fields["percdamp"], 0)
 
+    def settle(self) -> None:
+        params = self.params()
+        self.act_order, self.percdamp = params.act_order, params.percdamp
+
+    def stores_order(self, *names: str) -> bool | None:
+        order: bool | None = self.layer_fields(*names)["act_order"]
+        return order
+
     def layout(self, out_features: int, in_features: int, *names: str) -> SpQRLayout:
         from hf_spqr.formats.spqr import SpQRLayout
 
@@ -141,9 +149,9 @@ class SpQRConfig(PackedConfig):
             second_group=fields["second_group"],
         )
 
-    def params(self, name: str) -> SpQRParams:
-        """The arguments of :func:`hf_spqr.methods.spqr.quantize` for the layer called ``name``."""
+    def params(self, *names: str) -> SpQRParams:
+        """The arguments of :func:`hf_spqr.methods.spqr.quantize` for the layer that goes by ``names``."""
         from hf_spqr.methods.base import SpQRParams
 
-        fields = {key: value for key, value in self.layer_fields(name).items() if value is not None}
+        fields = {key: value for key, value in self.layer_fields(*names).items() if value is not None}
         return SpQRParams(**fields, mode=self.mode)

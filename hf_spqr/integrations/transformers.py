@@ -104,7 +104,14 @@ class PackedQuantizer(HfQuantizer):
     def _empty_module(self, model: nn.Module, name: str, tensors: dict[str, Any], contents: Contents) -> PackedLinear:
         config, linear = self.quantization_config, model.get_submodule(name)
         specs = {key: spec for key, spec in tensors.items() if key not in ("weight", "bias")}
-        layout = config.layout(*dense.features(linear), contents.modules[name], *_names(model, name))
+        names = (contents.modules[name], *_names(model, name))
+        layout = config.layout(*dense.features(linear), *names)
+        order = config.stores_order(*names)
+        if order is not None and order != ("perm" in specs):
+            raise CheckpointError(
+                f"{name}: the config says that act_order is {order}, but the checkpoint has"
+                f" {'a' if 'perm' in specs else 'no'} tensor 'perm': it is incomplete or damaged."
+            )
         try:
             bias: Any = linear.bias
             module = self.module_class.empty(layout, specs, bias, dense.matrix(linear).dtype, config.backend)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,9 +57,10 @@ def quantize_model(
         CalibrationError: no or too little calibration data.
     """
     started = time.perf_counter()
+    config.settle()
     spqr = isinstance(config, SpQRConfig)
     stacks = [
-        (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config) if spqr else [])
+        (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config))
         for blocks in find_stacks(model)
     ]
     targets = [target for _, found, _ in stacks for target in found]
@@ -89,7 +91,7 @@ def quantize_model(
     names = _names_in_order(model, targets, experts)
     bar = tqdm(total=len(names), desc="Quantizing", unit="layer", disable=not progress)
     kind: Any = SpQRRun if spqr else OmniQuantRun
-    with bar:
+    with bar, _evaluating(model):
         for stack in stacks:
             recording = record(model, stack[0], batches)
             kind(model, config, *stack, recording, report, bar, device).quantize()
@@ -99,6 +101,17 @@ def quantize_model(
     report.seconds = time.perf_counter() - started
     model.quantization_report = report  # type: ignore[assignment]
     return report
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _settle_attention(model: nn.Module, config: OmniQuantConfig, report: QuantizationReport) -> None:

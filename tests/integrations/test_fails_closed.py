@@ -51,13 +51,17 @@ def test_missing_layer(damaged):
     fails(damaged(drop), rf"lacks {UP}\.weight")
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.o_proj.perm"])
-def test_missing_norm_or_order(damaged, name):
-    path = damaged(lambda t: t.pop(name))
-    if name.endswith("perm"):  # the file cannot tell: a layer without a stored order is in its original order
-        AutoModelForCausalLM.from_pretrained(path)
-    else:
-        fails(path, f"lacks {name}")
+def test_missing_norm(damaged):
+    fails(damaged(lambda t: t.pop("model.layers.1.input_layernorm.weight")), "lacks model.layers.1.input_layernorm")
+
+
+def test_missing_order(damaged):
+    path = damaged(lambda t: t.pop("model.layers.1.self_attn.o_proj.perm"))
+    fails(path, "act_order is True, but the checkpoint has no tensor 'perm'")
+
+
+def test_order_that_should_not_be_there(folder, tmp_path):
+    fails(edit_config(folder, tmp_path, act_order=False), "act_order is False, but the checkpoint has a tensor")
 
 
 def test_missing_shard(quantized, tmp_path):
