@@ -139,11 +139,10 @@ def main() -> None:
     params = replace(params, **extra)
     result = run(model, calib, split["eval"], params)
     errors = [row["error"] for row in result["blocks"]]
-    record_ = {
+    row_ = {
         "model": args.model, "setting": args.setting, "preset": args.preset, "samples": args.samples,
         "outliers": args.outliers, "seed": args.seed, "set": args.set,
         "errors": errors, "perplexity_full": before, **result,
-        "machine": machine(),
     }  # fmt: skip
     steps = sum(row["steps"] for row in result["blocks"])
     print(
@@ -154,8 +153,8 @@ def main() -> None:
         f"kept initial {sum(row['kept_initial'] for row in result['blocks'])}",
     )
     if args.out:
-        known = json.loads(args.out.read_text()) if args.out.exists() else []
-        args.out.write_text(json.dumps([*known, record_], indent=1) + "\n")
+        known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+        args.out.write_text(json.dumps({"machine": machine(), "rows": [*known, row_]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
