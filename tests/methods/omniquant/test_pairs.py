@@ -23,6 +23,11 @@ BASE = {
 OPT = {key: value for key, value in BASE.items() if key not in ("num_key_value_heads", "head_dim")}
 SMALL = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 FALCON = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MLA = {key: value for key, value in BASE.items() if key != "head_dim"} | {
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "moe_intermediate_size": 32, "first_k_dense_replace": 2, "kv_lora_rank": 16, "q_lora_rank": 24,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "n_shared_experts": 1,
+}  # fmt: skip
 # kinds of the pairs that each block has (norm, value, mlp, qk), and how many of them take a shift
 EXPECTED: dict[str, tuple[dict[str, Any], tuple[int, int, int, int], int]] = {
     "llama": (BASE, (2, 1, 1, 1), 0),
@@ -41,6 +46,7 @@ EXPECTED: dict[str, tuple[dict[str, Any], tuple[int, int, int, int], int]] = {
     "gptj": (dict(SMALL, rotary_dim=8), (1, 1, 0, 1), 0),
     "phi": (BASE, (1, 1, 0, 1), 2),
     "mixtral": (dict(BASE, num_local_experts=4, num_experts_per_tok=2), (2, 1, 0, 1), 0),
+    "deepseek_v3": (MLA, (4, 0, 1, 0), 0),
     "gpt_oss": (dict(BASE, num_local_experts=4, num_experts_per_tok=2), (2, 1, 0, 1), 0),
 }
 
