@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_spqr.config import OmniQuantConfig
-from hf_spqr.nn import AffineLinear
+from hf_spqr.nn import AffineGroupedLinear, AffineLinear
 from hf_spqr.ops.activation import fake_quantize_activation
 
 __all__ = ["can_quantize_attention", "enforce", "register_attention", "release"]
@@ -49,7 +49,7 @@ def enforce(model: Any, config: OmniQuantConfig) -> None:
     if config.act_bits is None:
         return
     for module in model.modules():
-        if isinstance(module, AffineLinear):
+        if isinstance(module, AffineLinear | AffineGroupedLinear):
             module.act_bits = config.act_bits
     if config.params().quantize_attention:
         model.set_attn_implementation(attention_name(config.act_bits))

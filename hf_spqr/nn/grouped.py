@@ -18,6 +18,7 @@ from hf_spqr.nn.affine import AffineLinear
 from hf_spqr.nn.packed import Backend, PackedLinear, Spec
 from hf_spqr.nn.spqr import SpQRLinear
 from hf_spqr.ops import grouped
+from hf_spqr.ops.activation import fake_quantize_activation
 
 __all__ = ["AffineGroupedLinear", "GroupedLinear", "SpQRGroupedLinear"]
 
@@ -171,8 +172,19 @@ class SpQRGroupedLinear(GroupedLinear):
 
 
 class AffineGroupedLinear(GroupedLinear):
-    """Experts in the format of :mod:`hf_spqr.formats.affine`."""
+    """Experts in the format of :mod:`hf_spqr.formats.affine`.
 
+    ``act_bits``: bits to which each token of the input is quantized first, as in
+    :class:`~hf_spqr.nn.affine.AffineLinear`; None leaves it alone.
+    """
+
+    act_bits: int | None = None
     linear_class = AffineLinear
     linear, reference_linear = ops.affine_grouped_linear, grouped.reference_affine_grouped_linear
     layout: AffineLayout
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return super().forward(x if self.act_bits is None else fake_quantize_activation(x, self.act_bits), ends)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", act_bits={self.act_bits}" if self.act_bits is not None else "")

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from hf_spqr.calibration.blocks import Block, Call
 from hf_spqr.config import OmniQuantConfig
 from hf_spqr.errors import CalibrationError
+from hf_spqr.methods import gptq
+from hf_spqr.methods.base import AffineParams, LayerResult
 from hf_spqr.methods.omniquant import BlockResult, quantize_block
-from hf_spqr.nn import AffineLinear, dense
+from hf_spqr.nn import AffineGroupedLinear, AffineLinear, dense
 from hf_spqr.quantize.run import Run, named
 from hf_spqr.quantize.targets import Target
 from hf_spqr.report import LayerReport
@@ -34,17 +36,40 @@ class OmniQuantRun(Run[OmniQuantConfig]):
             mine = self.targets_of(index)
             with self.on_device(block):
                 calls = [_keywords(block.module, call) for call in self.recording.calls[index]]
-                if not mine:
-                    full, quantized = (
-                        torch.cat(self.outputs(block, list(states.split(1)), self.recording.calls[index]))
-                        for states in (full, quantized)
-                    )
-                    continue
-                started = time.perf_counter()
-                result = self._learn(block, mine, full, quantized, calls)
-                self._store(block, mine, result, time.perf_counter() - started)
-                full, quantized = result.outputs_fp, result.outputs_q
+                inputs = quantized
+                if mine:
+                    started = time.perf_counter()
+                    result = self._learn(block, mine, full, quantized, calls)
+                    self._store(block, mine, result, time.perf_counter() - started)
+                    full, quantized = result.outputs_fp, result.outputs_q
+                else:
+                    full, quantized = (self._outputs(index, states) for states in (full, quantized))
+                experts = self.quantize_experts(index, list(inputs.split(1)), self._quantize_projection)
+                if experts:
+                    self._put_experts(block, experts)
+                    quantized = self._outputs(index, inputs)
             self.recording.calls[index] = []
+
+    def _outputs(self, index: int, states: Tensor) -> Tensor:
+        return torch.cat(self.outputs(self.blocks[index], list(states.split(1)), self.recording.calls[index]))
+
+    def _quantize_projection(self, name: str, weight: Tensor, hessian: Tensor) -> LayerResult:
+        """Experts are not learned: each sees too few of the tokens. They get the same grid by GPTQ."""
+        layout = self.config.layout(*weight.shape, name)
+        params = AffineParams(
+            bits=layout.bits,
+            group_size=layout.group_size,
+            symmetric=layout.symmetric,
+            scale_dtype=layout.scale_dtype,
+        )
+        return gptq.quantize(weight, hessian, params)
+
+    def _put_experts(self, block: Block, experts: dict[str, nn.Module]) -> None:
+        self.put(block, experts)
+        for module in experts.values():
+            for linear in module.modules():
+                if isinstance(linear, AffineGroupedLinear):
+                    linear.act_bits = self.config.act_bits
 
     def _samples(self) -> Tensor:
         """Inputs of the first block [samples, tokens, hidden]: the sequences of full length."""

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_spqr import CheckpointError, SpQRConfig
+from hf_spqr import CheckpointError, OmniQuantConfig, SpQRConfig
 from hf_spqr.integrations.transformers import quantize_model
 from hf_spqr.nn import PackedExperts
 from tests.integrations.conftest import IDS, quantize_folder
@@ -148,6 +148,25 @@ def test_overrides_and_exclusions(texts, tokenizer, tmp_path):
     assert {n: (x.layout.bits, x.layout.group_size) for n, x in packed.items()} == {
         "gate_proj": (4, 16), "up_proj": (4, 16), "down_proj": (6, 32),
     }  # fmt: skip
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same(model, again)
+    assert torch.equal(logits(model), logits(again))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"group_size": 16}, {"group_size": -1, "act_bits": 8}, {"group_size": 16, "sym": True}]
+)
+def test_omniquant_packs_experts_too(fields, texts, tokenizer, tmp_path):
+    model = tiny_model("mixtral")
+    before = logits(model)
+    config = OmniQuantConfig(bits=4, epochs=1, dataset=texts, nsamples=2, seqlen=32, **fields)
+    report = quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    experts = model.model.layers[1].mlp.experts
+    assert isinstance(experts, PackedExperts)
+    assert all(linear.act_bits == fields.get("act_bits") for linear in experts.linears().values())
+    assert 0 < report.layer("model.layers.1.mlp.experts.up_proj").error < 0.2
+    assert 0 < distance(logits(model), before) < 0.4
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same(model, again)
