@@ -31,18 +31,13 @@ constexpr bool kSubtractFirst = BITS == 8;
 
 template <int BITS, int PAIR>
 HF_DEVICE uint32_t weight_pair(const uint32_t (&w)[BITS], const Quarter& s, int r) {
-    const uint32_t q = field<BITS, PAIR>(w);
+    constexpr int place = place_of<BITS>(PAIR);
+    const uint32_t q = field<BITS, PAIR, place>(w);
     if constexpr (kSubtractFirst<BITS>) {
         return dev::hmul2(dev::hfma2(q, half2_power(12), s.shift[r]), s.low[r]);
     } else {
-        return dev::hfma2(q, place_of<BITS>(PAIR) == Fields<BITS>::kLow ? s.low[r] : s.high[r], s.shift[r]);
+        return dev::hfma2(q, place == Fields<BITS>::kLow ? s.low[r] : s.high[r], s.shift[r]);
     }
-}
-
-// Exact integers: (q - z) * 2^-12, with shift = -z * 2^-12.
-template <int BITS, int PAIR>
-HF_DEVICE uint32_t integer_pair(const uint32_t (&w)[BITS], uint32_t shift) {
-    return dev::hfma2(field<BITS, PAIR>(w), half2_power(12 - place_of<BITS>(PAIR)), shift);
 }
 
 template <int NT, int J, int H>
@@ -53,27 +48,14 @@ HF_DEVICE void multiply_tokens(float (&acc)[NT][4], const uint32_t (&first)[4], 
     if constexpr (J + 1 < NT) multiply_tokens<NT, J + 1, H>(acc, first, second, x);
 }
 
-// Quarter I of the lane's tile in set H. w[row] are the tile's words; the quarter's columns of x for the lane's token g lie in
-// shared memory at x + 256 H, those of tokens 8 j + g j * 4096 bytes further.
-template <int BITS, int NT, int I, bool INTEGER, int H>
+// Quarter I of the lane's tile in set H. w[row] are the tile's words; the quarter's columns of x for the lane's token g lie
+// in shared memory at x + 256 H, those of tokens 8 j + g j * 4096 bytes further.
+template <int BITS, int NT, int I, int H>
 HF_DEVICE void multiply_quarter(float (&acc)[NT][4], const uint32_t (&w)[2][BITS], const Quarter& q, uint32_t x) {
-    uint32_t a[4][2];  // [pair][row]
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if constexpr (INTEGER) {
-            a[0][r] = integer_pair<BITS, 4 * I>(w[r], q.shift[r]);
-            a[1][r] = integer_pair<BITS, 4 * I + 1>(w[r], q.shift[r]);
-            a[2][r] = integer_pair<BITS, 4 * I + 2>(w[r], q.shift[r]);
-            a[3][r] = integer_pair<BITS, 4 * I + 3>(w[r], q.shift[r]);
-        } else {
-            a[0][r] = weight_pair<BITS, 4 * I>(w[r], q, r);
-            a[1][r] = weight_pair<BITS, 4 * I + 1>(w[r], q, r);
-            a[2][r] = weight_pair<BITS, 4 * I + 2>(w[r], q, r);
-            a[3][r] = weight_pair<BITS, 4 * I + 3>(w[r], q, r);
-        }
-    }
-    const uint32_t first[4] = {a[0][0], a[0][1], a[1][0], a[1][1]};
-    const uint32_t second[4] = {a[2][0], a[2][1], a[3][0], a[3][1]};
+    const uint32_t first[4] = {weight_pair<BITS, 4 * I>(w[0], q, 0), weight_pair<BITS, 4 * I>(w[1], q, 1),
+                               weight_pair<BITS, 4 * I + 1>(w[0], q, 0), weight_pair<BITS, 4 * I + 1>(w[1], q, 1)};
+    const uint32_t second[4] = {weight_pair<BITS, 4 * I + 2>(w[0], q, 0), weight_pair<BITS, 4 * I + 2>(w[1], q, 1),
+                                weight_pair<BITS, 4 * I + 3>(w[0], q, 0), weight_pair<BITS, 4 * I + 3>(w[1], q, 1)};
     multiply_tokens<NT, 0, H>(acc, first, second, x);
 }
 

@@ -1,29 +1,32 @@
 // y = x W^T + bias for few tokens, straight from the packed weights.
 //
-// A block takes ROW_BLOCKS row blocks and 8 * NT tokens. Its warps are ROW_BLOCKS x SLICES: warp = slice * ROW_BLOCKS +
-// row block; a slice takes every SLICES-th step of 256 columns. The warps of a slice share the step's x in shared memory
+// A block takes WIDTH * R row blocks and 8 * NT tokens. Its warps are WIDTH x SLICES: warp = slice * WIDTH + which; each
+// takes R row blocks, and of their columns every SLICES-th step of 256. The warps of a slice share the step's x in shared memory
 // (fetched a step ahead), and each keeps the words of its next step in flight while it multiplies. Slices are added up in
 // a fixed order at the end, with outliers, bias and rounding.
 #pragma once
+#include <utility>
 #include "cuda/fragment.cuh"
+#include "cuda/integer.cuh"
 #include "cuda/kernels.h"
 #include "cuda/outliers.cuh"
 #include "cuda/store.cuh"
 
 namespace hf_spqr {
 
-template <int NT, int ROW_BLOCKS, int SLICES>
+template <int NT, int R, int WIDTH, int SLICES>
 struct LinearShape {
-    static constexpr int kWarps = ROW_BLOCKS * SLICES;
+    static constexpr int kWarps = WIDTH * SLICES;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kTokens = 8 * NT;
+    static constexpr int kRowBlocks = R * WIDTH;
 
     // Tokens that x has room for. A tile of tokens that is not full is read with repeated tokens, or as garbage whose
     // results nobody reads.
     static HF_CONSTANT int x_tokens(int tokens) { return NT > 1 ? kTokens : tokens; }
     static constexpr int x_bytes(int tokens) { return 2 * SLICES * (NT > 1 ? kTokens : tokens) * kStepColumns * 2; }
     static constexpr int shared_bytes(int tokens, int stat_words) {
-        const int loop = x_bytes(tokens) + kWarps * stat_words * 4, sums = kWarps * kRows * kTokens * 4;
+        const int loop = x_bytes(tokens) + kWarps * stat_words * 4, sums = kWarps * R * kRows * kTokens * 4;
         return loop > sums ? loop : sums;
     }
 };
@@ -34,24 +37,25 @@ HF_DEVICE int x_place(int chunk, int token) {
     return chunk ^ (chunk >> 3 & 1) ^ (token & 1) << 1;
 }
 
+constexpr uint32_t kOnes = half2_power(0);
 constexpr int kTokenBytes = kStepColumns * 2;
 
-// Fetches x for the warps of a slice, step by step: this warp every ROW_BLOCKS-th token, each lane 8 columns of it.
-template <int NT, int ROW_BLOCKS, int SLICES>
+// Fetches x for the warps of a slice, step by step: this warp every WIDTH-th token, each lane 8 columns of it.
+template <int NT, int WIDTH, int SLICES>
 class XFetcher {
   public:
     HF_DEVICE XFetcher(const LinearArgs& a, int64_t first_token, int tokens, int which, int first_step, int lane,
                        uint32_t to) {
         from_ = dev::keep(a.x + (first_token + which) * a.x_stride + first_step * kStepColumns + 8 * lane);
-        more_ = ROW_BLOCKS * a.x_stride;
+        more_ = WIDTH * a.x_stride;
         left_ = int(a.x_stride) - 8 * lane - first_step * kStepColumns;
-        count_ = (tokens - which + ROW_BLOCKS - 1) / ROW_BLOCKS;
+        count_ = (tokens - which + WIDTH - 1) / WIDTH;
         to_ = dev::keep(to + which * kTokenBytes + 16 * x_place(lane, which));
     }
 
     // The slice's next 256 columns to the buffer at byte `buffer`.
     HF_DEVICE void fetch(uint32_t buffer) {
-        const uint32_t even = to_ + buffer, odd = ROW_BLOCKS > 1 ? even : even ^ 32;
+        const uint32_t even = to_ + buffer, odd = WIDTH > 1 ? even : even ^ 32;
         fetch_tokens<0>(from_, even, odd, left_ > 0 ? 16 : 0);
         from_ = dev::keep(from_ + SLICES * kStepColumns);
         left_ -= SLICES * kStepColumns;
@@ -61,9 +65,9 @@ class XFetcher {
     // Four tokens without a branch, then the next four, if there are any.
     template <int I>
     HF_DEVICE void fetch_tokens(const uint16_t* from, uint32_t even, uint32_t odd, int bytes) {
-        dev::copy_async<I * ROW_BLOCKS * kTokenBytes>(I & 1 ? odd : even, from, bytes, I < count_);
+        dev::copy_async<I * WIDTH * kTokenBytes>(I & 1 ? odd : even, from, bytes, I < count_);
         constexpr int next = I + 1;
-        if constexpr (next < 8 * NT / ROW_BLOCKS) {
+        if constexpr (next < 8 * NT / WIDTH) {
             if (next % 4 == 0 && next >= count_) return;
             fetch_tokens<next>(from + more_, even, odd, bytes);
         }
@@ -79,11 +83,9 @@ class XFetcher {
 template <class Stats, int BITS>
 class WordFetcher {
   public:
-    uint2 words[2][BITS] = {};
-
     HF_DEVICE WordFetcher(const Matrix& m, const uint32_t* stream, int lane) : m_(m) {
         from_ = dev::keep(stream + (lane & 3) * (BITS * kRows) + 2 * (lane >> 2));
-        left_ = m.panels.tiles - (lane & 3);
+        left_ = int(dev::keep(uint32_t(m.panels.tiles - (lane & 3))));
     }
 
     template <int H>
@@ -96,7 +98,17 @@ class WordFetcher {
 #pragma unroll
         for (int v = 0; v < BITS; ++v) {
             constexpr int further = same ? H * kTilesPerSet * BITS * kRows : 0;
-            words[H][v] = dev::load_stream(reinterpret_cast<const uint2*>(at_ + further + v * kRows));
+            words_[H][v] = dev::load_stream(reinterpret_cast<const uint2*>(at_ + further + v * kRows));
+        }
+    }
+
+    // The words of set H, row by row.
+    template <int H>
+    HF_DEVICE void split(uint32_t (&w)[2][BITS]) const {
+#pragma unroll
+        for (int v = 0; v < BITS; ++v) {
+            w[0][v] = words_[H][v].x;
+            w[1][v] = words_[H][v].y;
         }
     }
 
@@ -113,70 +125,117 @@ class WordFetcher {
     const uint32_t* from_;
     const uint32_t* at_ = nullptr;
     int left_;
+    uint2 words_[2][BITS] = {};
+};
+
+// A warp's row blocks: statistics and words of each.
+template <class Stats, int BITS>
+struct RowBlock {
+    Stats stats;
+    WordFetcher<Stats, BITS> words;
+
+    HF_DEVICE RowBlock(const Matrix& m, int64_t wanted, int lane, int first_step, int stride, uint32_t shared)
+        : RowBlock(m, stream_of(m, wanted), lane, first_step, stride, shared) {}
+
+    // All that the step needs from memory.
+    HF_DEVICE void fetch(int step) {
+        stats.prefetch(step);
+        words.template fetch<0>(step);
+        words.template fetch<1>(step);
+    }
+
+  private:
+    HF_DEVICE RowBlock(const Matrix& m, const uint32_t* stream, int lane, int first_step, int stride, uint32_t shared)
+        : stats(m, stream, lane, first_step, stride, shared), words(m, stream, lane) {}
+
+    // Row blocks past the end repeat the last one; their rows are not written.
+    static HF_DEVICE const uint32_t* stream_of(const Matrix& m, int64_t wanted) {
+        const int64_t last = (m.rows - 1) / kRows;
+        return m.packed + (wanted < last ? wanted : last) * m.panels.words;
+    }
+};
+
+template <class Stats, int BITS, int R>
+struct RowBlocks {
+    RowBlock<Stats, BITS> each[R];
+
+    template <int... I>
+    HF_DEVICE RowBlocks(std::integer_sequence<int, I...>, const Matrix& m, int64_t wanted, int lane, int first_step,
+                        int stride, uint32_t shared)
+        : each{RowBlock<Stats, BITS>(m, wanted + I, lane, first_step, stride, shared + I * Stats::kSharedWords * 4)...} {}
 };
 
 // One set: acc += W x over its 128 columns. x[i] is chunk i of the lane's tile of set 0, of the lane's token.
 template <class Stats, int BITS, int NT, int H>
-HF_DEVICE void multiply_set(float (&acc)[NT][4], const uint2 (&words)[BITS], Stats& stats, const uint32_t (&x)[4]) {
+HF_DEVICE void multiply_set(float (&acc)[NT][4], RowBlock<Stats, BITS>& block, const uint32_t (&x)[4]) {
     uint32_t w[2][BITS];
-#pragma unroll
-    for (int v = 0; v < BITS; ++v) {
-        w[0][v] = words[v].x;
-        w[1][v] = words[v].y;
-    }
+    block.words.template split<H>(w);
     Quarter q;
-    stats.template quarter<H, 0>(q);
-    multiply_quarter<BITS, NT, 0, Stats::kInteger, H>(acc, w, q, x[0]);
-    stats.template quarter<H, 1>(q);
-    multiply_quarter<BITS, NT, 1, Stats::kInteger, H>(acc, w, q, x[1]);
-    stats.template quarter<H, 2>(q);
-    multiply_quarter<BITS, NT, 2, Stats::kInteger, H>(acc, w, q, x[2]);
-    stats.template quarter<H, 3>(q);
-    multiply_quarter<BITS, NT, 3, Stats::kInteger, H>(acc, w, q, x[3]);
+    block.stats.template quarter<H, 0>(q);
+    multiply_quarter<BITS, NT, 0, H>(acc, w, q, x[0]);
+    block.stats.template quarter<H, 1>(q);
+    multiply_quarter<BITS, NT, 1, H>(acc, w, q, x[1]);
+    block.stats.template quarter<H, 2>(q);
+    multiply_quarter<BITS, NT, 2, H>(acc, w, q, x[2]);
+    block.stats.template quarter<H, 3>(q);
+    multiply_quarter<BITS, NT, 3, H>(acc, w, q, x[3]);
 }
 
-template <int NT>
-HF_DEVICE void add_scaled(float (&total)[NT][4], const float (&acc)[NT][4], float even_row, float odd_row) {
+// One step, 256 columns in two sets, and the words of the next one on their way.
+template <class Stats, int BITS, int NT>
+HF_DEVICE void multiply_step(float (&total)[1][NT][4], RowBlock<Stats, BITS> (&blocks)[1], int next,
+                             const uint32_t (&x)[4]) {
+    RowBlock<Stats, BITS>& block = blocks[0];
+    float acc[NT][4] = {};
+    multiply_set<Stats, BITS, NT, 0>(acc, block, x);
+    block.words.template fetch<0>(next);
+    multiply_set<Stats, BITS, NT, 1>(acc, block, x);
+    block.words.template fetch<1>(next);
+    const float factor = block.stats.factor();
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-        total[j][0] = dev::fma(acc[j][0], even_row, total[j][0]);
-        total[j][1] = dev::fma(acc[j][1], even_row, total[j][1]);
-        total[j][2] = dev::fma(acc[j][2], odd_row, total[j][2]);
-        total[j][3] = dev::fma(acc[j][3], odd_row, total[j][3]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) total[0][j][e] = dev::fma(acc[j][e], factor, total[0][j][e]);
     }
 }
 
-template <class Stats, int BITS, int NT>
-HF_DEVICE void multiply_step(float (&total)[NT][4], WordFetcher<Stats, BITS>& w, Stats& stats, int next,
-                             const uint32_t (&x)[4]) {
-    float acc[NT][4] = {};
-    multiply_set<Stats, BITS, NT, 0>(acc, w.words[0], stats, x);
-    w.template fetch<0>(next);
-    if constexpr (Stats::kInteger) {
-        add_scaled<NT>(total, acc, stats.factor(0, 0), stats.factor(0, 1));
-        float second[NT][4] = {};
-        multiply_set<Stats, BITS, NT, 1>(second, w.words[1], stats, x);
-        add_scaled<NT>(total, second, stats.factor(1, 0), stats.factor(1, 1));
-    } else {
-        multiply_set<Stats, BITS, NT, 1>(acc, w.words[1], stats, x);
-        add_scaled<NT>(total, acc, stats.factor(0, 0), stats.factor(0, 1));
+// Set H of a step with codes as integers (integer.cuh).
+template <class Stats, int BITS, int NT, int R, int H>
+HF_DEVICE void multiply_integer_set(float (&total)[R][NT][4], RowBlock<Stats, BITS> (&blocks)[R], int next,
+                                    const uint32_t (&x)[4], const uint32_t (&ones)[4]) {
+    IntegerSums<BITS, NT> sums[R];
+    float x_sums[NT][4] = {};
+    uint32_t w[R][2][BITS];
+#pragma unroll
+    for (int r = 0; r < R; ++r) blocks[r].words.template split<H>(w[r]);
+    multiply_codes<BITS, NT, R, 0, H>(sums, x_sums, w, ones, x[0]);
+    multiply_codes<BITS, NT, R, 1, H>(sums, x_sums, w, ones, x[1]);
+    multiply_codes<BITS, NT, R, 2, H>(sums, x_sums, w, ones, x[2]);
+    multiply_codes<BITS, NT, R, 3, H>(sums, x_sums, w, ones, x[3]);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        add_set<BITS, NT>(total[r], sums[r], x_sums, blocks[r].stats.template set<H>());
+        blocks[r].words.template fetch<H>(next);
     }
-    w.template fetch<1>(next);
 }
 
 // Adds up the slices, adds outliers and bias, scales and writes. One warp per row and 8 tokens.
-template <int NT, int ROW_BLOCKS, int SLICES>
-HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[NT][4], float* sums, int64_t first_token) {
-    using Shape = LinearShape<NT, ROW_BLOCKS, SLICES>;
-    constexpr int kBlockRows = ROW_BLOCKS * kRows;
+template <int NT, int R, int WIDTH, int SLICES>
+HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[R][NT][4], float factor, float* sums,
+                           int64_t first_token) {
+    using Shape = LinearShape<NT, R, WIDTH, SLICES>;
+    constexpr int kBlockRows = Shape::kRowBlocks * kRows;
     const int lane = dev::thread() & 31, warp = dev::thread() >> 5, g = lane >> 2, t = lane & 3;
-    float* mine = sums + (warp * kRows + 2 * g) * Shape::kTokens + 2 * t;  // [slice][row][token]
 #pragma unroll
-    for (int j = 0; j < NT; ++j) {
-        mine[8 * j] = total[j][0];
-        mine[8 * j + 1] = total[j][1];
-        mine[Shape::kTokens + 8 * j] = total[j][2];
-        mine[Shape::kTokens + 8 * j + 1] = total[j][3];
+    for (int i = 0; i < R; ++i) {
+        float* mine = sums + ((warp * R + i) * kRows + 2 * g) * Shape::kTokens + 2 * t;  // [slice][row][token]
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+            mine[8 * j] = total[i][j][0];
+            mine[8 * j + 1] = total[i][j][1];
+            mine[Shape::kTokens + 8 * j] = total[i][j][2];
+            mine[Shape::kTokens + 8 * j + 1] = total[i][j][3];
+        }
     }
     dev::sync_block();
     const int token = token_of(lane);
@@ -193,7 +252,9 @@ HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[NT][4], flo
             if ((lane & 3) == 0 && b < a.tokens) {
                 float y = v[0];
 #pragma unroll
-                for (int s = 0; s < SLICES; ++s) y = dev::add(y, sums[(s * kBlockRows + r) * Shape::kTokens + 8 * j + token]);
+                for (int s = 0; s < SLICES; ++s) {
+                    y = dev::fma(sums[(s * kBlockRows + r) * Shape::kTokens + 8 * j + token], factor, y);
+                }
                 if (a.token_scale) y = dev::mul(y, a.token_scale[b]);
                 if (a.bias) y = dev::add(y, read_as(a.bias, row, a.dtype));
                 write_as(a.y, b * a.weight.rows + row, a.dtype, y);
@@ -202,29 +263,26 @@ HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[NT][4], flo
     }
 }
 
-template <class Stats, int BITS, int NT, int ROW_BLOCKS, int SLICES, int BLOCKS_PER_SM>
-HF_KERNEL(32 * ROW_BLOCKS * SLICES, BLOCKS_PER_SM) linear_kernel(const LinearArgs a) {
-    using Shape = LinearShape<NT, ROW_BLOCKS, SLICES>;
+template <class Stats, int BITS, int NT, int R, int WIDTH, int SLICES, int BLOCKS_PER_SM>
+HF_KERNEL(32 * WIDTH * SLICES, BLOCKS_PER_SM) linear_kernel(const LinearArgs a) {
+    using Shape = LinearShape<NT, R, WIDTH, SLICES>;
     const Matrix& m = a.weight;
     const int lane = dev::thread() & 31, warp = dev::uniform(dev::thread() >> 5), g = lane >> 2, t = lane & 3;
-    const int slice = warp / ROW_BLOCKS, which = warp % ROW_BLOCKS;
-    const int64_t first_token = dev::block_y() * Shape::kTokens, last_block = (m.rows - 1) / kRows;
+    const int slice = warp / WIDTH, which = warp % WIDTH;
+    const int64_t first_token = dev::block_y() * Shape::kTokens;
     const int tokens = int(a.tokens - first_token < Shape::kTokens ? a.tokens - first_token : Shape::kTokens);
-    // Row blocks past the end repeat the last one; their rows are not written.
-    const int64_t wanted = dev::block_x() * ROW_BLOCKS + which, row_block = wanted < last_block ? wanted : last_block;
-    const uint32_t* stream = m.packed + row_block * m.panels.words;
-
-    const int steps = (m.panels.tiles + kStepTiles - 1) / kStepTiles;
+    const int steps = int(dev::keep(uint32_t(m.panels.tiles + kStepTiles - 1) / kStepTiles));
 
     // Shared memory: two buffers of x for each slice, statistics for each warp.
     const uint32_t shared = dev::shared_address(), buffer_bytes = Shape::x_tokens(tokens) * kTokenBytes;
     const uint32_t x_slice = shared + 2 * slice * buffer_bytes;
-    Stats stats(m, stream, lane, slice, SLICES, shared + 2 * SLICES * buffer_bytes + warp * (Stats::kSharedWords * 4));
-    WordFetcher<Stats, BITS> words(m, stream, lane);
-    XFetcher<NT, ROW_BLOCKS, SLICES> x(a, first_token, tokens, which, slice, lane, x_slice);
-    stats.prefetch(slice, slice < steps);
-    words.template fetch<0>(slice);
-    words.template fetch<1>(slice);
+    RowBlocks<Stats, BITS, R> mine(std::make_integer_sequence<int, R>{}, m, (dev::block_x() * WIDTH + which) * R, lane,
+                                   slice, SLICES, shared + 2 * SLICES * buffer_bytes + warp * (R * Stats::kSharedWords * 4));
+    XFetcher<NT, WIDTH, SLICES> x(a, first_token, tokens, which, slice, lane, x_slice);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        if (slice < steps) mine.each[r].fetch(slice);
+    }
     x.fetch(0);
 
     // The lane's token g (or the last one) and tile t; chunk i of set h is at x_at[i] + 256 h.
@@ -232,32 +290,46 @@ HF_KERNEL(32 * ROW_BLOCKS * SLICES, BLOCKS_PER_SM) linear_kernel(const LinearArg
     uint32_t x_at[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) x_at[i] = x_slice + token * kTokenBytes + 16 * x_place(4 * t + i, token);
-    uint32_t buffer = 0;
-    float total[NT][4] = {};
+    // A matrix of ones, as four numbers that the compiler cannot tell to be the same: so it keeps them in the four
+    // registers that an mma wants, and does not fill those again for each.
+    const uint32_t none = uint32_t(a.tokens) >> 28;
+    const uint32_t ones[4] = {kOnes + none, kOnes + (none >> 1), kOnes + (none >> 2), kOnes + (none >> 3)};
+    uint32_t other = dev::keep(buffer_bytes);  // from the buffer in use to the other one
+    uint32_t to = 0;                           // the buffer that x was last fetched to
+    float total[R][NT][4] = {};
     // Where warps share x, all go through the loop equally often, because they meet in it.
-    const int end = ROW_BLOCKS > 1 ? (steps + SLICES - 1) / SLICES * SLICES : steps;
+    const int end = WIDTH > 1 ? (steps + SLICES - 1) / SLICES * SLICES : steps;
     for (int step = slice; step < end; step += SLICES) {
         dev::wait_for_copies();
-        if constexpr (ROW_BLOCKS > 1) {
+        if constexpr (WIDTH > 1) {
             dev::sync_block();
         } else {
             dev::sync_warp();
         }
         const int next = step + SLICES;
-        if (next < steps) x.fetch(buffer_bytes - buffer);
-        if (ROW_BLOCKS == 1 || step < steps) {
-            stats.decode(step);
-            stats.prefetch(next, next < steps);
-            dev::sync_warp();
-            multiply_step<Stats, BITS, NT>(total, words, stats, next, x_at);
+        to += other;
+        if (next < steps) x.fetch(to);
+        if (WIDTH == 1 || step < steps) {
+#pragma unroll
+            for (int r = 0; r < R; ++r) mine.each[r].stats.decode(step);
+            if (next < steps) {
+#pragma unroll
+                for (int r = 0; r < R; ++r) mine.each[r].stats.prefetch(next);
+            }
+            if constexpr (Stats::kInteger) {
+                multiply_integer_set<Stats, BITS, NT, R, 0>(total, mine.each, next, x_at, ones);
+                multiply_integer_set<Stats, BITS, NT, R, 1>(total, mine.each, next, x_at, ones);
+            } else {
+                dev::sync_warp();
+                multiply_step<Stats, BITS, NT>(total, mine.each, next, x_at);
+            }
         }
-        buffer = buffer_bytes - buffer;
-        const uint32_t other = 2 * buffer - buffer_bytes;
 #pragma unroll
         for (int i = 0; i < 4; ++i) x_at[i] += other;
+        other = 0 - other;
     }
     dev::sync_block();
-    finish_rows<NT, ROW_BLOCKS, SLICES>(a, total, reinterpret_cast<float*>(dev::shared_memory()), first_token);
+    finish_rows<NT, R, WIDTH, SLICES>(a, total, Stats::kFactor, reinterpret_cast<float*>(dev::shared_memory()), first_token);
 }
 
 }  // namespace hf_spqr

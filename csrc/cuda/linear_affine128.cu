@@ -4,10 +4,10 @@
 namespace hf_spqr {
 
 int linear_affine128(const LinearArgs& a, void* stream) {
-    if (a.weight.bits == 2) return launch_linear<StatsAffine128<2, false>, 2>(a, stream);
-    if (a.weight.bits == 3) return launch_linear<StatsAffine128<3, false>, 3>(a, stream);
-    if (a.weight.bits == 4) return launch_linear<StatsAffine128<4, false>, 4>(a, stream);
-    return launch_linear<StatsAffine128<8, false>, 8>(a, stream);
+    if (a.weight.bits == 2) return launch_linear<StatsAffine128<2>, 2>(a, stream);
+    if (a.weight.bits == 3) return launch_linear<StatsAffine128<3>, 3>(a, stream);
+    if (a.weight.bits == 4) return launch_linear<StatsAffine128<4>, 4>(a, stream);
+    return launch_linear<StatsAffine128<8>, 8>(a, stream);
 }
 
 }  // namespace hf_spqr

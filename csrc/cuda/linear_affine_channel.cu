@@ -4,10 +4,10 @@
 namespace hf_spqr {
 
 int linear_affine_channel(const LinearArgs& a, void* stream) {
-    if (a.weight.bits == 2) return launch_linear<StatsAffine128<2, true>, 2>(a, stream);
-    if (a.weight.bits == 3) return launch_linear<StatsAffine128<3, true>, 3>(a, stream);
-    if (a.weight.bits == 4) return launch_linear<StatsAffine128<4, true>, 4>(a, stream);
-    return launch_linear<StatsAffine128<8, true>, 8>(a, stream);
+    if (a.weight.bits == 2) return launch_linear<StatsAffineChannel<2>, 2>(a, stream);
+    if (a.weight.bits == 3) return launch_linear<StatsAffineChannel<3>, 3>(a, stream);
+    if (a.weight.bits == 4) return launch_linear<StatsAffineChannel<4>, 4>(a, stream);
+    return launch_linear<StatsAffineChannel<8>, 8>(a, stream);
 }
 
 }  // namespace hf_spqr

@@ -1,87 +1,119 @@
-// Statistics of affine layouts whose groups hold whole sets of 128 columns: groups of 128, or one per row.
-//
-// A set then has one scale and zero point per row, so the tensor cores multiply exact integers (q - z) * 2^-12 and the
-// scale comes in fp32 after each set: weights are not rounded at all. Every lane fetches the statistics of its own two
-// rows; nothing goes through shared memory.
+// Statistics of affine layouts whose groups hold whole sets of 128 columns: groups of 128, or one per row. Every lane
+// fetches those of its own two rows; nothing goes through shared memory.
 #pragma once
+#include "cuda/integer.cuh"
 #include "cuda/matrix.h"
-#include "cuda/step_scale.cuh"
 
 namespace hf_spqr {
 
-template <int BITS, bool PER_CHANNEL>
+template <int H>
+HF_DEVICE float half_of(uint32_t word) {
+    return H ? dev::high_float(word) : dev::low_float(word);
+}
+
+// One half of a word of scales.
+template <int H>
+HF_DEVICE float scale_of(uint32_t word, bool bf16) {
+    if (bf16) return dev::as_float(H ? word & 0xffff0000u : word << 16);
+    return half_of<H>(word);
+}
+
+template <int BITS>
 class StatsAffine128 {
   public:
     static constexpr bool kInteger = true;
-    static constexpr int kTileShift = PER_CHANNEL ? 30 : 7;
+    static constexpr int kTileShift = 7;
     static constexpr int kSharedWords = 0;
+    static constexpr float kFactor = IntegerFields<BITS>::kFactor;
+    static constexpr int kRowBlocks = BITS == 2 || BITS == 4 ? 2 : 1;  // of a warp: as many as the registers hold
 
     HF_DEVICE StatsAffine128(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t)
-        : m_(m), stream_(stream + 2 * (lane >> 2)) {}
+        : m_(m), stream_(dev::keep(stream + 2 * (lane >> 2))) {
+        const int here = m.panels.groups - 32 * m.panels.last_panel;
+        last_scale_words_ = (here + 1) / 2 * kRows;
+    }
 
-    // A step is two groups: the halves of one word of scales, and one pair of zero codes.
-    HF_DEVICE void prefetch(int step, bool exists) {
-        if constexpr (PER_CHANNEL) {
-            scales_ = dev::load_stream(reinterpret_cast<const uint2*>(stream_));
-        } else {
-            if (!exists) return;
-            const int panel = step >> 4, pair = step & 15;
-            const uint32_t* start = stream_ + panel * m_.panels.panel_words;
-            scales_ = dev::load_stream(reinterpret_cast<const uint2*>(start + pair * kRows));
-            if (m_.symmetric) return;
-            const int here = panel == m_.panels.last_panel ? m_.panels.groups - 32 * panel : 32;
-            const uint32_t* zeros = start + (here + 1) / 2 * kRows;
-            if constexpr (BITS == 3) {
+    HF_DEVICE void prefetch(int) {}
+
+    // A step is two groups: the halves of one word of scales, and one pair of zero codes. They are needed only after the
+    // first set is multiplied, long enough to fetch them now.
+    HF_DEVICE void decode(int step) {
+        const int panel = step >> 4;
+        pair_ = step & 15;
+        const int offset = panel * m_.panels.panel_words;
+        scales_ = dev::load_stream(reinterpret_cast<const uint2*>(stream_ + (offset + pair_ * kRows)));
+        const int scale_words = panel == m_.panels.last_panel ? last_scale_words_ : 16 * kRows;
+        const int vector = BITS == 3 ? 0 : pair_ / (16 / BITS);
+        const uint32_t* zeros = stream_ + (offset + scale_words + vector * kRows);
 #pragma unroll
-                for (int v = 0; v < 3; ++v) zeros_[v] = dev::load_stream(reinterpret_cast<const uint2*>(zeros + v * kRows));
-            } else {
-                zeros_[0] = dev::load_stream(reinterpret_cast<const uint2*>(zeros + pair / (16 / BITS) * kRows));
-            }
+        for (int v = 0; v < kZeroVectors; ++v) {
+            if (!m_.symmetric) zeros_[v] = dev::load_stream(reinterpret_cast<const uint2*>(zeros + v * kRows));
         }
     }
 
-    HF_DEVICE void decode(int step) {
-        row(scales_.x, 0, step & 15);
-        row(scales_.y, 1, step & 15);
+    // Of set 0, then of set 1.
+    template <int H>
+    HF_DEVICE SetScales set() {
+        if constexpr (H == 0) {
+            zero_[0] = zero_pair(0);
+            zero_[1] = zero_pair(1);
+        }
+        return {{scale_of<H>(scales_.x, m_.scale_bf16), scale_of<H>(scales_.y, m_.scale_bf16)},
+                {half_of<H>(zero_[0]), half_of<H>(zero_[1])}};
     }
-
-    template <int H, int>
-    HF_DEVICE void quarter(Quarter& q) {
-        q.shift[0] = H ? dev::high_twice(shift_[0]) : dev::low_twice(shift_[0]);
-        q.shift[1] = H ? dev::high_twice(shift_[1]) : dev::low_twice(shift_[1]);
-    }
-
-    // s * 2^12 of row 2g + r in set h.
-    HF_DEVICE float factor(int h, int r) const { return factor_[h][r]; }
 
   private:
-    HF_DEVICE void row(uint32_t scales, int r, int pair) {
-        uint32_t zero;
-        if constexpr (PER_CHANNEL) {
-            zero = (scales >> 16) * 0x00010001u;
-            scales = (scales & 0xffffu) * 0x00010001u;
-        } else {
-            zero = plain_pair(BITS, pair, [&](int v) {
-                const uint2 w = BITS == 3 ? (v == 0 ? zeros_[0] : v == 1 ? zeros_[BITS == 3] : zeros_[kZeroVectors - 1]) : zeros_[0];
+    // The zero points of both sets in one row, as fp16 subnormals in the place of a code.
+    HF_DEVICE uint32_t zero_pair(int r) const {
+        uint32_t zero = (1u << (BITS - 1)) * 0x00010001u;
+        if (!m_.symmetric) {
+            zero = plain_pair(BITS, pair_, [&](int v) {
+                uint2 w = zeros_[0];
+                if constexpr (BITS == 3) w = v == 0 ? zeros_[0] : v == 1 ? zeros_[1] : zeros_[2];
                 return r ? w.y : w.x;
             });
         }
-        if (m_.symmetric) zero = (1u << (BITS - 1)) * 0x00010001u;
-        // (1024 + z) * -2^-12 + 2^-2
-        shift_[r] = dev::hfma2(zero | 0x64006400u, half2_power(-12) | 0x80008000u, half2_power(-2));
-        const float low = m_.scale_bf16 ? dev::as_float(scales << 16) : dev::low_float(scales);
-        const float high = m_.scale_bf16 ? dev::as_float(scales & 0xffff0000u) : dev::high_float(scales);
-        factor_[0][r] = dev::mul(low, 4096.f);
-        factor_[1][r] = dev::mul(high, 4096.f);
+        return zero << IntegerFields<BITS>::kFirst;
     }
 
     static constexpr int kZeroVectors = BITS == 3 ? 3 : 1;
 
     const Matrix& m_;
     const uint32_t* stream_;
-    uint2 scales_{}, zeros_[kZeroVectors]{};
-    uint32_t shift_[2];
-    float factor_[2][2];
+    int last_scale_words_, pair_;
+    uint2 scales_, zeros_[kZeroVectors];
+    uint32_t zero_[2];
+};
+
+template <int BITS>
+class StatsAffineChannel {
+  public:
+    static constexpr bool kInteger = true;
+    static constexpr int kTileShift = 30;
+    static constexpr int kSharedWords = 0;
+    static constexpr float kFactor = IntegerFields<BITS>::kFactor;
+
+    static constexpr int kRowBlocks = BITS == 8 ? 1 : 2;
+
+    HF_DEVICE StatsAffineChannel(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t)
+        : m_(m), words_(dev::load_stream(reinterpret_cast<const uint2*>(stream) + (lane >> 2))) {}
+
+    HF_DEVICE void prefetch(int) {}
+    HF_DEVICE void decode(int) {}
+
+    template <int H>
+    HF_DEVICE SetScales set() const {
+        return {{scale_of<0>(words_.x, m_.scale_bf16), scale_of<0>(words_.y, m_.scale_bf16)},
+                {zero(words_.x), zero(words_.y)}};
+    }
+
+  private:
+    HF_DEVICE float zero(uint32_t word) const {
+        return dev::low_float((m_.symmetric ? 1u << (BITS - 1) : word >> 16) << IntegerFields<BITS>::kFirst);
+    }
+
+    const Matrix& m_;
+    uint2 words_;
 };
 
 }  // namespace hf_spqr

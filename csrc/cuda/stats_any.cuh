@@ -78,13 +78,15 @@ template <Format FORMAT, int BITS>
 class StatsAny {
   public:
     static constexpr bool kInteger = false;
+    static constexpr float kFactor = 1.f;  // of the sums, made up for at the end
+    static constexpr int kRowBlocks = 1;    // of a warp
     static constexpr int kTileShift = -1;  // as the matrix says
     static constexpr int kSharedWords = 32 * 24;
 
     HF_DEVICE StatsAny(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t shared)
         : m_(m), reader_(m, stream), lane_(lane), shared_(shared) {}
 
-    HF_DEVICE void prefetch(int, bool) {}
+    HF_DEVICE void prefetch(int) {}
 
     HF_DEVICE void decode(int step) {
         const int shift = m_.panels.group_shift, first = step * kStepColumns >> shift;
@@ -113,7 +115,7 @@ class StatsAny {
         fill<BITS>(q, dev::load_shared2<0>(shared_ + (group * 24 + 2 * g) * 4));
     }
 
-    HF_DEVICE float factor(int, int) const { return factor_; }
+    HF_DEVICE float factor() const { return factor_; }
 
   private:
     static constexpr int kPlace = kSubtractFirst<BITS> ? 12 : 24 - Fields<BITS>::kLow;

@@ -16,6 +16,8 @@ template <int BITS>
 class StatsSpqr16 {
   public:
     static constexpr bool kInteger = false;
+    static constexpr float kFactor = 1.f;  // of the sums, made up for at the end
+    static constexpr int kRowBlocks = 1;    // of a warp
     static constexpr int kTileShift = 3;  // log2 of the tiles of a panel
     static constexpr int kTileWords = 40;  // 16 rows x 2, and room so that four tiles do not meet in a bank
     static constexpr int kSharedWords = 9 * kTileWords + 2 * 36;
@@ -42,12 +44,10 @@ class StatsSpqr16 {
         bias_ = dev::keep(0x64006400u);  // fp16 1024, as both halves
     }
 
-    // The slice's next panel. Where there is none, the old codes stay, and lose their second level.
-    HF_DEVICE void prefetch(int, bool exists) {
-        if (exists) {
+    // The slice's next panel.
+    HF_DEVICE void prefetch(int) {
 #pragma unroll
-            for (int v = 0; v < 3; ++v) codes_[v] = dev::load_stream(codes_at_ + v * kRows);
-        }
+        for (int v = 0; v < 3; ++v) codes_[v] = dev::load_stream(codes_at_ + v * kRows);
         second_ = make_uint2(0, 0);
         if (left_ > 0) second_ = dev::load_stream(reinterpret_cast<const uint2*>(second_at_));
         codes_at_ = dev::keep(codes_at_ + step_words_);
@@ -82,7 +82,7 @@ class StatsSpqr16 {
         q.shift[1] = pick<I>(words_.w);
     }
 
-    HF_DEVICE float factor(int, int) const { return factor_; }
+    HF_DEVICE float factor() const { return factor_; }
 
   private:
     static constexpr int kZero = Fields<BITS>::kLow - 8;

@@ -40,15 +40,15 @@ HF_CONSTANT int place_of(int pair) {
     return shift_of<BITS>(pair) % (2 * BITS) == 0 ? Fields<BITS>::kLow : Fields<BITS>::kHigh;
 }
 
-// Column pair PAIR of one row of a tile, each code at bit place_of(PAIR) of its half.
-template <int BITS, int PAIR>
+// Column pair PAIR of one row of a tile, each code at bit PLACE of its half.
+template <int BITS, int PAIR, int PLACE>
 HF_DEVICE uint32_t field(const uint32_t (&w)[BITS]) {
-    constexpr int place = place_of<BITS>(PAIR);
+    constexpr uint32_t one = 0x00010001u << PLACE;
     if constexpr (BITS == 3 && PAIR == 15) {
-        return (w[0] >> 12 & 0x00080008u) | (w[1] >> 11 & 0x00100010u) | (w[2] >> 10 & 0x00200020u);
+        return (w[0] >> (15 - PLACE) & one) | (w[1] >> (14 - PLACE) & 2 * one) | (w[2] >> (13 - PLACE) & 4 * one);
     } else {
-        constexpr int right = shift_of<BITS>(PAIR) - place;
-        constexpr uint32_t mask = (Fields<BITS>::kMask << place) * 0x00010001u;
+        constexpr int right = shift_of<BITS>(PAIR) - PLACE;
+        constexpr uint32_t mask = Fields<BITS>::kMask * one;
         const uint32_t word = w[vector_of<BITS>(PAIR)];
         if constexpr (right >= 0) {
             return word >> right & mask;

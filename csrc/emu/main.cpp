@@ -14,7 +14,7 @@
 namespace hf_spqr {
 namespace {
 
-enum class Job : int64_t { linear = 0, dequantize = 1 };
+enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2 };
 
 struct Header {
     int64_t job, format, bits, group, rows, columns, stat_bits, groups_per_second, symmetric, scale_bf16, tokens, dtype,
@@ -67,8 +67,23 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     expect(hf_spqr_cuda_linear(&a, nullptr) == 0, "linear failed");
 }
 
+void write_result(const Bytes& result, FILE* out) {
+    fwrite(&result.size, sizeof result.size, 1, out);
+    fwrite(result.data, 1, size_t(result.size), out);
+}
+
+// rows, tokens, first_row, part_rows, dtype; wide = the product's dtype.
+void run_finish(const Header& h, FILE* in, FILE* out) {
+    const auto product = read_tensor(in), scale = read_tensor(in), bias = read_tensor(in), y = read_tensor(in);
+    const FinishArgs a{product->data,       DType(h.wide), int(h.part_rows), int(h.first_row), int(h.rows), int(h.tokens),
+                       scale->as<float>(), bias->data,    y->data,          DType(h.dtype)};
+    expect(hf_spqr_cuda_finish(&a, nullptr) == 0, "finish failed");
+    write_result(*y, out);
+}
+
 void run_case(const Header& h, FILE* in, FILE* out) {
     emu::seed() = unsigned(h.seed);
+    if (Job(h.job) == Job::finish) return run_finish(h, in, out);
     const DType dtype = DType(h.dtype);
     const int64_t element = dtype == DType::f32 ? 4 : 2;
     const Job job = Job(h.job);
@@ -99,8 +114,7 @@ void run_case(const Header& h, FILE* in, FILE* out) {
         const DequantizeArgs a{m, perm->as<int32_t>(), int(h.first_row), int(h.part_rows), result.data, h.columns, dtype};
         expect(hf_spqr_cuda_dequantize(&a, nullptr) == 0, "dequantize failed");
     }
-    fwrite(&result.size, sizeof result.size, 1, out);
-    fwrite(result.data, 1, size_t(result.size), out);
+    write_result(result, out);
 }
 
 }  // namespace

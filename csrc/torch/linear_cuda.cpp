@@ -13,7 +13,7 @@ namespace {
 namespace stable = torch::stable;
 
 constexpr int64_t kScratchBytes = 64 << 20;  // of dequantized weights
-constexpr int64_t kMostTokens = int64_t(1) << 30;
+constexpr int64_t kMostTokens = int64_t(1) << 28;
 
 void* current_stream(int device) {
     void* stream = nullptr;

@@ -51,4 +51,4 @@ def cubin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tupl
 @pytest.fixture(scope="session")
 def disassembler() -> None:
     if sass.cuobjdump() is None:
-        pytest.skip("no cuobjdump and nvdisasm; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        pytest.skip("no cuobjdump and nvdisasm; pip install -e .[sass]")

@@ -101,12 +101,39 @@ class Case:
         return header + b"".join(_bytes(tensor) for tensor in tensors)
 
 
+@dataclass
+class Finish:
+    """Scale, bias and dtype of a dense product of rows [first_row, + product.shape[1]), written into ``y``."""
+
+    product: Tensor
+    token_scale: Tensor | None
+    bias: Tensor | None
+    y: Tensor
+    first_row: int = 0
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return self.y.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.y.shape
+
+    def encode(self) -> bytes:
+        (tokens, rows), part = self.y.shape, self.product.shape[1]
+        header = struct.pack(
+            "16q", 2, 0, 0, 0, rows, 0, 0, 0, 0, 0, tokens, DTYPES[self.y.dtype], self.first_row, part,
+            DTYPES[self.product.dtype], 1,
+        )  # fmt: skip
+        return header + b"".join(_bytes(tensor) for tensor in (self.product, self.token_scale, self.bias, self.y))
+
+
 def _bytes(tensor: Tensor | None) -> bytes:
     raw = b"" if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return struct.pack("q", len(raw)) + raw
 
 
-def run(program: Path, cases: Sequence[Case], folder: Path) -> list[Tensor]:
+def run(program: Path, cases: Sequence[Case | Finish], folder: Path) -> list[Tensor]:
     """The results; raises with the sanitizer's report if a kernel misbehaves."""
     (folder / "in").write_bytes(b"".join(case.encode() for case in cases))
     environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}

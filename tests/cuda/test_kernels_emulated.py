@@ -13,7 +13,7 @@ from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 from hf_spqr.ops import reference
-from tests.cuda.emulator import Case
+from tests.cuda.emulator import Case, Finish
 from tests.weights import random_affine, random_spqr
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -201,6 +201,16 @@ def test_dequantize_is_exact(run_emulated: Callable) -> None:
     for case, y in zip(cases, run_emulated(cases), strict=True):
         want = case.weight.dequantize(case.dtype)[case.first_row : case.first_row + case.rows]
         assert torch.equal(y, want), case.weight.layout
+
+
+def test_finish(run_emulated: Callable) -> None:
+    """After a dense product: scale, bias and dtype, for some of the rows."""
+    product, scale, bias = torch.randn(3, 300).half(), torch.tensor([0.5, 2.0, 1e-3]), torch.randn(700)
+    for dtype in (F32, BF16, F16):
+        y = torch.zeros(3, 700, dtype=dtype)
+        (got,) = run_emulated([Finish(product, scale, bias.to(dtype), y, first_row=320)])
+        want = (product.float() * scale[:, None] + bias.to(dtype).float()[320:620]).to(dtype)
+        assert torch.equal(got[:, 320:620], want) and not got[:, :320].any() and not got[:, 620:].any()
 
 
 @pytest.mark.slow
