@@ -78,7 +78,7 @@ def main() -> None:
     samples = ["--nsamples", str(args.nsamples), "--seqlen", "512"]
     run("hf-spqr", "quantize", base, out, "-d", relative(CALIBRATION), "--bits", "3", *samples, "--overwrite")
     run("hf-spqr", "inspect", out)
-    run("python", relative(EXAMPLES / "load_and_generate.py"), out)
+    run("python", relative(EXAMPLES / "load_and_generate.py"), out, "--sample")
     held_out = ["-d", relative(HELD_OUT), "--limit", str(args.limit)]
     result = json.loads(run("hf-spqr", "eval", out, "--base", base, *held_out, "--json", capture=True))
 

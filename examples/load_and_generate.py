@@ -1,6 +1,6 @@
 """Load a model with plain Transformers and write text. Nothing here names hf_spqr: installing it is enough.
 
-python examples/load_and_generate.py out/demo --prompt "def read_file(path):"
+python examples/load_and_generate.py out/demo --prompt 'import os'
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PROMPT = "def read_file(path):\n"
+PROMPT = 'def read_file(path):\n    """'
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--tokens", type=int, default=80, help="how many tokens to write")
     parser.add_argument(
-        "--sample", action="store_true", help="draw tokens at temperature 0.7 instead of the likeliest"
+        "--sample", action="store_true", help="draw tokens at temperature 0.6 instead of the likeliest"
     )
     args = parser.parse_args()
 
@@ -27,7 +27,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     torch.manual_seed(0)
     inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
-    kind = {"do_sample": True, "temperature": 0.7} if args.sample else {"do_sample": False}
+    kind = {"do_sample": True, "temperature": 0.6} if args.sample else {"do_sample": False}
     tokens = model.generate(**inputs, max_new_tokens=args.tokens, pad_token_id=tokenizer.eos_token_id, **kind)
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 

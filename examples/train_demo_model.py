@@ -4,7 +4,7 @@ Everything the model sees is already on the machine: the ``.py`` files of the ru
 (code, comments and docstrings, Python Software Foundation License).  The file list, the cut into documents, the split
 and the seed are fixed, so that the same Python version gives the same data.
 
-    python examples/train_demo_model.py                 # about 40 minutes on one core
+    python examples/train_demo_model.py                 # about half an hour of CPU time on one core
     python examples/train_demo_model.py --steps 50 --files 40 --out /tmp/try
 
 Writes ``examples/demo-model/`` (a normal Transformers folder), ``examples/demo-heldout.jsonl`` (documents of files
