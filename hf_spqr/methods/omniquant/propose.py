@@ -66,8 +66,8 @@ def find_pairs(
     """Verified pairs of ``block``, and the names of proposals that did not verify.
 
     hidden ``[B, T, H]`` and kwargs are one recorded call of the block (a dozen tokens are enough); the block is run in
-    float64 some 10 to 60 times and is left as it was. A block that cannot run in float64 (experts on a grouped matmul
-    kernel, say) has no verifiable pair: the list is empty and the second one tells the reason.
+    float64 some 10 to 60 times and is left as it was. A block that cannot run in float64 has no verifiable pair: the
+    list is empty and the second one tells the reason.
     """
     try:
         probe = Probe(block, hidden, kwargs, seed)

@@ -87,6 +87,18 @@ class BlockRunner:
             raise UnsupportedLayerError(f"{type(self.block).__name__} returned no tensor")
         return out.float()
 
+    @torch.no_grad()
+    def batches(self, hidden: Tensor) -> bool:
+        """Whether the first samples ``hidden [B, T, H]`` can be run together (not where an argument folds the batch into
+        the heads, as Bloom's position bias does)."""
+        samples = list(range(len(hidden)))
+        alone = torch.cat([self(hidden[i : i + 1], [i]) for i in samples])
+        try:
+            together = self(hidden, samples)
+        except (RuntimeError, CalibrationError):
+            return False
+        return together.shape == alone.shape and torch.allclose(together, alone, rtol=1e-2, atol=1e-2)
+
     def observe(self, names: Sequence[str], see: Callable[[str, Tensor], None]) -> ExitStack:
         """A context in which ``see(name, input)`` is told every input of the named modules."""
         stack = ExitStack()

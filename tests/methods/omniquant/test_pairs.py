@@ -56,7 +56,6 @@ def block_of(kind: str) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**EXPECTED[kind][0])
-    config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
     blocks = find_blocks(model)
     recording = record(model, blocks, [torch.randint(5, 90, (2, 12))])
