@@ -127,7 +127,7 @@ def to_compressed_tensors(model: nn.Module, layers: Layers) -> Written:
         group["targets"].append(name)
     if len(groups) == 1:
         next(iter(groups.values()))["targets"] = ["Linear"]
-    config = {
+    config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
@@ -136,6 +136,10 @@ def to_compressed_tensors(model: nn.Module, layers: Layers) -> Written:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+    if any("weight_packed" in parts and "weight_zero_point" in parts for parts in tensors.values()):
+        # Transformers with compressed-tensors 0.20 reads packed zero points only on the way to dense weights; on the
+        # other way, which makes them dense at the first forward pass, it stops with a shape mismatch.
+        config["dequantize"] = True
     return tensors, config
 
 
