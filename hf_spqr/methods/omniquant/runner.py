@@ -89,8 +89,10 @@ class BlockRunner:
 
     @torch.no_grad()
     def batches(self, hidden: Tensor) -> bool:
-        """Whether the first samples ``hidden [B, T, H]`` can be run together (not where an argument folds the batch into
-        the heads, as Bloom's position bias does)."""
+        """Whether the first samples ``hidden [B, T, H]`` can be run together.
+
+        They cannot where an argument folds the batch into the heads, as Bloom's position bias does.
+        """
         samples = list(range(len(hidden)))
         alone = torch.cat([self(hidden[i : i + 1], [i]) for i in samples])
         try:

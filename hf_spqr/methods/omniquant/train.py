@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,13 +36,12 @@ class Student(nn.Module):
         pairs: Sequence[EquivalencePair],
         params: OmniQuantParams,
         device: torch.device,
-        layers: Mapping[str, OmniQuantParams],
     ) -> None:
         super().__init__()
         self.names = list(linears)
         self._turned = {name for name, module in linears.items() if not isinstance(module, nn.Linear)}
         self.transforms = Transforms(pairs, device, params.let_log, shift=params.act_bits is not None)
-        made = [make_quantizer(self.matrix(name, tensors), layers.get(name, params)) for name in self.names]
+        made = [make_quantizer(self.matrix(name, tensors), params) for name in self.names]
         self.quantizers = nn.ModuleList(made)
         self.params, self._layer = params, dict(zip(self.names, made, strict=True))
         moving = {site.param for pair in pairs for site in pair.scales}
@@ -100,7 +100,6 @@ def quantize_block(
     *,
     probe: tuple[Tensor, Kwargs] | None = None,
     pairs: Sequence[EquivalencePair] | None = None,
-    layers: Mapping[str, OmniQuantParams] | None = None,
     progress: Progress | None = None,
 ) -> BlockResult:
     """Quantize ``linears`` (by their names inside ``block``) to the packed affine format (paper, algorithm 1).
@@ -125,7 +124,7 @@ def quantize_block(
             f"expected two streams [samples, tokens, hidden] of one shape, got {tuple(inputs_fp.shape)}"
             f" and {tuple(inputs_q.shape)}"
         )
-    return _Job(block, inputs_fp, inputs_q, kwargs, params, linears, layers or {}).run(probe, pairs, progress)
+    return _Job(block, inputs_fp, inputs_q, kwargs, params, linears).run(probe, pairs, progress)
 
 
 class _Job:
@@ -139,9 +138,8 @@ class _Job:
         kwargs: Kwargs | Sequence[Kwargs],
         params: OmniQuantParams,
         linears: Mapping[str, nn.Module],
-        layers: Mapping[str, OmniQuantParams],
     ) -> None:
-        self.block, self.params, self.linears, self.layers = block, params, linears, layers
+        self.block, self.params, self.linears = block, params, linears
         self.inputs_fp, self.inputs_q, self.kwargs = inputs_fp, inputs_q, kwargs
         self.runner = BlockRunner(block, kwargs, list(linears), params.autocast)
         self.generator = torch.Generator().manual_seed(params.seed)
@@ -171,8 +169,9 @@ class _Job:
             raise NonFiniteError("the block's full-precision output has NaN or infinity: check checkpoint and dtype")
         self.target_same = self._stream(self.inputs_q) if params.aug_loss else None
 
-        nearest = self._judge(self._student([]))
-        student = self._student(pairs)
+        plain = replace(params, rounding=False, lwc=False)
+        nearest = self._judge(Student(self.linears, runner.tensors, [], plain, runner.device))
+        student = Student(self.linears, runner.tensors, pairs, params, runner.device)
         if pairs:
             self._start(student, statistics)
         initial = self._judge(student)
@@ -193,10 +192,6 @@ class _Job:
             weights, folded, [pair.name for pair in pairs], rejected, nearest, loss_initial, loss_final, kept_initial,
             skipped, self.outputs_fp, outputs_q, losses,
         )  # fmt: skip
-
-    def _student(self, pairs: Sequence[EquivalencePair]) -> Student:
-        runner = self.runner
-        return Student(self.linears, runner.tensors, pairs, self.params, runner.device, self.layers)
 
     def _call(self, hidden: Tensor, samples: Sequence[int], tensors: Mapping[str, Tensor]) -> Tensor:
         params = self.params
