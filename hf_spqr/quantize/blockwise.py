@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from hf_spqr.errors import CalibrationError
 from hf_spqr.methods import gptq
 from hf_spqr.methods.base import AffineParams, LayerResult
 from hf_spqr.methods.omniquant import BlockResult, quantize_block
+from hf_spqr.methods.omniquant.runner import BlockRunner
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear, dense
 from hf_spqr.quantize.run import Run, named
 from hf_spqr.quantize.targets import Target
@@ -88,14 +89,16 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         self, block: Block, mine: dict[str, Target], full: Tensor, quantized: Tensor, calls: list[dict[str, Any]]
     ) -> BlockResult:
         linears = {name: target.linear for name, target in mine.items()}
+        params = self.config.params()
+        if params.batch_size > 1 and not BlockRunner(block.module, calls[:2], []).batches(full[:2]):
+            params = replace(params, batch_size=1)
+            self.report.notes.append(f"{block.name}: its samples cannot be run together, batch_size is 1.")
 
         def progress(step: int, steps: int, loss: float) -> None:
             self.show(f"{block.name} step {step}/{steps} loss {loss:.3g}")
 
         with named(block.name):
-            return quantize_block(
-                block.module, full, quantized, calls, self.config.params(), linears, progress=progress
-            )
+            return quantize_block(block.module, full, quantized, calls, params, linears, progress=progress)
 
     @torch.no_grad()
     def _store(self, block: Block, mine: dict[str, Target], result: BlockResult, seconds: float) -> None:
