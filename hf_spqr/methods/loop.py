@@ -33,20 +33,24 @@ class State(Generic[GridT]):
     """A layer quantized in processing order, transposed: [K, N].
 
     codes uint8; dense: what the codes stand for; value: what the layer shall have where `outlier` (bool) is set;
-    grids of the units of the plan, in its order.
+    loss [N]: (Q - W)^T H (Q - W) of each row with the damped H; grids of the units of the plan, in its order.
     """
 
     codes: Tensor
     dense: Tensor
     value: Tensor
     outlier: Tensor
+    loss: Tensor
     grids: list[GridT]
+
+    def quantized(self) -> Tensor:
+        """What the layer shall have everywhere."""
+        return torch.where(self.outlier, self.value, self.dense)
 
     def first(self, rows: int) -> State[GridT]:
         """The state without the rows that were added as padding (the grids keep theirs)."""
-        return State(
-            self.codes[:, :rows], self.dense[:, :rows], self.value[:, :rows], self.outlier[:, :rows], self.grids
-        )
+        kept = [tensor[:, :rows] for tensor in (self.codes, self.dense, self.value, self.outlier)]
+        return State(kept[0], kept[1], kept[2], kept[3], self.loss[:rows], self.grids)
 
 
 def propagate(
@@ -84,7 +88,8 @@ def propagate(
         rest = slice(block_stop, None)
         work[rest].addmm_(upper[block_start:block_stop, rest].T, errors[block_start:block_stop], alpha=-1)
     outlier = (errors == 0) & (work != dense)
-    return State(codes, dense, work, outlier, grids)
+    # W - Q = sum_j e_j U[j], with U^T U = H^-1: the squares of the scaled errors are the loss.
+    return State(codes, dense, work, outlier, errors.square().sum(0), grids)
 
 
 def safe(scale: Tensor) -> Tensor:

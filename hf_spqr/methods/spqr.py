@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
 from hf_spqr.methods import spqr_fit, spqr_reference
 from hf_spqr.methods.base import LayerResult, SpQRParams, check_inputs, energy_ratio, output_energy, relative_error
-from hf_spqr.methods.descent import descend, refit_outliers
+from hf_spqr.methods.descent import descend
 from hf_spqr.methods.loop import State, propagate
 from hf_spqr.methods.order import Plan, activation_order, plan_by_energy, plan_in_place
 from hf_spqr.methods.solve import damped, inverse_factor
@@ -61,10 +61,11 @@ def quantize(weight: Tensor, hessian: Tensor, params: SpQRParams) -> LayerResult
         error = relative_error(weight, packed.dequantize(), hessian)
     else:
         original = original[:, :rows]
-        added = factor.percdamp * float(ordered.diagonal().mean())
-        descend(state, original, damped(ordered, factor.percdamp), plan, params.bits)
-        spent = refit_outliers(state, original, ordered, added)
+        target = damped(ordered, factor.percdamp)
+        descend(state, original, target, plan, params.bits)
         packed = assemble(state, layout, plan, perm)
+        added = (target.diagonal() - ordered.diagonal())[:, None]
+        spent = float(state.loss.sum() - (added * (state.quantized() - original).square()).sum())
         error = energy_ratio(spent, output_energy(weight, hessian))
     return LayerResult(packed, error, factor.percdamp, factor.raised, packed.outlier_col.numel())
 

@@ -58,7 +58,7 @@ def real_grid(weight: Tensor, cost: Tensor, top: int, threshold: float) -> tuple
     scale = torch.where(flat, high.abs() / top, scale).clamp_min(1e-9)
     zero = -torch.where(flat, low.clamp_max(0), low) / scale
     loss = _loss(weight, cost, scale, zero, top, threshold)
-    best = loss.min(0, keepdim=True).indices
+    best = _place_of_least(loss)
     scale, zero = scale.gather(0, best)[0], zero.gather(0, best)[0]
 
     kept, code = _kept(weight, cost, scale, zero, top, threshold)
@@ -69,7 +69,7 @@ def real_grid(weight: Tensor, cost: Tensor, top: int, threshold: float) -> tuple
     slope = (kept * code * (weight - mean)).sum(0) / spread.clamp_min(1e-30)
     slope = torch.where((spread > 1e-6 * total) & (slope > 1e-9), slope, scale)
     refitted = torch.stack([scale, slope]), torch.stack([zero, mean_code - mean / slope])
-    better = _loss(weight, cost, *refitted, top, threshold).min(0, keepdim=True).indices
+    better = _place_of_least(_loss(weight, cost, *refitted, top, threshold))
     return refitted[0].gather(0, better)[0], refitted[1].gather(0, better)[0]
 
 
@@ -79,23 +79,26 @@ def _choose_codes(
     """Replace the codes of group `index` by the pair of least loss among 8 neighbouring scale codes (all, at 3 bit),
     and for each of them four zero codes about the one that keeps the centre of the grid where it is."""
     top, zero_top = 2**params.bits - 1, 2**params.zero_bits - 1
-    scale_step, scale_offset = _rows(scales.step), _rows(scales.offset)
     zero_step, zero_offset = _rows(zeros.step), _rows(zeros.offset)
     centre = scales.value[index] * (top / 2 - zeros.value[index])
-    around = torch.arange(-2, 2, dtype=weight.dtype, device=weight.device)[:, None]
-    best_loss, best_scale, best_zero = torch.full_like(centre, torch.inf), scales.codes[index], zeros.codes[index]
-    for scale_code in _window(scales.codes[index], params.scale_bits):
-        scale = scale_step * (scale_code - scale_offset)
-        wanted = (top / 2 - centre / safe(scale)) / zero_step + zero_offset
-        zero_codes = wanted.round_().clamp_(2, zero_top - 1) + around
-        loss = _loss(weight, cost, scale[None], zero_step * (zero_codes - zero_offset), top, threshold)
-        for zero_code, its_loss in zip(zero_codes, loss, strict=True):
-            better = its_loss < best_loss
-            best_loss = torch.minimum(best_loss, its_loss)
-            best_scale = torch.where(better, scale_code, best_scale)
-            best_zero = torch.where(better, zero_code, best_zero)
-    scales.replace(index, best_scale)
-    zeros.replace(index, best_zero)
+    scale_codes = _window(scales.codes[index], params.scale_bits)
+    scale = _rows(scales.step) * (scale_codes - _rows(scales.offset))
+    wanted = (top / 2 - centre / safe(scale)) / zero_step + zero_offset
+    around = torch.arange(-2, 2, dtype=weight.dtype, device=weight.device)[:, None, None]
+    zero_codes = wanted.round_().clamp_(2, zero_top - 1) + around
+    zero = zero_step * (zero_codes - zero_offset)
+    loss = torch.empty_like(zero)
+    for place in range(scale.shape[0]):
+        loss[:, place] = _loss(weight, cost, scale[place][None], zero[:, place], top, threshold)
+    best = _place_of_least(loss.flatten(0, 1))
+    scales.replace(index, scale_codes.gather(0, best % scale.shape[0])[0])
+    zeros.replace(index, zero_codes.flatten(0, 1).gather(0, best)[0])
+
+
+def _place_of_least(loss: Tensor) -> Tensor:
+    """argmin over dim 0 of [c, N], as [1, N] (faster than torch's own, which does not vectorise over N)."""
+    places = torch.arange(loss.shape[0], device=loss.device)[:, None]
+    return torch.where(loss == loss.amin(0), places, 0).amax(0, keepdim=True)
 
 
 def _loss(weight: Tensor, cost: Tensor, scale: Tensor, zero: Tensor, top: int, threshold: float) -> Tensor:

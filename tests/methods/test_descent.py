@@ -1,4 +1,4 @@
-"""Coordinate descent never raises the loss; the refit of outliers is torch's least squares."""
+"""Coordinate descent never raises the loss, and brings the outliers to their least-squares optimum."""
 
 from itertools import pairwise
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_spqr.methods.base import SpQRParams
-from hf_spqr.methods.descent import descend, refit_outliers
+from hf_spqr.methods.descent import descend
 from hf_spqr.methods.loop import propagate
 from hf_spqr.methods.order import plan_in_place
 from hf_spqr.methods.solve import damped, inverse_factor
@@ -51,25 +51,27 @@ def test_descent_lowers_the_loss(tau, shape):
         torch.testing.assert_close(state.dense, scale * (state.codes.float() - zero))
 
 
-def test_refit_is_least_squares():
-    state, original, hessian, _ = quantized()
-    added = DAMPING * float(hessian.diagonal().mean())
-    target = hessian.double() + added * torch.eye(hessian.shape[0])
-    root = torch.linalg.cholesky(target).T
-    before = energy(state, original, damped(hessian, DAMPING))
-    spent = refit_outliers(state, original, hessian, added)
-    assert energy(state, original, damped(hessian, DAMPING)) < before
-    assert spent == pytest.approx(energy(state, original, hessian), rel=1e-3)
+@pytest.mark.parametrize("tau", [0.05, float("inf")])
+def test_the_loss_is_kept(tau):
+    state, original, hessian, plan = quantized(tau=tau)
+    target = damped(hessian, DAMPING)
+    for _ in range(2):
+        assert float(state.loss.sum()) == pytest.approx(energy(state, original, target), rel=1e-4)
+        descend(state, original, target, plan, 3)
+    assert state.outlier.any() == (tau < 1)
+
+
+def test_outliers_end_near_their_least_squares_optimum():
+    """A few passes solve the least-squares problem of the outliers, so that no separate refit is needed."""
+    state, original, hessian, plan = quantized()
+    target = damped(hessian, DAMPING)
+    for _ in range(5):
+        descend(state, original, target, plan, 3)
+    root = torch.linalg.cholesky(target.double()).T
     counts = state.outlier.sum(0)
-    assert counts.min() != counts.max()
+    assert counts.max() > 3
     for row in range(original.shape[1]):
         at = state.outlier[:, row]
         fixed = torch.where(at, -original[:, row], state.dense[:, row] - original[:, row]).double()
         best = torch.linalg.lstsq(root[:, at], -(root @ fixed)[:, None]).solution[:, 0]
-        torch.testing.assert_close(state.value[at, row].double(), best, rtol=1e-3, atol=1e-5)
-
-
-def test_refit_without_outliers_only_measures():
-    state, original, hessian, _ = quantized(tau=float("inf"))
-    assert not state.outlier.any()
-    assert refit_outliers(state, original, hessian, 0.0) == pytest.approx(energy(state, original, hessian), rel=1e-4)
+        torch.testing.assert_close(state.value[at, row].double(), best, rtol=2e-2, atol=1e-3)
