@@ -14,11 +14,13 @@ Environment switches, read nowhere else:
 
 import os
 import platform
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "_build_backend"))
@@ -107,7 +109,12 @@ class BuildKernels(BuildExtension):
 
     def compile_cuda(self, source: Path, jobs: int) -> str:
         threads = max(1, jobs // len(CUDA_SOURCES))
-        return nvcc.compile_cuda(nvcc.cuda_home(), source, ROOT / "csrc", Path(self.build_temp) / "cuda", threads)
+        try:
+            return nvcc.compile_cuda(nvcc.cuda_home(), source, ROOT / "csrc", Path(self.build_temp) / "cuda", threads)
+        except subprocess.CalledProcessError as error:
+            say(f"the CUDA kernels could not be compiled ({error}); on a GPU everything works through the PyTorch "
+                "reference, slowly")  # fmt: skip
+            raise CompileError(str(error)) from error  # loses this extension only, unless it was asked for
 
 
 def say(text: str) -> None:
@@ -153,6 +160,7 @@ def cuda_extension() -> list[Extension]:
         extra_link_args=nvcc.LINK_FLAGS, py_limited_api=True,
     )  # fmt: skip
     ext.cuda_sources = CUDA_SOURCES
+    ext.optional = not (switch("HF_SPQR_CUDA") or switch("HF_SPQR_FORCE_EXT"))
     return [ext]
 
 

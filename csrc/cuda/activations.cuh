@@ -8,8 +8,8 @@ namespace hf_spqr {
 constexpr int kPrepareThreads = 256;
 constexpr int kFinishThreads = 256;
 
-// One block per token. fp16 is only reordered and padded; bf16 and fp32 are scaled by a power of two so that the largest
-// |x| lands in [16, 32): nothing overflows, and what is 2^19 times smaller still has all its bits.
+// One block per token. fp16 is only reordered and padded; bf16 and fp32 are scaled by a power of two so that the
+// largest |x| lands in [16, 32): nothing overflows, and what is 2^19 times smaller still has all its bits.
 static HF_KERNEL(kPrepareThreads, 1) prepare_kernel(const PrepareArgs a) {
     uint32_t* warp_max = reinterpret_cast<uint32_t*>(dev::shared_memory());
     const int64_t token = dev::block_x(), from = token * a.columns, to = token * a.x_stride;

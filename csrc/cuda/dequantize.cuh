@@ -1,7 +1,8 @@
-// Dense weights, equal to the PyTorch reference to the last bit: every step is one fp32 operation, rounded, in its order.
+// Dense weights, equal to the PyTorch reference to the last bit: every step is one fp32 operation, rounded, in its
+// order.
 //
-// A block takes 16 rows x 16 tiles. A thread decodes one row of one tile into shared memory; then rows are written out in
-// long stretches. A second kernel writes the places of outliers again, dense value and outlier together.
+// A block takes 16 rows x 16 tiles. A thread decodes one row of one tile into shared memory; then rows are written out
+// in long stretches. A second kernel writes the places of outliers again, dense value and outlier together.
 #pragma once
 #include <utility>
 #include "cuda/kernels.h"
@@ -64,7 +65,8 @@ HF_DEVICE int tile_offset(const Matrix& m, int tile) {
 }
 
 // Row `row` of the block's part of the matrix, columns [first, first + count), from shared memory.
-HF_DEVICE void copy_row(const DequantizeArgs& a, const unsigned char* from, int64_t row, int first, int count, int lane) {
+HF_DEVICE void copy_row(const DequantizeArgs& a, const unsigned char* from, int64_t row, int first, int count,
+                        int lane) {
     const int element = a.dtype == DType::f32 ? 4 : 2;
     unsigned char* to = static_cast<unsigned char*>(a.out) + row * a.out_stride * element;
     if (a.perm == nullptr && a.out_stride * element % 16 == 0) {  // out itself is aligned: torch allocates so
@@ -86,10 +88,12 @@ HF_DEVICE void copy_row(const DequantizeArgs& a, const unsigned char* from, int6
 
 // Grid: x = row blocks from a.first_row on, y = stretches of 16 tiles.
 template <Format FORMAT, int BITS>
-HF_KERNEL(256, 2) dequantize_kernel(const DequantizeArgs a) {
+HF_KERNEL(256, 2)
+dequantize_kernel(const DequantizeArgs a) {
     const Matrix& m = a.weight;
     unsigned char* shared = dev::shared_memory();
-    const int row = dev::thread() & 15, in_block = dev::thread() >> 4, tile = int(dev::block_y()) * kDequantizeTiles + in_block;
+    const int row = dev::thread() & 15, in_block = dev::thread() >> 4,
+              tile = int(dev::block_y()) * kDequantizeTiles + in_block;
     const int64_t row_block = a.first_row / kRows + dev::block_x();
     const uint32_t* stream = m.packed + row_block * m.panels.words;
     const int element = a.dtype == DType::f32 ? 4 : 2, stride = dequantize_stride(element);
@@ -124,7 +128,8 @@ HF_KERNEL(256, 2) dequantize_kernel(const DequantizeArgs a) {
     }
 }
 
-HF_DEVICE float dense_at(const Matrix& m, const StatReader<Format::spqr>& reader, const uint32_t* stream, int row, int column) {
+HF_DEVICE float dense_at(const Matrix& m, const StatReader<Format::spqr>& reader, const uint32_t* stream, int row,
+                         int column) {
     const ScaleZero sz = reader.read(column >> m.panels.group_shift, row);
     const uint32_t pair = code_pair(m.bits, column % kColumns >> 1, stream + tile_offset(m, column / kColumns), row);
     return dense_value(sz, column & 1 ? pair >> 16 : pair & 0xffffu);

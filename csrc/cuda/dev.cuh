@@ -1,5 +1,5 @@
-// Every device-specific instruction that the kernels use, with two bodies: PTX for nvcc, plain C++ (csrc/emu/emu.h) for
-// tests without a GPU. Half-precision pairs travel as uint32_t: low half first.
+// Every device-specific instruction that the kernels use, with two bodies: PTX for nvcc, plain C++ (csrc/emu/emu.h)
+// for tests without a GPU. Half-precision pairs travel as uint32_t: low half first.
 #pragma once
 #include <cstdint>
 
@@ -15,12 +15,23 @@
 namespace hf_spqr {
 namespace dev {
 
-HF_DEVICE int thread() { return int(threadIdx.x); }
-HF_DEVICE int64_t block_x() { return blockIdx.x; }
-HF_DEVICE int64_t block_y() { return blockIdx.y; }
-HF_DEVICE int64_t grid_x() { return gridDim.x; }
-HF_DEVICE void sync_block() { __syncthreads(); }
-HF_DEVICE void sync_warp() { __syncwarp(); }
+HF_DEVICE int thread() {
+    return int(threadIdx.x);
+}
+HF_DEVICE int64_t block_x() {
+    return blockIdx.x;
+}
+HF_DEVICE int64_t block_y() {
+    return blockIdx.y;
+}
+    return gridDim.x;
+}
+HF_DEVICE void sync_block() {
+    __syncthreads();
+}
+HF_DEVICE void sync_warp() {
+    __syncwarp();
+}
 
 // The block's dynamic shared memory, aligned to 1024 bytes.
 HF_DEVICE unsigned char* shared_memory() {
@@ -74,16 +85,30 @@ HF_DEVICE uint32_t to_bfloat2(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
-HF_DEVICE float as_float(uint32_t a) { return __uint_as_float(a); }
-HF_DEVICE uint32_t as_bits(float a) { return __float_as_uint(a); }
+HF_DEVICE float as_float(uint32_t a) {
+    return __uint_as_float(a);
+}
+HF_DEVICE uint32_t as_bits(float a) {
+    return __float_as_uint(a);
+}
 // a * b + c and a * b, rounded after each operation: the same on every device and in every build.
-HF_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
-HF_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
-HF_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+HF_DEVICE float mul(float a, float b) {
+    return __fmul_rn(a, b);
+}
+HF_DEVICE float add(float a, float b) {
+    return __fadd_rn(a, b);
+}
+HF_DEVICE float fma(float a, float b, float c) {
+    return __fmaf_rn(a, b, c);
+}
 
-HF_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+HF_DEVICE float shuffle_xor(float v, int mask) {
+    return __shfl_xor_sync(0xffffffffu, v, mask);
+}
 // The largest value of the warp, in every lane.
-HF_DEVICE uint32_t max_of_warp(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
+HF_DEVICE uint32_t max_of_warp(uint32_t v) {
+    return __reduce_max_sync(0xffffffffu, v);
+}
 
 // c += a b: a 16 x 16 fp16 (row), b 16 x 8 fp16 (column), c fp32.
 HF_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -93,7 +118,9 @@ HF_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
 }
 
 // A value that is the same in the whole warp, told to the compiler.
-HF_DEVICE int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+HF_DEVICE int uniform(int v) {
+    return __shfl_sync(0xffffffffu, v, 0);
+}
 // A value that the compiler shall keep in a register instead of computing it again.
 HF_DEVICE uint32_t keep(uint32_t v) {
     asm("" : "+r"(v));
@@ -112,8 +139,12 @@ HF_DEVICE uint32_t mask_or(uint32_t a, uint32_t bits) {
     return r;
 }
 // (low half of a, low half of b), (high half of a, high half of b)
-HF_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
-HF_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+HF_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x5410);
+}
+HF_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x7632);
+}
 
 // Read-only data that is used once: does not displace what others keep in L1.
 HF_DEVICE uint2 load_stream(const uint2* p) {
@@ -129,7 +160,9 @@ HF_DEVICE uint32_t load_stream(const uint32_t* p) {
 
 // Shared memory by 32-bit addresses, for inner loops. Volatile, so that they stay in order among themselves and with
 // the barriers.
-HF_DEVICE uint32_t shared_address() { return uint32_t(__cvta_generic_to_shared(shared_memory())); }
+HF_DEVICE uint32_t shared_address() {
+    return uint32_t(__cvta_generic_to_shared(shared_memory()));
+}
 template <int OFFSET>
 HF_DEVICE uint2 load_shared2(uint32_t at) {
     uint2 v;
@@ -154,13 +187,14 @@ HF_DEVICE void store_shared(uint32_t at, uint2 v) {
 // If wanted: 16 bytes from global to shared memory, asynchronously; the last 16 - bytes are zeros.
 template <int OFFSET>
 HF_DEVICE void copy_async(uint32_t to, const void* global, int bytes, bool wanted) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %4, 0; @p cp.async.cg.shared.global [%0+%3], [%1], 16, %2;}" ::"r"(to),
-        "l"(global), "r"(bytes), "n"(OFFSET), "r"(uint32_t(wanted))
-        : "memory");
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %4, 0; @p cp.async.cg.shared.global [%0+%3], [%1], 16, %2;}" ::"r"(to),
+                 "l"(global), "r"(bytes), "n"(OFFSET), "r"(uint32_t(wanted))
+                 : "memory");
 }
 // Waits for all copies of this thread.
-HF_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+HF_DEVICE void wait_for_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
 
 }  // namespace dev
 }  // namespace hf_spqr

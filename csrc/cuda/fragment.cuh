@@ -1,9 +1,9 @@
 // From codes to tensor-core operands.
 //
-// mma.m16n8k16: lane 4 g + t holds A rows g and g + 8 and k 2t, 2t + 1, 2t + 8, 2t + 9. Rows and k may be permuted as long
-// as both operands (and the result) agree. Here A row g is row 2g of the row block and A row g + 8 is row 2g + 1, so that
-// both words of a lane lie side by side; and each thread t of a quad takes k from a tile of its own: four tiles, a set of
-// 128 columns, in eight mma. A quarter is a quarter of a tile: 8 columns, 4 column pairs, 2 mma.
+// mma.m16n8k16: lane 4 g + t holds A rows g and g + 8 and k 2t, 2t + 1, 2t + 8, 2t + 9. Rows and k may be permuted as
+// long as both operands (and the result) agree. Here A row g is row 2g of the row block and A row g + 8 is row 2g + 1,
+// so that both words of a lane lie side by side; and each thread t of a quad takes k from a tile of its own: four
+// tiles, a set of 128 columns, in eight mma. A quarter is a quarter of a tile: 8 columns, 4 column pairs, 2 mma.
 #pragma once
 #include "cuda/tile.cuh"
 
@@ -19,8 +19,8 @@ HF_CONSTANT uint32_t one_and_power(int exponent) {
     return (half2_power(0) & 0x0000ffffu) | (half2_power(exponent) & 0xffff0000u);
 }
 
-// The statistics of a lane's two rows in one quarter, each in both halves: weight = field * scale + shift, where the scale
-// is low for fields at kLow and high for those at kHigh.
+// The statistics of a lane's two rows in one quarter, each in both halves: weight = field * scale + shift, where the
+// scale is low for fields at kLow and high for those at kHigh.
 struct Quarter {
     uint32_t low[2], high[2], shift[2];
 };
@@ -41,15 +41,16 @@ HF_DEVICE uint32_t weight_pair(const uint32_t (&w)[BITS], const Quarter& s, int 
 }
 
 template <int NT, int J, int H>
-HF_DEVICE void multiply_tokens(float (&acc)[NT][4], const uint32_t (&first)[4], const uint32_t (&second)[4], uint32_t x) {
+HF_DEVICE void multiply_tokens(float (&acc)[NT][4], const uint32_t (&first)[4], const uint32_t (&second)[4],
+                               uint32_t x) {
     const uint4 b = dev::load_shared4<H * 256 + J * 4096>(x);
     dev::mma_f16(acc[J], first, b.x, b.y);
     dev::mma_f16(acc[J], second, b.z, b.w);
     if constexpr (J + 1 < NT) multiply_tokens<NT, J + 1, H>(acc, first, second, x);
 }
 
-// Quarter I of the lane's tile in set H. w[row] are the tile's words; the quarter's columns of x for the lane's token g lie
-// in shared memory at x + 256 H, those of tokens 8 j + g j * 4096 bytes further.
+// Quarter I of the lane's tile in set H. w[row] are the tile's words; the quarter's columns of x for the lane's token
+// g lie in shared memory at x + 256 H, those of tokens 8 j + g j * 4096 bytes further.
 template <int BITS, int NT, int I, int H>
 HF_DEVICE void multiply_quarter(float (&acc)[NT][4], const uint32_t (&w)[2][BITS], const Quarter& q, uint32_t x) {
     const uint32_t first[4] = {weight_pair<BITS, 4 * I>(w[0], q, 0), weight_pair<BITS, 4 * I>(w[1], q, 1),

@@ -1,6 +1,6 @@
-// Sets whose scale and zero point are the same for all their 128 columns: the tensor cores take the codes as they are, as
-// fp16 subnormals, and sum(s (q - z) x) = s (sum(q x) - z sum(x)) is put together in fp32. Weights are not rounded at all.
-// The common factor of the subnormals, kFactor, is made up for when all is added up.
+// Sets whose scale and zero point are the same for all their 128 columns: the tensor cores take the codes as they are,
+// as fp16 subnormals, and sum(s (q - z) x) = s (sum(q x) - z sum(x)) is put together in fp32. Weights are not rounded
+// at all. The common factor of the subnormals, kFactor, is made up for when all is added up.
 //
 // Every second mma may have its codes at another place, and then keeps its own sums. The sums of x come from the same
 // instruction, with a matrix of ones.
@@ -19,8 +19,8 @@ struct IntegerFields {
     static constexpr float kFactor = float(1 << (24 - kFirst));
 };
 
-// Of one row block and set: [first, second] kind of column pairs (one and the same if they have one place), tokens, mma
-// accumulator.
+// Of one row block and set: [first, second] kind of column pairs (one and the same if they have one place), tokens,
+// mma accumulator.
 template <int BITS, int NT>
 struct IntegerSums {
     float of[IntegerFields<BITS>::kSums][NT][4] = {};
@@ -36,8 +36,8 @@ HF_DEVICE void code_operand(uint32_t (&a)[4], const uint32_t (&w)[2][BITS]) {
 
 // Quarter I of the lane's tiles in set H of R row blocks. words[row block], x as in multiply_quarter.
 template <int BITS, int NT, int R, int I, int H, int J = 0>
-HF_DEVICE void multiply_codes(IntegerSums<BITS, NT> (&sums)[R], float (&x_sums)[NT][4], const uint32_t (&w)[R][2][BITS],
-                              const uint32_t (&ones)[4], uint32_t x) {
+HF_DEVICE void multiply_codes(IntegerSums<BITS, NT> (&sums)[R], float (&x_sums)[NT][4],
+                              const uint32_t (&w)[R][2][BITS], const uint32_t (&ones)[4], uint32_t x) {
     using Fields = IntegerFields<BITS>;
     const uint4 b = dev::load_shared4<H * 256 + J * 4096>(x);
     dev::mma_f16(x_sums[J], ones, b.x, b.y);
@@ -66,7 +66,8 @@ HF_DEVICE void add_set(float (&total)[NT][4], const IntegerSums<BITS, NT>& sums,
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             float y = sums.of[0][j][e];
-            if constexpr (IntegerFields<BITS>::kSums > 1) y = dev::fma(sums.of[1][j][e], IntegerFields<BITS>::kSecondFactor, y);
+            if constexpr (IntegerFields<BITS>::kSums > 1)
+                y = dev::fma(sums.of[1][j][e], IntegerFields<BITS>::kSecondFactor, y);
             y = dev::fma(x_sums[j][e], -f.zero[e >> 1], y);
             total[j][e] = dev::fma(y, f.scale[e >> 1], total[j][e]);
         }

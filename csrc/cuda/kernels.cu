@@ -17,14 +17,22 @@ int dequantize_bits(const DequantizeArgs& a, void* stream) {
 template <Format FORMAT>
 int dequantize_format(const DequantizeArgs& a, void* stream) {
     switch (a.weight.bits) {
-        case 1: return dequantize_bits<FORMAT, 1>(a, stream);
-        case 2: return dequantize_bits<FORMAT, 2>(a, stream);
-        case 3: return dequantize_bits<FORMAT, 3>(a, stream);
-        case 4: return dequantize_bits<FORMAT, 4>(a, stream);
-        case 5: return dequantize_bits<FORMAT, 5>(a, stream);
-        case 6: return dequantize_bits<FORMAT, 6>(a, stream);
-        case 7: return dequantize_bits<FORMAT, 7>(a, stream);
-        default: return dequantize_bits<FORMAT, 8>(a, stream);
+        case 1:
+            return dequantize_bits<FORMAT, 1>(a, stream);
+        case 2:
+            return dequantize_bits<FORMAT, 2>(a, stream);
+        case 3:
+            return dequantize_bits<FORMAT, 3>(a, stream);
+        case 4:
+            return dequantize_bits<FORMAT, 4>(a, stream);
+        case 5:
+            return dequantize_bits<FORMAT, 5>(a, stream);
+        case 6:
+            return dequantize_bits<FORMAT, 6>(a, stream);
+        case 7:
+            return dequantize_bits<FORMAT, 7>(a, stream);
+        default:
+            return dequantize_bits<FORMAT, 8>(a, stream);
     }
 }
 
@@ -57,7 +65,8 @@ int hf_spqr_cuda_finish(const FinishArgs* a, void* stream) {
 
 int hf_spqr_cuda_dequantize(const DequantizeArgs* a, void* stream) {
     const bool spqr = a->weight.format == Format::spqr;
-    const int status = spqr ? dequantize_format<Format::spqr>(*a, stream) : dequantize_format<Format::affine>(*a, stream);
+    const int status =
+        spqr ? dequantize_format<Format::spqr>(*a, stream) : dequantize_format<Format::affine>(*a, stream);
     if (status != 0 || !spqr || !(a->weight.outlier || a->weight.outlier_wide)) return status;
     return launch<add_outliers_kernel>({a->part_rows, 1}, 128, 0, stream, *a);
 }
@@ -67,6 +76,16 @@ const char* hf_spqr_cuda_error(int status) {
     return status ? "emulated launch failed" : "no error";
 #else
     return cudaGetErrorString(static_cast<cudaError_t>(status));
+#endif
+}
+
+int hf_spqr_cuda_old_driver(void) {
+#ifdef HF_SPQR_EMU
+    return 0;
+#else
+    int driver = 0;  // stays 0 without a driver, where nothing will be called either
+    if (cudaDriverGetVersion(&driver) != cudaSuccess) return 0;
+    return driver > 0 && driver / 1000 < CUDART_VERSION / 1000 ? driver : 0;
 #endif
 }
 

@@ -1,5 +1,5 @@
-// The launches: what csrc/torch calls. Plain C, no torch, no CUDA header. Every function returns the cudaError_t of its
-// launch (0 = success), never waits, never allocates, and runs on the current device in `stream`.
+// The launches: what csrc/torch calls. Plain C, no torch, no CUDA header. Every function returns the cudaError_t of
+// its launch (0 = success), never waits, never allocates, and runs on the current device in `stream`.
 #pragma once
 #include "cuda/matrix.h"
 
@@ -10,8 +10,8 @@ constexpr int kMaxFusedTokens = 64;
 // y[tokens, rows] = x W^T + bias, W with outliers. x is what `prepare` writes, or an fp16 matrix like it.
 struct LinearArgs {
     Matrix weight;
-    const uint16_t* x;         // fp16 [tokens, x_stride], stored order of columns, 16-byte aligned rows, zeros past the end
-    int64_t x_stride;          // a multiple of 8, at least columns
+    const uint16_t* x;  // fp16 [tokens, x_stride], stored order of columns, 16-byte aligned rows, zeros past the end
+    int64_t x_stride;   // a multiple of 8, at least columns
     const float* token_scale;  // [tokens], a row of x stands for x * token_scale; null = 1
     int tokens;
     const void* bias;  // [rows] of dtype, or null
@@ -19,8 +19,8 @@ struct LinearArgs {
     DType dtype;
 };
 
-// x [tokens, columns] of any dtype to fp16 in stored order; rows padded with zeros to x_stride. bf16 and fp32 are scaled
-// per token by a power of two so that nothing overflows.
+// x [tokens, columns] of any dtype to fp16 in stored order; rows padded with zeros to x_stride. bf16 and fp32 are
+// scaled per token by a power of two so that nothing overflows.
 struct PrepareArgs {
     const void* x;
     DType dtype;
@@ -42,8 +42,8 @@ struct FinishArgs {
     DType dtype;
 };
 
-// Rows [first_row, first_row + part_rows) of the dense matrix, outliers included; out points at first_row's. first_row is
-// a multiple of 16. With perm, stored column j goes to column perm[j].
+// Rows [first_row, first_row + part_rows) of the dense matrix, outliers included; out points at first_row's. first_row
+// is a multiple of 16. With perm, stored column j goes to column perm[j].
 struct DequantizeArgs {
     Matrix weight;
     const int32_t* perm;
@@ -61,6 +61,8 @@ int hf_spqr_cuda_prepare(const PrepareArgs*, void* stream);
 int hf_spqr_cuda_finish(const FinishArgs*, void* stream);
 int hf_spqr_cuda_dequantize(const DequantizeArgs*, void* stream);
 const char* hf_spqr_cuda_error(int status);
+// 0, or the version of the driver if it is of an older generation than the CUDA runtime that is linked in.
+int hf_spqr_cuda_old_driver(void);
 }
 
 }  // namespace hf_spqr

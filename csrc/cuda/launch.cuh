@@ -26,7 +26,8 @@ cudaError_t allow_shared(int bytes) {
     const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
     if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
     int most = 0;
-    if (const cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return status;
+    if (const cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+        return status;
     if (bytes > most) return cudaErrorInvalidValue;
     const auto status = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (status == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
@@ -41,7 +42,8 @@ int launch(Grid grid, int threads, int shared_bytes, void* stream, const Args& a
     }
     void* arguments[] = {const_cast<Args*>(&args)};
     return cudaLaunchKernel(reinterpret_cast<const void*>(KERNEL), dim3(unsigned(grid.x), unsigned(grid.y)),
-                            dim3(unsigned(threads)), arguments, size_t(shared_bytes), static_cast<cudaStream_t>(stream));
+                            dim3(unsigned(threads)), arguments, size_t(shared_bytes),
+                            static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace hf_spqr

@@ -1,9 +1,9 @@
 // y = x W^T + bias for few tokens, straight from the packed weights.
 //
-// A block takes WIDTH * R row blocks and 8 * NT tokens. Its warps are WIDTH x SLICES: warp = slice * WIDTH + which; each
-// takes R row blocks, and of their columns every SLICES-th step of 256. The warps of a slice share the step's x in shared memory
-// (fetched a step ahead), and each keeps the words of its next step in flight while it multiplies. Slices are added up in
-// a fixed order at the end, with outliers, bias and rounding.
+// A block takes WIDTH * R row blocks and 8 * NT tokens. Its warps are WIDTH x SLICES: warp = slice * WIDTH + which;
+// each takes R row blocks, and of their columns every SLICES-th step of 256. The warps of a slice share the step's x
+// in shared memory (fetched a step ahead), and each keeps the words of its next step in flight while it multiplies.
+// Slices are added up in a fixed order at the end, with outliers, bias and rounding.
 #pragma once
 #include <utility>
 #include "cuda/fragment.cuh"
@@ -31,8 +31,8 @@ struct LinearShape {
     }
 };
 
-// A slice's x: per token 32 chunks of 8 columns, permuted so that neither writing a row nor reading four tiles collides.
-// Chunk c of token b lies at chunk x_place(c, b) of its row.
+// A slice's x: per token 32 chunks of 8 columns, permuted so that neither writing a row nor reading four tiles
+// collides. Chunk c of token b lies at chunk x_place(c, b) of its row.
 HF_DEVICE int x_place(int chunk, int token) {
     return chunk ^ (chunk >> 3 & 1) ^ (token & 1) << 1;
 }
@@ -162,7 +162,8 @@ struct RowBlocks {
     template <int... I>
     HF_DEVICE RowBlocks(std::integer_sequence<int, I...>, const Matrix& m, int64_t wanted, int lane, int first_step,
                         int stride, uint32_t shared)
-        : each{RowBlock<Stats, BITS>(m, wanted + I, lane, first_step, stride, shared + I * Stats::kSharedWords * 4)...} {}
+        : each{RowBlock<Stats, BITS>(m, wanted + I, lane, first_step, stride,
+                                     shared + I * Stats::kSharedWords * 4)...} {}
 };
 
 // One set: acc += W x over its 128 columns. x[i] is chunk i of the lane's tile of set 0, of the lane's token.
@@ -264,7 +265,8 @@ HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[R][NT][4], 
 }
 
 template <class Stats, int BITS, int NT, int R, int WIDTH, int SLICES, int BLOCKS_PER_SM>
-HF_KERNEL(32 * WIDTH * SLICES, BLOCKS_PER_SM) linear_kernel(const LinearArgs a) {
+HF_KERNEL(32 * WIDTH * SLICES, BLOCKS_PER_SM)
+linear_kernel(const LinearArgs a) {
     using Shape = LinearShape<NT, R, WIDTH, SLICES>;
     const Matrix& m = a.weight;
     const int lane = dev::thread() & 31, warp = dev::uniform(dev::thread() >> 5), g = lane >> 2, t = lane & 3;
@@ -277,7 +279,8 @@ HF_KERNEL(32 * WIDTH * SLICES, BLOCKS_PER_SM) linear_kernel(const LinearArgs a) 
     const uint32_t shared = dev::shared_address(), buffer_bytes = Shape::x_tokens(tokens) * kTokenBytes;
     const uint32_t x_slice = shared + 2 * slice * buffer_bytes;
     RowBlocks<Stats, BITS, R> mine(std::make_integer_sequence<int, R>{}, m, (dev::block_x() * WIDTH + which) * R, lane,
-                                   slice, SLICES, shared + 2 * SLICES * buffer_bytes + warp * (R * Stats::kSharedWords * 4));
+                                   slice, SLICES,
+                                   shared + 2 * SLICES * buffer_bytes + warp * (R * Stats::kSharedWords * 4));
     XFetcher<NT, WIDTH, SLICES> x(a, first_token, tokens, which, slice, lane, x_slice);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -329,7 +332,8 @@ HF_KERNEL(32 * WIDTH * SLICES, BLOCKS_PER_SM) linear_kernel(const LinearArgs a) 
         other = 0 - other;
     }
     dev::sync_block();
-    finish_rows<NT, R, WIDTH, SLICES>(a, total, Stats::kFactor, reinterpret_cast<float*>(dev::shared_memory()), first_token);
+    finish_rows<NT, R, WIDTH, SLICES>(a, total, Stats::kFactor, reinterpret_cast<float*>(dev::shared_memory()),
+                                      first_token);
 }
 
 }  // namespace hf_spqr

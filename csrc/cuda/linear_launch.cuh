@@ -11,7 +11,8 @@ int launch_linear(const LinearArgs& a, void* stream) {
     constexpr int kBlocksPerSm = NT > 1 && Stats::kInteger ? 1 : 2;  // as many as the registers allow
     const Grid grid{ceil_div(a.weight.rows, Shape::kRowBlocks * kRows), ceil_div(a.tokens, Shape::kTokens)};
     const int shared = Shape::shared_bytes(a.tokens, R * Stats::kSharedWords);
-    return launch<linear_kernel<Stats, BITS, NT, R, WIDTH, SLICES, kBlocksPerSm>>(grid, Shape::kThreads, shared, stream, a);
+    return launch<linear_kernel<Stats, BITS, NT, R, WIDTH, SLICES, kBlocksPerSm>>(grid, Shape::kThreads, shared,
+                                                                                  stream, a);
 }
 
 template <class Stats, int BITS>

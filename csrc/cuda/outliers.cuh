@@ -5,7 +5,8 @@
 
 namespace hf_spqr {
 
-// Sums v[b] over the warp, in a fixed order, for all 8 b at once: afterwards v[0] of a lane is the sum for b = token_of(lane).
+// Sums v[b] over the warp, in a fixed order, for all 8 b at once: afterwards v[0] of a lane is the sum for b =
+// token_of(lane).
 HF_DEVICE void sum_tokens(float (&v)[8], int lane) {
 #pragma unroll
     for (int keep = 4, mask = 16; keep; keep /= 2, mask /= 2) {
@@ -20,7 +21,9 @@ HF_DEVICE void sum_tokens(float (&v)[8], int lane) {
     v[0] = dev::add(v[0], dev::shuffle_xor(v[0], 1));
 }
 
-HF_DEVICE int token_of(int lane) { return lane >> 2; }
+HF_DEVICE int token_of(int lane) {
+    return lane >> 2;
+}
 
 // v[b] = sum over the row's outliers of value * x[first_token + b][column], each lane its share of them.
 HF_DEVICE void multiply_outliers(float (&v)[8], const LinearArgs& a, int row, int64_t first_token, int lane) {

@@ -35,8 +35,8 @@ class StatsAffine128 {
 
     HF_DEVICE void prefetch(int) {}
 
-    // A step is two groups: the halves of one word of scales, and one pair of zero codes. They are needed only after the
-    // first set is multiplied, long enough to fetch them now.
+    // A step is two groups: the halves of one word of scales, and one pair of zero codes. They are needed only after
+    // the first set is multiplied, long enough to fetch them now.
     HF_DEVICE void decode(int step) {
         const int panel = step >> 4;
         pair_ = step & 15;

@@ -24,7 +24,8 @@ class StatReader {
             const uint2 four = second(group);
             const float ss = dev::low_float(four.x), sz = dev::high_float(four.x);
             const float zs = dev::low_float(four.y), zz = dev::high_float(four.y);
-            return {dev::mul(ss, dev::add(float(codes & 0xffffu), -sz)), dev::mul(zs, dev::add(float(codes >> 16), -zz))};
+            return {dev::mul(ss, dev::add(float(codes & 0xffffu), -sz)),
+                    dev::mul(zs, dev::add(float(codes >> 16), -zz))};
         } else {
             const int in_panel = group & 31;
             const uint32_t* panel = stream_ + (group >> 5) * m_.panels.panel_words;
@@ -79,7 +80,7 @@ class StatsAny {
   public:
     static constexpr bool kInteger = false;
     static constexpr float kFactor = 1.f;  // of the sums, made up for at the end
-    static constexpr int kRowBlocks = 1;    // of a warp
+    static constexpr int kRowBlocks = 1;   // of a warp
     static constexpr int kTileShift = -1;  // as the matrix says
     static constexpr int kSharedWords = 32 * 24;
 

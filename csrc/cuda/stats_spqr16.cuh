@@ -1,8 +1,9 @@
-// Statistics of SpQR's usual layout: groups of 16 columns, 3-bit scale and zero codes. A step of 256 columns is a panel.
+// Statistics of SpQR's usual layout: groups of 16 columns, 3-bit scale and zero codes. A step of 256 columns is a
+// panel.
 //
-// A tile holds two groups; a lane decodes one row of four tiles, chosen so that for the two halves of the warp the codes
-// lie at the same places up to a shift by two fields: lane r of the first half tiles 0, 2, 5, 3, lane 16 + r tiles 1, 4,
-// 6, 7. It leaves (s of group 0, s of group 1) and (-s z, -s z) as half2 in shared memory.
+// A tile holds two groups; a lane decodes one row of four tiles, chosen so that for the two halves of the warp the
+// codes lie at the same places up to a shift by two fields: lane r of the first half tiles 0, 2, 5, 3, lane 16 + r
+// tiles 1, 4, 6, 7. It leaves (s of group 0, s of group 1) and (-s z, -s z) as half2 in shared memory.
 //
 // s is scaled by a power of two per step so that the step's largest fits fp16 with the factor of a field; the sums are
 // scaled back in fp32 (factor()).
@@ -17,8 +18,8 @@ class StatsSpqr16 {
   public:
     static constexpr bool kInteger = false;
     static constexpr float kFactor = 1.f;  // of the sums, made up for at the end
-    static constexpr int kRowBlocks = 1;    // of a warp
-    static constexpr int kTileShift = 3;  // log2 of the tiles of a panel
+    static constexpr int kRowBlocks = 1;   // of a warp
+    static constexpr int kTileShift = 3;   // log2 of the tiles of a panel
     static constexpr int kTileWords = 40;  // 16 rows x 2, and room so that four tiles do not meet in a bank
     static constexpr int kSharedWords = 9 * kTileWords + 2 * 36;
 
@@ -88,8 +89,8 @@ class StatsSpqr16 {
     static constexpr int kZero = Fields<BITS>::kLow - 8;
     static constexpr uint32_t kSmall = half2_power(Fields<BITS>::kLow - Fields<BITS>::kHigh);
 
-    // Where a tile's statistics lie, in units of kTileWords: 0, 2, 5, 7 for the first half of the warp's slots, one further
-    // for the second half's. Four neighbouring tiles then lie in different banks.
+    // Where a tile's statistics lie, in units of kTileWords: 0, 2, 5, 7 for the first half of the warp's slots, one
+    // further for the second half's. Four neighbouring tiles then lie in different banks.
     static HF_DEVICE int place(int tile) { return int(0x86537210u >> 4 * tile & 15); }
     static HF_CONSTANT int slot_place(int slot) { return slot == 0 ? 0 : slot == 1 ? 2 : slot == 2 ? 5 : 7; }
 

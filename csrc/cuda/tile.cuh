@@ -1,8 +1,9 @@
 // Where the codes of a tile lie (docs/format.md), for compile-time and for run-time places.
 //
-// In a word, low and high half hold the two codes of a column pair at the same bits, so a mask alone gives a half2 whose
-// halves are fp16 subnormals: a code q at bit f of the half is q * 2^(f - 24), exactly. Two places per width, kLow and
-// kHigh, take all fields with few shifts; their factors 2^(f - 24) are made up for by the scale that multiplies them.
+// In a word, low and high half hold the two codes of a column pair at the same bits, so a mask alone gives a half2
+// whose halves are fp16 subnormals: a code q at bit f of the half is q * 2^(f - 24), exactly. Two places per width,
+// kLow and kHigh, take all fields with few shifts; their factors 2^(f - 24) are made up for by the scale that
+// multiplies them.
 #pragma once
 #include "cuda/dev.cuh"
 

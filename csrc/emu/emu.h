@@ -84,7 +84,6 @@ struct Block {
     Fiber* current = nullptr;
     unsigned char* shared = nullptr;
     int64_t x = 0, y = 0;
-    Grid grid{};
     std::function<void()> body;
 };
 
@@ -112,7 +111,7 @@ inline void meet(Meeting& m) {
 
 // Shows n words to the warp and returns what all its lanes show.
 template <int N>
-const uint32_t (*show(const uint32_t (&words)[N]))[kWords] {
+const uint32_t (*show(const uint32_t (&words)[N])) [kWords] {
     static_assert(N <= kWords);
     const int thread = block().current->thread;
     Warp& warp = block().warps[thread / 32];
@@ -173,7 +172,6 @@ int launch(Grid grid, int threads, int shared_bytes, void*, const Args& args) {
     if (shared_bytes > kMaxShared || grid.y > 65535) return 1;
     Block& b = block();
     std::mt19937 random(seed());
-    b.grid = grid;
     b.body = [args] { KERNEL(args); };
     for (b.y = 0; b.y < grid.y; ++b.y) {
         for (b.x = 0; b.x < grid.x; ++b.x) {
@@ -192,12 +190,24 @@ int launch(Grid grid, int threads, int shared_bytes, void*, const Args& args) {
 
 namespace dev {
 
-inline int thread() { return emu::block().current->thread; }
-inline int64_t block_x() { return emu::block().x; }
-inline int64_t block_y() { return emu::block().y; }
-HF_EMU_CALL void sync_block() { emu::meet(emu::block().all); }
-HF_EMU_CALL void sync_warp() { emu::meet(emu::block().warps[thread() / 32].meeting); }
-inline unsigned char* shared_memory() { return emu::block().shared; }
+inline int thread() {
+    return emu::block().current->thread;
+}
+inline int64_t block_x() {
+    return emu::block().x;
+}
+inline int64_t block_y() {
+    return emu::block().y;
+}
+HF_EMU_CALL void sync_block() {
+    emu::meet(emu::block().all);
+}
+HF_EMU_CALL void sync_warp() {
+    emu::meet(emu::block().warps[thread() / 32].meeting);
+}
+inline unsigned char* shared_memory() {
+    return emu::block().shared;
+}
 
 inline float half_to_float(uint16_t bits) {
     _Float16 h;
@@ -210,17 +220,31 @@ inline uint16_t to_half(double value) {
     memcpy(&bits, &h, 2);
     return bits;
 }
-HF_EMU_CALL float low_float(uint32_t a) { return half_to_float(uint16_t(a)); }
-HF_EMU_CALL float high_float(uint32_t a) { return half_to_float(uint16_t(a >> 16)); }
-HF_EMU_CALL uint32_t to_half2(float low, float high) { return to_half(low) | uint32_t(to_half(high)) << 16; }
+HF_EMU_CALL float low_float(uint32_t a) {
+    return half_to_float(uint16_t(a));
+}
+HF_EMU_CALL float high_float(uint32_t a) {
+    return half_to_float(uint16_t(a >> 16));
+}
+HF_EMU_CALL uint32_t to_half2(float low, float high) {
+    return to_half(low) | uint32_t(to_half(high)) << 16;
+}
 HF_EMU_CALL uint32_t hfma2(uint32_t a, uint32_t b, uint32_t c) {
     return to_half(double(low_float(a)) * low_float(b) + low_float(c)) |
            uint32_t(to_half(double(high_float(a)) * high_float(b) + high_float(c))) << 16;
 }
-HF_EMU_CALL uint32_t hmul2(uint32_t a, uint32_t b) { return hfma2(a, b, 0x80008000u); }
-HF_EMU_CALL uint32_t hadd2(uint32_t a, uint32_t b) { return hfma2(a, 0x3c003c00u, b); }
-inline uint32_t low_twice(uint32_t a) { return (a & 0xffffu) * 0x00010001u; }
-inline uint32_t high_twice(uint32_t a) { return (a >> 16) * 0x00010001u; }
+HF_EMU_CALL uint32_t hmul2(uint32_t a, uint32_t b) {
+    return hfma2(a, b, 0x80008000u);
+}
+HF_EMU_CALL uint32_t hadd2(uint32_t a, uint32_t b) {
+    return hfma2(a, 0x3c003c00u, b);
+}
+inline uint32_t low_twice(uint32_t a) {
+    return (a & 0xffffu) * 0x00010001u;
+}
+inline uint32_t high_twice(uint32_t a) {
+    return (a >> 16) * 0x00010001u;
+}
 
 inline float as_float(uint32_t a) {
     float f;
@@ -239,9 +263,15 @@ HF_EMU_CALL uint32_t to_bfloat2(float low, float high) {
     };
     return one(low) | one(high) << 16;
 }
-inline float mul(float a, float b) { return a * b; }
-inline float add(float a, float b) { return a + b; }
-inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float mul(float a, float b) {
+    return a * b;
+}
+inline float add(float a, float b) {
+    return a + b;
+}
+inline float fma(float a, float b, float c) {
+    return std::fma(a, b, c);
+}
 
 HF_EMU_CALL float shuffle_xor(float v, int mask) {
     return as_float(emu::show({as_bits(v)})[(thread() & 31) ^ mask][0]);
@@ -249,7 +279,8 @@ HF_EMU_CALL float shuffle_xor(float v, int mask) {
 HF_EMU_CALL uint32_t max_of_warp(uint32_t v) {
     const auto shown = emu::show({v});
     uint32_t most = 0;
-    for (int lane = 0; lane < emu::block().warps[thread() / 32].meeting.expected; ++lane) most = std::max(most, shown[lane][0]);
+    for (int lane = 0; lane < emu::block().warps[thread() / 32].meeting.expected; ++lane)
+        most = std::max(most, shown[lane][0]);
     return most;
 }
 
@@ -268,11 +299,19 @@ HF_EMU_CALL void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
     }
 }
 
-HF_EMU_CALL uint2 load_stream(const uint2* p) { return *p; }
-HF_EMU_CALL uint32_t load_stream(const uint32_t* p) { return *p; }
+HF_EMU_CALL uint2 load_stream(const uint2* p) {
+    return *p;
+}
+HF_EMU_CALL uint32_t load_stream(const uint32_t* p) {
+    return *p;
+}
 
-inline int uniform(int v) { return v; }
-inline uint32_t keep(uint32_t v) { return v; }
+inline int uniform(int v) {
+    return v;
+}
+inline uint32_t keep(uint32_t v) {
+    return v;
+}
 template <class T>
 T* keep(T* p) {
     return p;
@@ -281,10 +320,16 @@ template <uint32_t MASK>
 uint32_t mask_or(uint32_t a, uint32_t bits) {
     return (a & MASK) | bits;
 }
-inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
-inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+inline uint32_t low_halves(uint32_t a, uint32_t b) {
+    return (a & 0xffffu) | b << 16;
+}
+inline uint32_t high_halves(uint32_t a, uint32_t b) {
+    return a >> 16 | (b & 0xffff0000u);
+}
 
-inline uint32_t shared_address() { return 0; }
+inline uint32_t shared_address() {
+    return 0;
+}
 template <class T>
 T& shared_at(uint32_t at) {
     return *reinterpret_cast<T*>(shared_memory() + at);
@@ -297,8 +342,12 @@ template <int OFFSET>
 uint4 load_shared4(uint32_t at) {
     return shared_at<uint4>(at + OFFSET);
 }
-inline void store_shared(uint32_t at, uint32_t v) { shared_at<uint32_t>(at) = v; }
-inline void store_shared(uint32_t at, uint2 v) { shared_at<uint2>(at) = v; }
+inline void store_shared(uint32_t at, uint32_t v) {
+    shared_at<uint32_t>(at) = v;
+}
+inline void store_shared(uint32_t at, uint2 v) {
+    shared_at<uint2>(at) = v;
+}
 
 HF_EMU_CALL void start_copy(uint32_t to, const void* global, bool valid) {
     unsigned char* shared = shared_memory() + to;

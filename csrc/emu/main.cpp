@@ -1,8 +1,8 @@
 // Runs cases written by tests/cuda/emulator.py through the kernels: emu IN OUT.
 //
 // IN: for each case 16 int64 (see Header), then its tensors, each as its size in bytes (int64) and the bytes; an empty
-// tensor stands for a missing one. OUT: the result of each case, likewise. Every tensor has an allocation of its own, so
-// that AddressSanitizer guards both its ends.
+// tensor stands for a missing one. OUT: the result of each case, likewise. Every tensor has an allocation of its own,
+// so that AddressSanitizer guards both its ends.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -17,8 +17,8 @@ namespace {
 enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2 };
 
 struct Header {
-    int64_t job, format, bits, group, rows, columns, stat_bits, groups_per_second, symmetric, scale_bf16, tokens, dtype,
-        first_row, part_rows, wide, seed;
+    int64_t job, format, bits, group, rows, columns, stat_bits, groups_per_second, symmetric, scale_bf16, tokens,
+        dtype, first_row, part_rows, wide, seed;
 };
 
 struct Bytes {
@@ -59,8 +59,14 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
         a.x = half.as<uint16_t>();
         a.x_stride = prepared_stride(h.columns);
         a.token_scale = dtype == DType::f16 ? nullptr : scale.as<float>();
-        const PrepareArgs p{x->data, dtype, perm->as<int32_t>(), int(h.tokens), int(h.columns), half.as<uint16_t>(),
-                            a.x_stride, scale.as<float>()};
+        const PrepareArgs p{x->data,
+                            dtype,
+                            perm->as<int32_t>(),
+                            int(h.tokens),
+                            int(h.columns),
+                            half.as<uint16_t>(),
+                            a.x_stride,
+                            scale.as<float>()};
         expect(hf_spqr_cuda_prepare(&p, nullptr) == 0, "prepare failed");
     }
     expect(hf_spqr_cuda_can_fuse(&m, a.tokens), "no kernel for this matrix");
@@ -75,8 +81,8 @@ void write_result(const Bytes& result, FILE* out) {
 // rows, tokens, first_row, part_rows, dtype; wide = the product's dtype.
 void run_finish(const Header& h, FILE* in, FILE* out) {
     const auto product = read_tensor(in), scale = read_tensor(in), bias = read_tensor(in), y = read_tensor(in);
-    const FinishArgs a{product->data,       DType(h.wide), int(h.part_rows), int(h.first_row), int(h.rows), int(h.tokens),
-                       scale->as<float>(), bias->data,    y->data,          DType(h.dtype)};
+    const FinishArgs a{product->data, DType(h.wide),      int(h.part_rows), int(h.first_row), int(h.rows),
+                       int(h.tokens), scale->as<float>(), bias->data,       y->data,          DType(h.dtype)};
     expect(hf_spqr_cuda_finish(&a, nullptr) == 0, "finish failed");
     write_result(*y, out);
 }
@@ -103,7 +109,8 @@ void run_case(const Header& h, FILE* in, FILE* out) {
     m.symmetric = h.symmetric;
     m.scale_bf16 = h.scale_bf16;
     m.panels = panels_of(m);
-    expect(packed->size == int64_t(ceil_div(m.rows, 16)) * m.panels.words * 4, "packed has another size than the layout");
+    expect(packed->size == int64_t(ceil_div(m.rows, 16)) * m.panels.words * 4,
+           "packed has another size than the layout");
     const int64_t count = job == Job::linear ? h.tokens * h.rows : h.part_rows * h.columns;
     const Bytes result(count * element);
     memset(result.data, 0xEE, size_t(result.size));
@@ -111,7 +118,8 @@ void run_case(const Header& h, FILE* in, FILE* out) {
         run_linear(h, m, in, result);
     } else {
         const auto perm = read_tensor(in);
-        const DequantizeArgs a{m, perm->as<int32_t>(), int(h.first_row), int(h.part_rows), result.data, h.columns, dtype};
+        const DequantizeArgs a{m,    perm->as<int32_t>(), int(h.first_row), int(h.part_rows), result.data, h.columns,
+                               dtype};
         expect(hf_spqr_cuda_dequantize(&a, nullptr) == 0, "dequantize failed");
     }
     write_result(result, out);

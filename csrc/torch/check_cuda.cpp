@@ -18,7 +18,8 @@ void check_shape(const char* op, int64_t out_features, int64_t in_features, int6
     constexpr int64_t kMost = int64_t(1) << 26;
     STD_TORCH_CHECK(out_features > 0 && out_features < kMost, op, ": out_features must be in 1 .. 2^26, got ",
                     out_features);
-    STD_TORCH_CHECK(in_features > 0 && in_features < kMost, op, ": in_features must be in 1 .. 2^26, got ", in_features);
+    STD_TORCH_CHECK(in_features > 0 && in_features < kMost, op, ": in_features must be in 1 .. 2^26, got ",
+                    in_features);
     STD_TORCH_CHECK(bits >= least_bits && bits <= 8, op, ": bits must be ", least_bits, " to 8, got ", bits);
     STD_TORCH_CHECK(group == kPerChannel || group == 8 || group == 16 || group == 32 || group == 64 || group == 128,
                     op, ": group_size must be 8, 16, 32, 64, 128 or -1 (one group per row), got ", group);
@@ -30,8 +31,8 @@ void check_packed(const char* op, int device, const Tensor& packed, Matrix& m) {
     m.panels = panels_of(m);
     const int64_t blocks = ceil_div(m.rows, 16);
     STD_TORCH_CHECK(packed.dim() == 2 && packed.size(0) == blocks && packed.size(1) == m.panels.words, op,
-                    ": packed must have shape [", blocks, ", ", m.panels.words, "] for this layout of a ", m.rows, " x ",
-                    m.columns, " matrix");
+                    ": packed must have shape [", blocks, ", ", m.panels.words, "] for this layout of a ", m.rows,
+                    " x ", m.columns, " matrix");
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(m.packed) % 16 == 0, op, ": packed must be aligned to 16 bytes");
 }
 
@@ -68,7 +69,8 @@ Matrix spqr_matrix(const char* op, int device, const Tensor& packed, const Tenso
     return m;
 }
 
-Matrix affine_matrix(const char* op, int device, const Tensor& packed, int64_t in_features, const AffineLayout& layout) {
+Matrix affine_matrix(const char* op, int device, const Tensor& packed, int64_t in_features,
+                     const AffineLayout& layout) {
     check_shape(op, layout.out_features, in_features, layout.bits, 1, layout.group_size);
     Matrix m{};
     m.format = Format::affine;
@@ -93,8 +95,8 @@ const int32_t* permutation(const char* op, int device, const OptionalTensor& per
 const void* bias_of(const char* op, int device, const OptionalTensor& bias, int64_t out_features, ScalarType dtype) {
     if (!bias) return nullptr;
     check_tensor(op, "bias", device, *bias, dtype, "that of x");
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op,
-                    ": bias must have shape [out_features] = [", out_features, "]");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [out_features] = [",
+                    out_features, "]");
     return bias->const_data_ptr();
 }
 

@@ -39,11 +39,13 @@ struct Call {
 
 // x in the stored order of columns, as fp16.
 struct PreparedX {
-    Tensor x;                         // [tokens, columns], rows maybe padded
+    Tensor x;  // [tokens, columns], rows maybe padded
     int64_t stride;
     std::optional<Tensor> token_scale;  // fp32 [tokens]
 
-    const float* scale() const { return token_scale ? static_cast<const float*>(token_scale->const_data_ptr()) : nullptr; }
+    const float* scale() const {
+        return token_scale ? static_cast<const float*>(token_scale->const_data_ptr()) : nullptr;
+    }
 };
 
 PreparedX prepare(const Call& c, const Tensor& x) {
@@ -54,8 +56,14 @@ PreparedX prepare(const Call& c, const Tensor& x) {
         p.token_scale = stable::new_empty(x, {c.tokens}, ScalarType::Float);
         scale = static_cast<float*>(p.token_scale->mutable_data_ptr());
     }
-    const PrepareArgs args{x.const_data_ptr(), c.dtype, c.perm, c.tokens, int(columns),
-                           static_cast<uint16_t*>(p.x.mutable_data_ptr()), stride, scale};
+    const PrepareArgs args{x.const_data_ptr(),
+                           c.dtype,
+                           c.perm,
+                           c.tokens,
+                           int(columns),
+                           static_cast<uint16_t*>(p.x.mutable_data_ptr()),
+                           stride,
+                           scale};
     check(c.op, "prepare", hf_spqr_cuda_prepare(&args, c.stream));
     return p;
 }
@@ -67,8 +75,14 @@ bool aligned(const Tensor& t) {
 void linear_few(const Call& c, const Tensor& x, Tensor& y) {
     const bool as_it_is = !needs_prepare(c.dtype, c.perm != nullptr, c.matrix.columns) && aligned(x);
     const PreparedX p = as_it_is ? PreparedX{x, c.matrix.columns, std::nullopt} : prepare(c, x);
-    const LinearArgs args{c.matrix, static_cast<const uint16_t*>(p.x.const_data_ptr()), p.stride, p.scale(), c.tokens,
-                          c.bias, y.mutable_data_ptr(), c.dtype};
+    const LinearArgs args{c.matrix,
+                          static_cast<const uint16_t*>(p.x.const_data_ptr()),
+                          p.stride,
+                          p.scale(),
+                          c.tokens,
+                          c.bias,
+                          y.mutable_data_ptr(),
+                          c.dtype};
     check(c.op, "linear", hf_spqr_cuda_linear(&args, c.stream));
 }
 
@@ -87,13 +101,22 @@ void linear_many(const Call& c, const Tensor& x, Tensor& y) {
     for (int64_t first = 0; first < m.rows; first += part_rows) {
         const int64_t rows = std::min<int64_t>(part_rows, m.rows - first);
         Tensor weight = stable::new_empty(x, {rows, m.columns}, kind);
-        const DequantizeArgs dequantize{m, full ? c.perm : nullptr, int(first), int(rows), weight.mutable_data_ptr(),
-                                        m.columns, full ? DType::f32 : DType::f16};
+        const DequantizeArgs dequantize{
+            m,         full ? c.perm : nullptr,       int(first), int(rows), weight.mutable_data_ptr(),
+            m.columns, full ? DType::f32 : DType::f16};
         check(c.op, "dequantize", hf_spqr_cuda_dequantize(&dequantize, c.stream));
         const Tensor product = stable::matmul(left, stable::transpose(weight, 0, 1));
         STD_TORCH_CHECK(product.is_contiguous(), c.op, ": torch returned a product that is not contiguous");
-        const FinishArgs finish{product.const_data_ptr(), full ? DType::f32 : DType::f16, int(rows), int(first), m.rows,
-                                c.tokens, p.scale(), c.bias, y.mutable_data_ptr(), c.dtype};
+        const FinishArgs finish{product.const_data_ptr(),
+                                full ? DType::f32 : DType::f16,
+                                int(rows),
+                                int(first),
+                                m.rows,
+                                c.tokens,
+                                p.scale(),
+                                c.bias,
+                                y.mutable_data_ptr(),
+                                c.dtype};
         check(c.op, "finish", hf_spqr_cuda_finish(&finish, c.stream));
     }
 }
@@ -104,8 +127,14 @@ Tensor linear_cuda(const char* op, const Tensor& x, const Matrix& m, const Optio
                    const OptionalTensor& bias) {
     const int device = int(x.get_device_index());
     const stable::accelerator::DeviceGuard guard(device);
-    Call c{op, device, current_stream(device), m, permutation(op, device, perm, m.columns),
-           bias_of(op, device, bias, m.rows, x.scalar_type()), float_dtype(op, "x", x.scalar_type()), 0};
+    Call c{op,
+           device,
+           current_stream(device),
+           m,
+           permutation(op, device, perm, m.columns),
+           bias_of(op, device, bias, m.rows, x.scalar_type()),
+           float_dtype(op, "x", x.scalar_type()),
+           0};
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     const int64_t tokens = x.numel() / m.columns;
     shape.back() = m.rows;
@@ -129,8 +158,8 @@ Tensor dequantize_cuda(const char* op, const Tensor& like, const Matrix& m, cons
     const stable::accelerator::DeviceGuard guard(device);
     const DType kind = float_dtype(op, "dtype", dtype);
     Tensor out = stable::new_empty(like, {m.rows, m.columns}, dtype);
-    const DequantizeArgs args{m, permutation(op, device, perm, m.columns), 0, m.rows, out.mutable_data_ptr(),
-                              m.columns, kind};
+    const DequantizeArgs args{
+        m, permutation(op, device, perm, m.columns), 0, m.rows, out.mutable_data_ptr(), m.columns, kind};
     check(op, "dequantize", hf_spqr_cuda_dequantize(&args, current_stream(device)));
     return out;
 }

@@ -10,6 +10,7 @@ Tensor linear_cuda(const char* op, const Tensor& x, const Matrix&, const Optiona
                    const OptionalTensor& bias);
 
 // [N, K] of dtype, columns in the original order; a new tensor on the device of `like`.
-Tensor dequantize_cuda(const char* op, const Tensor& like, const Matrix&, const OptionalTensor& perm, ScalarType dtype);
+Tensor dequantize_cuda(const char* op, const Tensor& like, const Matrix&, const OptionalTensor& perm,
+                       ScalarType dtype);
 
 }  // namespace hf_spqr

@@ -1,8 +1,9 @@
-// The CUDA implementations of the ops; their schemas are in ops_cpu.cpp. Only torch's stable ABI and the C interface of
-// csrc/cuda are used, so this compiles and links against a CPU build of torch too. It is imported only where torch has
-// CUDA.
+// The CUDA implementations of the ops; their schemas are in ops_cpu.cpp. Only torch's stable ABI and the C interface
+// of csrc/cuda are used, so this compiles and links against a CPU build of torch too. It is imported only where torch
+// has CUDA.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
+#include "cuda/kernels.h"
 #include "torch/linear_cuda.h"
 
 namespace hf_spqr {
@@ -58,5 +59,13 @@ STABLE_TORCH_LIBRARY_IMPL(hf_spqr, CUDA, m) {
 PyMODINIT_FUNC PyInit__C_cuda(void) {
     static PyModuleDef definition = {
         PyModuleDef_HEAD_INIT, "_C_cuda", "CUDA kernels of hf_spqr", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    if (const int driver = hf_spqr::hf_spqr_cuda_old_driver()) {
+        PyErr_Format(
+            PyExc_ImportError,
+            "the driver knows CUDA %d.%d only, older than the toolkit that hf_spqr was compiled with: update the "
+            "driver, or reinstall with an older toolkit (CUDA_HOME)",
+            driver / 1000, driver % 1000 / 10);
+        return nullptr;
+    }
     return PyModule_Create(&definition);
 }

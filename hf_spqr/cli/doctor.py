@@ -90,11 +90,16 @@ def cpu() -> dict[str, Any]:
 
 
 def cuda() -> dict[str, Any]:
-    """Whether torch was built for CUDA and which devices it sees."""
+    """Whether torch was built for CUDA, which devices it sees, and whether our kernels for them were loaded."""
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"built": torch.version.cuda, "devices": devices}
+    try:
+        ops = importlib.import_module("hf_spqr.ops")
+        loaded, reason = ops.COMPILED_CUDA, ops.WHY_NOT.get("_C_cuda")
+    except Exception as error:  # reported with the registration
+        loaded, reason = False, f"{type(error).__name__}: {error}"
+    return {"built": torch.version.cuda, "devices": devices, "kernels": loaded, "reason": reason}
 
 
 def registration() -> dict[str, Any]:
@@ -132,6 +137,11 @@ def advice(data: dict[str, Any]) -> list[str]:
             "models run through the PyTorch reference, which is slow. Install a C++20 compiler (g++ 11 or clang 14) "
             "and torch, then: pip install --force-reinstall --no-deps hf-spqr (or -e .)"
         )
+    if data["cuda"]["devices"] and not data["cuda"]["kernels"]:
+        hints.append(
+            "models on a GPU run through the PyTorch reference, which is slow: the CUDA kernels were not loaded "
+            f"({data['cuda']['reason']}). Install a CUDA toolkit with nvcc, then reinstall with HF_SPQR_CUDA=1"
+        )
     if not data["autoload"]["active"]:
         hints.append(f"write `import hf_spqr` before from_pretrained; autoload is off: {data['autoload']['reason']}")
     return hints
@@ -157,6 +167,8 @@ def show(data: dict[str, Any]) -> None:
         "cuda",
         f"{yes} {', '.join(devices)}" if devices else f"{no} " + ("no device" if built else "torch is CPU only"),
     )
+    if devices:
+        line("cuda kernels", yes if data["cuda"]["kernels"] else f"{no} {data['cuda']['reason']}")
     registered = data["transformers"]
     line("registered", f"{yes} {', '.join(registered['methods'])}" if registered["methods"] else f"{no}")
     loaded = data["autoload"]
