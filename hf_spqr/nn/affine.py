@@ -31,7 +31,10 @@ class AffineLinear(PackedLinear):
         return cls(weight.layout, affine.pack(weight), bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if self.act_bits is None else fake_quantize_activation(x, self.act_bits))
+        if self.act_bits is None:
+            return super().forward(x)
+        # in float32: 16 bits could not hold scale * code, and the product is that of the integers
+        return super().forward(fake_quantize_activation(x.float(), self.act_bits)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", act_bits={self.act_bits}" if self.act_bits is not None else "")
