@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from hf_spqr.errors import ConfigError
@@ -91,13 +92,20 @@ def model_card(
         calibration=report.calibration,
         seconds=report.seconds,
         hardware=report.hardware,
-        evaluation=None if evaluation is None else {"base": None, **evaluation},
+        evaluation=None if evaluation is None else _public(evaluation),
         plot=plot,
         notes=report.notes,
         skipped=skipped,
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
         config=json.dumps(config, indent=2),
     )
+
+
+def _public(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The evaluation with the name of the file that was scored, not its path on somebody's machine."""
+    dataset = str(evaluation["dataset"])
+    is_file = dataset.endswith((".txt", ".json", ".jsonl"))
+    return {"base": None, **evaluation, "dataset": PurePath(dataset).name if is_file else dataset}
 
 
 def _metadata(report: QuantizationReport, base_model: str | None, license: str | None, tags: Sequence[str]) -> str:
