@@ -1,6 +1,6 @@
 """Peak memory of quantizing a whole model inside ``from_pretrained``, against the model and one block.
 
-    python -m benchmarks.quantize_memory        # about 330 MB in bf16
+    python -m benchmarks.quantize_memory        # about 220 MB in bf16
 
 The model is random. It runs in a process of its own; the peak is what the system reports for that process (VmHWM),
 less what Python and its libraries take before the model is opened. The bound to hold: the model plus what one block
@@ -92,7 +92,7 @@ def needs_of_one_block(folder: Path, nsamples: int, seqlen: int) -> dict[str, in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--layers", type=int, default=9)
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--measure", help=argparse.SUPPRESS)

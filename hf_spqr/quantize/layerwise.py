@@ -18,6 +18,7 @@ from hf_spqr.methods.base import LayerResult
 from hf_spqr.nn import SpQRLinear, dense
 from hf_spqr.quantize.budget import Budget, survey_layer
 from hf_spqr.quantize.capture import gather_hessians, shared_inputs
+from hf_spqr.quantize.pages import let_go, span
 from hf_spqr.quantize.run import Run, named
 from hf_spqr.quantize.targets import Target
 from hf_spqr.report import LayerReport
@@ -35,9 +36,10 @@ class SpQRRun(Run[SpQRConfig]):
     def quantize(self) -> None:
         if self.config.target_bits is not None:
             self.budget = self._survey(self.config.target_bits)
-        hidden = self.recording.hidden
+        hidden, self.recording.hidden = self.recording.hidden, []
         for index, block in enumerate(self.blocks):
             mine, calls = self.targets_of(index), self.recording.calls[index]
+            originals = [span(target.linear.get_parameter("weight")) for target in mine.values()]
             with self.on_device(block):
                 packed = self._quantize_block(block, mine, hidden) if mine else {}
                 packed |= self.quantize_experts(
@@ -46,6 +48,7 @@ class SpQRRun(Run[SpQRConfig]):
                 if index + 1 < len(self.blocks):
                     hidden = self.outputs(block, hidden, calls)
                 self.put(block, packed)
+            let_go(originals)
             self.recording.calls[index] = []
         if self.budget is not None:
             self.config.outlier_threshold = self.budget.chosen()
@@ -53,7 +56,7 @@ class SpQRRun(Run[SpQRConfig]):
 
     def _survey(self, target_bits: float) -> Budget:
         """A pass through the model as it is that only counts outliers for every threshold."""
-        budget, hidden = Budget(target_bits), self.recording.hidden
+        budget, hidden = Budget(target_bits), list(self.recording.hidden)
         for index, block in enumerate(self.blocks):
             mine, calls = self.targets_of(index), self.recording.calls[index]
             with self.on_device(block):

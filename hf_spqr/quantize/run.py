@@ -59,17 +59,16 @@ class Run(Generic[ConfigT]):
 
     @torch.no_grad()
     def outputs(self, block: Block, hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
-        """Outputs of ``block`` on the host; raises NonFiniteError naming it."""
-        outputs = []
-        for states, call in zip(hidden, calls, strict=True):
-            output = replay(block.module, states, call).to("cpu")
+        """Outputs of ``block`` on the host; they replace its inputs in ``hidden``. Raises NonFiniteError naming it."""
+        for position, call in enumerate(calls):
+            output = replay(block.module, hidden[position], call).to("cpu")
             if not bool(torch.isfinite(output).all()):
                 raise NonFiniteError(
                     f"The output of {block.name} contains NaN or infinity on the calibration data. A float16 model"
                     " that overflows should be quantized in bfloat16 or float32 (dtype=)."
                 )
-            outputs.append(output)
-        return outputs
+            hidden[position] = output
+        return hidden
 
     def quantize_experts(
         self, index: int, hidden: list[Tensor], quantize: Quantize, *, true_sequential: bool = False
@@ -109,9 +108,14 @@ class Run(Generic[ConfigT]):
             yield from survey_experts(target, inputs.pop(name))
 
     def put(self, block: Block, packed: Mapping[str, nn.Module]) -> None:
-        """Put packed modules in the place of layers of ``block``."""
+        """Put packed modules in the place of layers of ``block``, and free the weights of those."""
         for local_name, module in packed.items():
+            old = block.module.get_submodule(local_name)
             block.module.set_submodule(local_name, module)
+            kept = {id(parameter) for parameter in module.parameters()}
+            for parameter in old.parameters(recurse=False):
+                if id(parameter) not in kept:
+                    parameter.data = parameter.data.new_empty(0)
 
     def show(self, text: str) -> None:
         """Say beside the bar what is being done."""

@@ -169,3 +169,12 @@ def test_progress_names_layer_error_and_bits(texts, tokenizer, capsys):
     quantize_model(tiny_model("llama"), make_config(texts), tokenizer=tokenizer)
     shown = capsys.readouterr().err
     assert "14/14" in shown and "down_proj error 0." in shown and "bits" in shown
+
+
+def test_replaced_weights_are_freed(texts, tokenizer):
+    """The run remembers the original layers, but not their weights."""
+    model = tiny_model("qwen2")
+    originals = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    quantize_model(model, make_config(texts), tokenizer=tokenizer, progress=False)
+    assert {layer.weight.numel() for layer in originals} == {0}
+    assert model(IDS).logits.isfinite().all()
