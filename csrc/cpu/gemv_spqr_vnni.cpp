@@ -1,6 +1,7 @@
 // SpQR, one token: codes and both levels of statistics go straight from the stream into registers.
 #include "cpu/outliers_avx512.h"
 #include "cpu/planes.h"
+#include "cpu/prefetch.h"
 #include "cpu/store_avx512.h"
 #include "cpu/three_bits.h"
 #include "cpu/unpack_vbmi.h"
@@ -9,9 +10,8 @@
 namespace hf_spqr {
 namespace {
 
-constexpr int kGroups = 16;       // of a panel
-constexpr int64_t kAhead = 1024;  // bytes to prefetch ahead
-constexpr int kMaxStatBits = 4;   // a vpermps looks up sixteen values
+constexpr int kGroups = 16;      // of a panel
+constexpr int kMaxStatBits = 4;  // a vpermps looks up sixteen values
 
 // Where the codes of each group of a panel lie in the tile of statistics.
 struct CodePlaces {
@@ -92,9 +92,13 @@ void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
     __m512 y[R];
     for (int r = 0; r < R; ++r) y[r] = _mm512_setzero_ps();
     int64_t first_group = 0;
+    OutlierPrefetch outliers(m, block, R);
     for (PanelWalk walk(m, block); walk.next(); first_group += kGroups) {
         const Panel& panel = walk.panel;
+        outliers.panel();
+        const int64_t lines = (panel.tiles - panel.statistics) / kRows;
         for (int r = 0; r < R; ++r) {
+            prefetch_lines(reinterpret_cast<const char*>(panel.statistics + r * m.words) + kAhead, lines);
             statistics[r].load(m, panel.statistics + r * m.words, planes.quad(first_group));
         }
         int group = 0;
@@ -105,9 +109,7 @@ void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const uint32_t* codes = panel.tiles + r * m.words + tile * B * kRows;
-                for (int64_t i = 0; i < here * B; ++i) {
-                    _mm_prefetch(reinterpret_cast<const char*>(codes + i * kRows) + kAhead, _MM_HINT_T0);
-                }
+                prefetch_lines(reinterpret_cast<const char*>(codes) + kAhead, here * B);
                 __m512i w[8];
                 if constexpr (PerTile > 1) {
                     unpack(codes, w);
@@ -128,6 +130,7 @@ void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
             }
         }
     }
+    prefetch_next(m, block, R);
     for (int r = 0; r < R; ++r) store_block(a, 0, block + r, add_outliers(m, block + r, a.x, y[r]));
 }
 

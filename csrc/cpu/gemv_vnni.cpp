@@ -1,14 +1,13 @@
 // One token, any format: codes go from the stream through registers, statistics through a small buffer per panel.
 #include "cpu/outliers_avx512.h"
 #include "cpu/planes.h"
+#include "cpu/prefetch.h"
 #include "cpu/statistics_avx512.h"
 #include "cpu/store_avx512.h"
 #include "cpu/vnni.h"
 
 namespace hf_spqr {
 namespace {
-
-constexpr int64_t kAhead = 1024;  // bytes to prefetch ahead
 
 // scale * (xs dot - zero X) of a block of activations, added to y.
 inline __m512 apply(__m512i dot, const BlockNumbers& n, const float* scale, const float* zero, __m512 y) {
@@ -29,8 +28,10 @@ void row_blocks(const LinearArgs& a, int64_t first_block) {
     __m512 y[R];
     for (int r = 0; r < R; ++r) y[r] = _mm512_setzero_ps();
     int64_t block = 0;  // of activations
+    OutlierPrefetch outliers(m, first_block, R);
     for (PanelWalk walk(m, first_block); walk.next();) {
         const Panel& panel = walk.panel;
+        outliers.panel();
         for (int r = 0; r < R; ++r) statistics[r].load(m, panel.statistics + r * m.words, panel.groups);
         int group = 0;
         for (int64_t tile = 0; tile < panel.count; tile += tiles, block += PerTile, group += groups_of_block) {
@@ -41,9 +42,7 @@ void row_blocks(const LinearArgs& a, int64_t first_block) {
             for (int r = 0; r < R; ++r) {
                 const uint32_t* codes = panel.tiles + r * m.words + tile * B * kRows;
                 const float *scale = statistics[r].scale + group * kRows, *zero = statistics[r].zero + group * kRows;
-                for (int64_t i = 0; i < here * B; ++i) {
-                    _mm_prefetch(reinterpret_cast<const char*>(codes + i * kRows) + kAhead, _MM_HINT_T0);
-                }
+                prefetch_lines(reinterpret_cast<const char*>(codes) + kAhead, here * B);
                 __m512i w[8];
                 if constexpr (PerTile > 1) {
                     unpack(codes, w);
@@ -64,6 +63,7 @@ void row_blocks(const LinearArgs& a, int64_t first_block) {
             }
         }
     }
+    prefetch_next(m, first_block, R);
     for (int r = 0; r < R; ++r) {
         store_block(a, 0, first_block + r, add_outliers(m, first_block + r, a.x, y[r]));
     }

@@ -25,7 +25,9 @@ void dequantize(const DequantizeArgs& a, int64_t first, int64_t last) {
     kAvx512Kernels.dequantize(a, first, last);
 }
 
-uint32_t read(const uint32_t* p, int64_t words) { return kAvx512Kernels.read(p, words); }
+uint32_t read(const uint32_t* p, int64_t words) {
+    return kAvx512Kernels.read(p, words);
+}
 
 }  // namespace
 
