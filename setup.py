@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "_build_backend"))
 import hf_spqr_nvcc as nvcc  # noqa: E402
 
+# An earlier installation of this package may be visible here by its entry point but not by its code.
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
