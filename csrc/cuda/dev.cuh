@@ -24,8 +24,6 @@ HF_DEVICE int64_t block_x() {
 HF_DEVICE int64_t block_y() {
     return blockIdx.y;
 }
-    return gridDim.x;
-}
 HF_DEVICE void sync_block() {
     __syncthreads();
 }
