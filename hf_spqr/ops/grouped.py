@@ -45,10 +45,11 @@ def spqr_grouped_linear(
     *shape_and_layout: Any,
 ) -> Tensor:
     """x [S, in_features] -> [S, out_features] by ``linear`` and ``dequantize``; other arguments as in the schema."""
-    outliers = split_outliers(outlier_row, outlier)
+    starts = [0, *outlier_row[:, -1].cumsum(0).tolist()]
 
     def tensors(expert: int) -> tuple[Tensor | None, ...]:
-        return packed[expert], outlier_row[expert], outliers[expert], None if perm is None else perm[expert]
+        own = outlier[starts[expert] : starts[expert + 1]]
+        return packed[expert], outlier_row[expert], own, None if perm is None else perm[expert]
 
     return _loop(linear, dequantize, x, ends, tensors, *shape_and_layout)
 
