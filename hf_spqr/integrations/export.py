@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,24 @@ from torch import Tensor, nn
 from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.formats import affine, compressed_tensors, gptq_v2, official_spqr, spqr
 from hf_spqr.formats.affine import AffineLayout, AffineWeight
-from hf_spqr.nn import AffineLinear, PackedLinear, SpQRLinear
+from hf_spqr.formats.spqr import SpQRLayout
+from hf_spqr.integrations.experts import file_names
+from hf_spqr.nn import GroupedLinear, PackedExperts, PackedLinear
 
 __all__ = ["FORMATS", "export_model"]
 
-Layers = dict[str, PackedLinear]
+
+@dataclass(frozen=True)
+class Matrix:
+    """A packed matrix of a model, of a linear layer or of one expert: its tensors in our format, on the host."""
+
+    layout: AffineLayout | SpQRLayout
+    tensors: dict[str, Tensor]
+    bias: Tensor | None
+    dtype: torch.dtype
+
+
+Layers = dict[str, Matrix]
 Written = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 """Tensors by layer and name, and the quantization_config of the written model."""
 
@@ -41,7 +55,7 @@ def export_model(model: Any, out: str | os.PathLike[str], format: str, *, max_sh
     """
     if format not in FORMATS:
         raise UnsupportedLayerError(f"format={format!r}: use one of {', '.join(map(repr, FORMATS))}.")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    layers = packed_matrices(model)
     if not layers:
         raise UnsupportedLayerError("The model has no packed layers: export takes models that hf_spqr has quantized.")
     tensors, config = FORMATS[format](model, layers)
@@ -50,7 +64,7 @@ def export_model(model: Any, out: str | os.PathLike[str], format: str, *, max_sh
     for name, parts in tensors.items():
         bias = layers[name].bias
         if bias is not None:
-            parts = {**parts, "bias": bias.detach().to(dtype or bias.dtype)}
+            parts = {**parts, "bias": bias.to(dtype or bias.dtype)}
         state.update({f"{name}.{leaf}": tensor for leaf, tensor in parts.items()})
     with _as_foreign(model, config):
         model.save_pretrained(out, state_dict=state, max_shard_size=max_shard_size)
@@ -62,14 +76,39 @@ def export_model(model: Any, out: str | os.PathLike[str], format: str, *, max_sh
     return Path(out)
 
 
+def packed_matrices(model: nn.Module) -> Layers:
+    """The packed matrices of ``model`` by the names that they have in a file, experts one by one."""
+    found: Layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            if module.replaces is not nn.Linear:
+                raise UnsupportedLayerError(
+                    f"{name} stands in for a {module.replaces.__name__}; other formats know linear layers only."
+                )
+            bias = None if module.bias is None else module.bias.detach()
+            found[name] = Matrix(module.layout, _on_host(name, module.packed_tensors()), bias, module.weight.dtype)
+        elif isinstance(module, PackedExperts):
+            stored = file_names(model, name, module.kind)
+            dtype = module.down_proj.dtype
+            for projection, linear in module.linears().items():
+                _on_host(name, linear.packed_tensors())
+                for expert, tensors in enumerate(linear.split()):
+                    matrix = Matrix(linear.layout, _on_host(name, tensors), None, dtype)
+                    found[f"{name}.{expert}.{stored[projection]}"] = matrix
+    return found
+
+
 def to_official_spqr(model: nn.Module, layers: Layers) -> Written:
     """Official SpQR. Its reader wants float16, so all other tensors are written in it."""
+    if any(isinstance(module, PackedExperts) for module in model.modules()):
+        raise UnsupportedLayerError("Official SpQR knows no experts: keep this model in our format.")
     tensors = {}
-    for name, module in _of_kind(layers, SpQRLinear, "official SpQR holds SpQR models only"):
-        if module.bias is not None:
+    for name, matrix in layers.items():
+        if not isinstance(matrix.layout, SpQRLayout):
+            raise UnsupportedLayerError(f"{name} is not of SpQR: official SpQR holds SpQR models only.")
+        if matrix.bias is not None:
             raise UnsupportedLayerError(f"{name} has a bias, which official SpQR does not know.")
-        weight = spqr.unpack(module.layout, _on_host(module, name))
-        tensors[name] = _written(name, official_spqr.encode, weight)
+        tensors[name] = _written(name, official_spqr.encode, spqr.unpack(matrix.layout, matrix.tensors))
     shapes = {f"{name}.{leaf}.shape": t.numel() for name, parts in tensors.items() for leaf, t in parts.items()}
     others = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in layers]
     config = {
@@ -87,21 +126,21 @@ def to_official_spqr(model: nn.Module, layers: Layers) -> Written:
 def to_gptq_v2(model: nn.Module, layers: Layers) -> Written:
     """GPTQ v2 with one width and group size for all layers."""
     _refuse_activations(model, "GPTQ v2")
-    modules = list(_of_kind(layers, AffineLinear, "GPTQ v2 holds affine models only"))
-    kinds = {(m.layout.bits, m.layout.group_size, m.layout.symmetric) for _, m in modules}
+    weights = _affine_weights(layers, "GPTQ v2")
+    kinds = {(w.layout.bits, w.layout.group_size, w.layout.symmetric) for w in weights.values()}
     if len(kinds) > 1:
         raise UnsupportedLayerError(
             f"GPTQ v2 is written with one width and group size for all layers; this model has {sorted(kinds)}."
             " Use compressed-tensors."
         )
     bits, group_size, symmetric = kinds.pop()
-    tensors = {name: _written(name, gptq_v2.encode, _affine_weight(name, module)) for name, module in modules}
+    tensors = {name: _written(name, gptq_v2.encode, weight) for name, weight in weights.items()}
     config = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
         "sym": symmetric,
-        "desc_act": any(module.perm is not None for _, module in modules),
+        "desc_act": any(weight.perm is not None for weight in weights.values()),
         "checkpoint_format": "gptq_v2",
         "lm_head": False,
         "dynamic": {f"-:^{re.escape(name)}$": {} for name in _left_alone(model, layers)},
@@ -115,13 +154,12 @@ def to_compressed_tensors(model: nn.Module, layers: Layers) -> Written:
     groups: dict[AffineLayout, dict[str, Any]] = {}
     tensors = {}
     kinds = set()
-    for name, module in _of_kind(layers, AffineLinear, "compressed-tensors holds affine models only"):
-        lay = module.layout
+    for name, weight in _affine_weights(layers, "compressed-tensors").items():
+        lay = weight.layout
         plain = lay.bits == 8 or activations is not None
         write = compressed_tensors.int_quantized if plain else compressed_tensors.pack_quantized
         kinds.add("int-quantized" if plain else "pack-quantized")
-        weight = _affine_weight(name, module)
-        tensors[name] = _written(name, partial(write, dtype=module.weight.dtype), weight)
+        tensors[name] = _written(name, partial(write, dtype=layers[name].dtype), weight)
         kind = AffineLayout(1, lay.group_size if lay.group_size > 0 else 1, lay.bits, lay.group_size, lay.symmetric)
         group = groups.setdefault(kind, _scheme(kind, activations, "int-quantized" if plain else "pack-quantized"))
         group["targets"].append(name)
@@ -190,22 +228,19 @@ def _config_of(model: nn.Module) -> Any:
     return getattr(getattr(model, "config", None), "quantization_config", None)
 
 
-def _of_kind(layers: Layers, kind: type[Any], otherwise: str) -> Iterator[tuple[str, Any]]:
-    for name, module in layers.items():
-        if not isinstance(module, kind):
-            raise UnsupportedLayerError(f"{name} is a {type(module).__name__}: {otherwise}.")
-        yield name, module
-
-
-def _on_host(module: PackedLinear, name: str) -> dict[str, Tensor]:
-    tensors = module.packed_tensors()
+def _on_host(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if any(tensor.is_meta for tensor in tensors.values()):
         raise UnsupportedLayerError(f"{name} is offloaded: load the model without offload to export it.")
     return {leaf: tensor.cpu() for leaf, tensor in tensors.items()}
 
 
-def _affine_weight(name: str, module: AffineLinear) -> AffineWeight:
-    return affine.unpack(module.layout, _on_host(module, name))
+def _affine_weights(layers: Layers, format: str) -> dict[str, AffineWeight]:
+    weights = {}
+    for name, matrix in layers.items():
+        if not isinstance(matrix.layout, AffineLayout):
+            raise UnsupportedLayerError(f"{name} is of SpQR: {format} holds affine models only.")
+        weights[name] = affine.unpack(matrix.layout, matrix.tensors)
+    return weights
 
 
 def _written(name: str, write: Callable[[Any], dict[str, Tensor]], weight: Any) -> dict[str, Tensor]:
@@ -216,18 +251,27 @@ def _written(name: str, write: Callable[[Any], dict[str, Tensor]], weight: Any) 
 
 
 def _left_alone(model: nn.Module, layers: Layers) -> list[str]:
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in layers]
+    """Linear layers that are not packed, and routers, which other programs build as linear layers."""
+    dense = (nn.Embedding, PackedLinear)
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, dense)
+        and isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.dim() == 2
+    ]
 
 
 def _other_tensors(model: nn.Module, layers: Layers, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state of the model without its packed layers; float tensors of ``dtype`` if given."""
+    """The state of the model without its packed matrices; float tensors of ``dtype`` if given."""
     state: Mapping[str, Tensor] = model.state_dict()
-    rest = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in layers}
-    strange = [name for name in rest if name.endswith("packed")]
-    if strange:
-        raise UnsupportedLayerError(
-            f"{strange[0]} belongs to packed experts, which this export cannot write. Keep the model in our format."
-        )
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear | GroupedLinear)}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedExperts):  # what answers for the dtype of the original, and is empty
+            state = {
+                key: t for key, t in state.items() if key not in (f"{name}.{module.kind.fused}", f"{name}.down_proj")
+            }
+    rest = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] not in packed}
     if dtype is None:
         return rest
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in rest.items()}

@@ -1,6 +1,7 @@
 """Exports of affine models, loaded by plain Transformers and by a decoder written for the test."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -13,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from hf_spqr.config import OmniQuantConfig
 from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.integrations.export import export_model
-from hf_spqr.integrations.transformers import attach
+from hf_spqr.integrations.transformers import attach, quantize_model
 from hf_spqr.methods import rtn
 from hf_spqr.methods.base import AffineParams
-from hf_spqr.nn import AffineLinear
+from hf_spqr.nn import AffineLinear, PackedExperts
 from tests.formats.test_exchange import gptq_by_hand
 from tests.tiny_models import tiny_model
 
@@ -136,6 +137,31 @@ def test_the_activation_scheme_is_written(tmp_path):
     assert model.config.quantization_config.act_bits == 8
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_experts_are_written_one_by_one(kind, texts, tokenizer, tmp_path):
+    config = OmniQuantConfig(
+        bits=4, group_size=32, sym=True, rounding=False, epochs=0, dataset=texts, nsamples=2, seqlen=32
+    )
+    sizes = {"moe_intermediate_size": 64} if kind == "qwen3_moe" else {}
+    model = tiny_model(kind, torch.float32, **sizes)
+    quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    experts = next(name for name, module in model.named_modules() if isinstance(module, PackedExperts))
+    export_model(model, tmp_path / "ct", "compressed-tensors")
+    export_model(model, tmp_path / "gptq", "gptq_v2")
+    written = load_file(tmp_path / "gptq" / "model.safetensors")
+    assert not [name for name in written if name.endswith("packed") or not written[name].numel()]
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert any("gate" in name for name in config["dynamic"])
+    last = {"qwen3_moe": "down_proj", "mixtral": "w2"}[kind]
+    (name,) = (n for n in written if re.search(rf"layers\.0\..*experts\.3\.{last}\.qweight$", n))
+    name = name.removesuffix(".qweight")
+    expected = model.get_submodule(experts).packed["down_proj"].dequantize_weight(torch.float32)[3]
+    leaves = {leaf: written[f"{name}.{leaf}"] for leaf in ("qweight", "qzeros", "scales", "g_idx")}
+    torch.testing.assert_close(gptq_by_hand(leaves, 4).float(), expected)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded), logits(model.dequantize()), rtol=1e-3, atol=1e-4)
 
 
 def test_export_leaves_the_model_as_it_was(tmp_path):

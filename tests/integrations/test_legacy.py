@@ -104,6 +104,28 @@ def test_loading_options_and_transformers_own_config_are_taken(raw):
     AutoModelForCausalLM.from_pretrained(raw, quantization_config=transformers.SpQRConfig())
 
 
+def test_device_maps(quantized, official, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(official, dtype=torch.float32, device_map="cpu")
+    torch.testing.assert_close(logits(loaded), logits(quantized), rtol=0, atol=5e-3)
+    to_disk = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    to_disk |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match="hf-spqr convert"):
+        AutoModelForCausalLM.from_pretrained(official, device_map=to_disk, offload_folder=tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu(quantized, official, dtype, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(official, dtype=dtype, device_map="cuda")
+    assert loaded.model.layers[0].mlp.up_proj.packed.is_cuda
+    with torch.no_grad():
+        got = loaded(IDS.to("cuda")).logits.float().cpu()
+    assert (got - logits(quantized)).abs().max() < 0.05 * logits(quantized).abs().max()
+    loaded.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(again.model.layers[0].mlp.up_proj.packed, loaded.model.layers[0].mlp.up_proj.packed.cpu())
+
+
 def test_it_does_not_quantize(model_dir):
     with pytest.raises(hf_spqr.ConfigError, match=r"pass hf_spqr\.SpQRConfig"):
         AutoModelForCausalLM.from_pretrained(model_dir(), quantization_config=transformers.SpQRConfig())
