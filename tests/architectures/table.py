@@ -37,7 +37,7 @@ def cell(architecture: Architecture, method: str) -> str:
 
 def make_table() -> str:
     """The table in Markdown."""
-    lines = [f"| `model_type` | kind | {' | '.join(METHODS)} |", f"|---|---|{'---|' * len(METHODS)}"]
+    lines = [f"| model type | kind | {' | '.join(METHODS)} |", f"|---|---|{'---|' * len(METHODS)}"]
     for architecture in ARCHITECTURES:
         cells = [cell(architecture, method) for method in METHODS]
         lines.append(f"| `{architecture.kind}` | {architecture.group} | {' | '.join(cells)} |")

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from hf_spqr.calibration.blocks import Block, find_blocks, record, replay
+from hf_spqr.calibration.blocks import Block, find_blocks, find_stacks, record, replay
 from hf_spqr.errors import CalibrationError, UnsupportedLayerError
+from tests.architectures.matrix import ARCHITECTURES as MATRIX
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 MORE = ("bloom", "gpt2", "mixtral", "qwen3_moe", "starcoder2", "stablelm", "granite", "phi", "glm4", "smollm3")
@@ -39,6 +41,45 @@ def test_replay_is_exact(kind):
             hidden = [replay(block.module, h, call) for h, call in pairs]
         for got, outputs in zip(hidden, expected, strict=True):
             assert torch.equal(got, outputs[index])
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5", "bart"])
+def test_encoder_and_decoder_are_two_stacks(kind):
+    """Each stack is replayed exactly, for batches of different lengths too (T5's blocks hand a position bias on)."""
+    model = next(a for a in MATRIX if a.kind == kind).build()
+    stacks = find_stacks(model)
+    assert [[b.name.split(".")[-3 if kind == "bart" else 0] for b in s] for s in stacks] == [
+        ["encoder"] * 2, ["decoder"] * 2,
+    ]  # fmt: skip
+    assert find_blocks(model) == stacks[0] + stacks[1]
+    batches = [torch.arange(3, 35)[None], torch.arange(40, 88).reshape(2, 24)]
+    for stack in stacks:
+        recording = record(model, stack, batches)
+        hidden = recording.hidden
+        for index, block in enumerate(stack):
+            expected = []
+            hook = block.module.register_forward_hook(
+                lambda m, a, o, seen=expected: seen.append(o[0] if isinstance(o, tuple) else o)
+            )
+            with torch.no_grad():
+                hidden = [replay(block.module, h, c) for h, c in zip(hidden, recording.calls[index], strict=True)]
+                got = list(expected)
+                expected.clear()
+                for batch in batches:
+                    shifted = torch.cat([torch.full_like(batch[:, :1], model.config.decoder_start_token_id), batch], 1)
+                    model(input_ids=batch, decoder_input_ids=shifted[:, :-1], use_cache=False)
+            hook.remove()
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_an_encoder_that_reads_no_tokens_is_refused():
+    config = WhisperConfig(
+        vocab_size=258, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedLayerError, match="input_features"):
+        find_stacks(WhisperForConditionalGeneration(config))
 
 
 def test_model_is_left_as_it_was():
