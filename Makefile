@@ -14,11 +14,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc _build_backend -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' \) 2>/dev/null)
 
-.PHONY: help setup demo test lint format types bench clean
+.PHONY: help setup demo test test-all lint format types bench clean
 
 help:
 	@echo "make demo    quantize the demo model, save, reload, generate, measure (a few minutes)"
-	@echo "make test    all tests; make test ARGS='tests/cli -k doctor' for some"
+	@echo "make test    the tests, but for those marked slow; make test ARGS='tests/cli -k doctor' for some"
+	@echo "make test-all   with the slow ones: every architecture, every CUDA kernel compiled for every GPU generation"
 	@echo "make lint    ruff and clang-format    make format   apply them    make types   mypy"
 	@echo "make bench   benchmarks that need nothing beside the checkout; results in benchmarks/results"
 	@echo "make clean   remove build outputs and out/; the virtual environment stays"
@@ -51,6 +52,9 @@ demo: setup
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: setup
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup
