@@ -66,10 +66,11 @@ def push_folder(
 
     Raises:
         CheckpointError: the folder is no complete quantized model. Nothing was sent.
-        PushError: the server or the network failed, or somebody else pushed meanwhile. Nothing was published.
+        PushError: the server or the network failed, somebody else pushed meanwhile, or ``repo_id`` is no name.
+            Nothing was published.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 
     folder = Path(folder)
     files = complete_files(folder)
@@ -100,6 +101,8 @@ def push_folder(
                 create_pr=create_pr,
                 parent_commit=head.sha if head is not None else None,
             )
+    except HFValidationError as error:
+        raise PushError(f"{repo_id!r} cannot be the name of a repository: {error}") from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 412:
             raise PushError(f"{repo_id} was changed by somebody else during the upload. Push again.") from error

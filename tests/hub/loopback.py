@@ -131,7 +131,8 @@ class LoopbackHub:
                     try:
                         if action is not LoopbackHub.lfs_put:  # its address is secret enough, as on the real Hub
                             self.authorize(method, match.groupdict().get("repo"), headers)
-                        return action(self, match.groupdict(), body, headers) or Reply(200, {})
+                        at = {**match.groupdict(), **{key: value[0] for key, value in query.items()}}
+                        return action(self, at, body, headers)
                     except Reply as reply:
                         return reply
             return missing("NotFound")
@@ -202,7 +203,7 @@ class LoopbackHub:
         return Reply(200 if len(self.blobs.get(asked["oid"], b"")) == asked["size"] else 400, {})
 
     def xet_token(self, at: dict[str, str], body: bytes, headers: Any) -> Reply:
-        self.find(at)
+        self.find({"repo": at["repo"]})  # for a pull request the client names the revision "None"
         if self.xet is None:
             return missing("RevisionNotFound")
         url, until = f"local://{self.xet}", str(int(time.time()) + 3600)
@@ -229,8 +230,12 @@ class LoopbackHub:
                 files[value["path"]] = File(value["oid"], value["size"], True, self.blobs.get(value["oid"]))
             elif line["key"] == "deletedFile":
                 files.pop(value["path"], None)
-        oid = repo.commit(at["revision"], files)
-        return Reply(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{at['repo']}/commit/{oid}"})
+        pull_request = at.get("create_pr") == "1"
+        oid = repo.commit("refs/pr/1" if pull_request else at["revision"], files)
+        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{at['repo']}/commit/{oid}"}
+        if pull_request:
+            answer["pullRequestUrl"] = f"{self.url}/{at['repo']}/discussions/1"
+        return Reply(200, answer)
 
     def branch(self, at: dict[str, str], body: bytes, headers: Any) -> Reply:
         repo, oid = self.find({"repo": at["repo"]})

@@ -36,6 +36,7 @@ def test_mistakes_are_messages(hub, folder, tmp_path, capsys):
     for arguments, message in [
         ((tmp_path / "nothing", "tester/x"), "does not exist"),
         ((folder, "tester/x", "--evaluation", tmp_path / "list.json"), "not a JSON object"),
+        ((folder, "tester/x/y"), "cannot be the name of a repository"),
         ((folder, "tester/x"), "nothing was published"),
     ]:
         code, _, err = run(capsys, "push", *arguments)

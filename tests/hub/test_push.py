@@ -121,6 +121,15 @@ def test_a_branch(hub, folder):
     assert "extra.txt" in hub.repos["tester/b"].files("v2")
 
 
+def test_a_pull_request(hub, folder):
+    push_folder(folder, "tester/pr")
+    before = hub.repos["tester/pr"].branches["main"]
+    (folder / "extra.txt").write_text("more")
+    push_folder(folder, "tester/pr", create_pr=True)
+    assert hub.repos["tester/pr"].branches["main"] == before
+    assert "extra.txt" in hub.repos["tester/pr"].files("refs/pr/1")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
