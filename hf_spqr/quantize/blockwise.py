@@ -97,7 +97,7 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         def progress(step: int, steps: int, loss: float) -> None:
             self.show(f"{block.name} step {step}/{steps} loss {loss:.3g}")
 
-        with named(block.name):
+        with named(block.name), torch.enable_grad():  # the caller may be under no_grad
             return quantize_block(block.module, full, quantized, calls, params, linears, progress=progress)
 
     @torch.no_grad()
