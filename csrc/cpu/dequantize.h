@@ -51,7 +51,9 @@ void dequantize_as(const DequantizeArgs& a, int64_t first_block, int64_t last_bl
     for (int64_t block = first_block; block < last_block; ++block) {
         Element* const out = static_cast<Element*>(a.out) + (block - first_block) * kRows * a.out_stride;
         const int rows = m.rows - block * kRows < kRows ? int(m.rows - block * kRows) : kRows;
-        for_each_tile(m, block, [&](int64_t first, const float* w) {
+        OutlierCursors outliers(m, block);
+        for_each_tile(m, block, [&](int64_t first, float* w) {
+            outliers.add(first, w);
             alignas(64) uint32_t words[kHalves][kRows][kRows];
             to_words<D>(w, words);
             const int columns = m.columns - first < kColumns ? int(m.columns - first) : kColumns;

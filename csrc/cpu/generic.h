@@ -44,13 +44,36 @@ inline void multiply_tile_any(const float* w, const float* x, int64_t x_stride, 
     if (tokens - t >= 1) multiply_tile<1>(w, x + t * x_stride, x_stride, sum + t * kRows);
 }
 
+// sum[t][row] += the outliers of the block's rows.
+inline void multiply_outliers(const LinearArgs& a, int64_t block, float* sum) {
+    const Matrix& m = a.weight;
+    if (m.outlier_row == nullptr) return;
+    for (int64_t row = block * kRows, r = 0; r < kRows && row < m.rows; ++r, ++row) {
+        for (int64_t i = m.outlier_row[row]; i < m.outlier_row[row + 1]; ++i) {
+            const uint64_t column = m.outlier ? m.outlier[i] & 0xffff : m.outlier_wide[i] & 0xffffffff;
+            const float v = from_f16(m.outlier ? uint16_t(m.outlier[i] >> 16) : uint16_t(m.outlier_wide[i] >> 32));
+            for (int t = 0; t < a.tokens; ++t) sum[t * kRows + r] += v * a.x[t * a.x_stride + column];
+        }
+    }
+}
+
 void linear_generic(const LinearArgs& a, int64_t first_block, int64_t last_block) {
     alignas(64) float sum[kMaxTokens * kRows];
+    const DotTile dot = dot_tile_of(a.weight.bits);
+    const int group_shift = group_shift_in_tile(a.weight);
     for (int64_t block = first_block; block < last_block; ++block) {
         memset(sum, 0, sizeof(float) * a.tokens * kRows);
-        for_each_tile(a.weight, block, [&](int64_t first, const float* w) {
-            multiply_tile_any(w, a.x + first, a.x_stride, a.tokens, sum);
-        });
+        if (a.tokens == 1) {
+            for_each_packed_tile(a.weight, block,
+                                 [&](int64_t first, const uint32_t* tile, const float* scale, const float* shift) {
+                                     dot(tile, scale, shift, group_shift, a.x + first, sum);
+                                 });
+        } else {
+            for_each_tile(a.weight, block, [&](int64_t first, const float* w) {
+                multiply_tile_any(w, a.x + first, a.x_stride, a.tokens, sum);
+            });
+        }
+        multiply_outliers(a, block, sum);
         const int64_t row = block * kRows;
         const int rows = a.weight.rows - row < kRows ? int(a.weight.rows - row) : kRows;
         for (int t = 0; t < a.tokens; ++t) {

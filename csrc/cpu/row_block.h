@@ -36,27 +36,34 @@ struct OutlierCursors {
     }
 };
 
-// Calls use(first_column, w) for each tile of a row block, w[column][row] being its 32 x 16 weights in fp32.
+// Calls use(first column, words of the tile, scale, shift) for each tile of a row block.
 template <class Use>
-inline void for_each_tile(const Matrix& m, int64_t row_block, const Use& use) {
-    alignas(64) float w[kColumns * kRows];
+inline void for_each_packed_tile(const Matrix& m, int64_t row_block, const Use& use) {
     Statistics statistics;
-    const DecodeTile decode = decode_tile_of(m.bits);
-    const DecodeStatistics decode_codes = decode_statistics_of(m.format == Format::spqr ? m.stat_bits : m.bits);
-    const int group_shift = group_shift_in_tile(m);
-    OutlierCursors outliers(m, row_block);
+    const DecodeStatistics decode_codes =
+        m.format == Format::spqr ? decode_statistics_of<2>(m.stat_bits) : decode_statistics_of<1>(m.bits);
     for (PanelWalk walk(m, row_block); walk.next();) {
         const Panel& panel = walk.panel;
         statistics.decode(m, panel, decode_codes);
         for (int64_t tile = 0; tile < panel.count; ++tile) {
-            const int64_t first = (panel.first_tile + tile) * kColumns;
             const int offset = group_of_tile(m, tile) * kRows;
-            decode(panel.tiles + tile * m.bits * kRows, statistics.scale + offset, statistics.shift + offset,
-                   group_shift, w);
-            outliers.add(first, w);
-            use(first, w);
+            use((panel.first_tile + tile) * kColumns, panel.tiles + tile * m.bits * kRows, statistics.scale + offset,
+                statistics.shift + offset);
         }
     }
+}
+
+// Calls use(first column, w) for each tile of a row block, w[column][row] being its weights in fp32, no outliers.
+template <class Use>
+inline void for_each_tile(const Matrix& m, int64_t row_block, const Use& use) {
+    alignas(64) float w[kColumns * kRows];
+    const DecodeTile decode = decode_tile_of(m.bits);
+    const int group_shift = group_shift_in_tile(m);
+    for_each_packed_tile(m, row_block,
+                         [&](int64_t first, const uint32_t* tile, const float* scale, const float* shift) {
+                             decode(tile, scale, shift, group_shift, w);
+                             use(first, w);
+                         });
 }
 
 }  // namespace

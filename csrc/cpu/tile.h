@@ -42,19 +42,42 @@ void decode_tile(const uint32_t* tile, const float* scale, const float* shift, i
     }
 }
 
-// code[g][row] = columns first + step * g of a tile of statistics, as fp32.
+// sum[row] += (scale * code + shift) * x[column] over a tile, without the way through memory. Four sums, because one
+// alone would wait for itself.
 template <int B>
-void decode_statistics(const uint32_t* tile, int first, int step, int groups, float* code) {
-    for (int g = 0; g < groups; ++g) {
-        const int column = first + step * g;
-        for (int lane = 0; lane < kRows; lane += kLanes) {
-            store(code + g * kRows + lane, to_float(codes<B>(tile, column / 2, column & 1, lane)));
+void dot_tile(const uint32_t* tile, const float* scale, const float* shift, int group_shift, const float* x,
+              float* sum) {
+    for (int lane = 0; lane < kRows; lane += kLanes) {
+        VecF y[4] = {load(sum + lane)};
+#pragma GCC unroll 4
+        for (int first = 0; first < kColumns; first += 8) {
+            const int group = first >> group_shift;
+            const VecF s = load(scale + group * kRows + lane), t = load(shift + group * kRows + lane);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) {
+                const VecU q = codes<B>(tile, (first + i) / 2, i & 1, lane);
+                y[i % 4] += (to_float(q) * s + t) * splat(x[first + i]);
+            }
+        }
+        store(sum + lane, (y[0] + y[1]) + (y[2] + y[3]));
+    }
+}
+
+// code[g][row] = column first + Step * g of a tile of statistics, as fp32.
+template <int B, int Step>
+void decode_statistics(const uint32_t* tile, int first, float* code) {
+    for (int lane = 0; lane < kRows; lane += kLanes) {
+#pragma GCC unroll 32
+        for (int g = 0; g < kColumns / Step; ++g) {
+            const VecU q = Step == 2 ? codes<B>(tile, g, first, lane) : codes<B>(tile, g / 2, g & 1, lane);
+            store(code + g * kRows + lane, to_float(q));
         }
     }
 }
 
 using DecodeTile = void (*)(const uint32_t*, const float*, const float*, int, float*);
-using DecodeStatistics = void (*)(const uint32_t*, int, int, int, float*);
+using DotTile = void (*)(const uint32_t*, const float*, const float*, int, const float*, float*);
+using DecodeStatistics = void (*)(const uint32_t*, int, float*);
 
 inline DecodeTile decode_tile_of(int bits) {
     constexpr DecodeTile kTable[8] = {decode_tile<1>, decode_tile<2>, decode_tile<3>, decode_tile<4>,
@@ -62,10 +85,19 @@ inline DecodeTile decode_tile_of(int bits) {
     return kTable[bits - 1];
 }
 
+inline DotTile dot_tile_of(int bits) {
+    constexpr DotTile kTable[8] = {dot_tile<1>, dot_tile<2>, dot_tile<3>, dot_tile<4>,
+                                   dot_tile<5>, dot_tile<6>, dot_tile<7>, dot_tile<8>};
+    return kTable[bits - 1];
+}
+
+// SpQR: every other column is a scale code, the ones between are zero codes. Affine: every column is a zero point.
+template <int Step>
 inline DecodeStatistics decode_statistics_of(int bits) {
-    constexpr DecodeStatistics kTable[8] = {decode_statistics<1>, decode_statistics<2>, decode_statistics<3>,
-                                            decode_statistics<4>, decode_statistics<5>, decode_statistics<6>,
-                                            decode_statistics<7>, decode_statistics<8>};
+    constexpr DecodeStatistics kTable[8] = {decode_statistics<1, Step>, decode_statistics<2, Step>,
+                                            decode_statistics<3, Step>, decode_statistics<4, Step>,
+                                            decode_statistics<5, Step>, decode_statistics<6, Step>,
+                                            decode_statistics<7, Step>, decode_statistics<8, Step>};
     return kTable[bits - 1];
 }
 
@@ -76,19 +108,19 @@ struct Statistics {
 
     // Also zeroes the groups after the last one that share its tile: their columns are padding.
     void decode(const Matrix& m, const Panel& panel, DecodeStatistics decode_codes) {
-        const int padded = (panel.groups + 3) / 4 * 4, bytes = (padded - panel.groups) * kRows * sizeof(float);
-        memset(scale + panel.groups * kRows, 0, bytes);
-        memset(shift + panel.groups * kRows, 0, bytes);
         if (m.format == Format::spqr) {
             decode_spqr(m, panel, decode_codes);
         } else {
             decode_affine(m, panel, decode_codes);
         }
+        const int padding = (panel.groups + 3) / 4 * 4 - panel.groups;
+        memset(scale + panel.groups * kRows, 0, padding * kRows * sizeof(float));
+        memset(shift + panel.groups * kRows, 0, padding * kRows * sizeof(float));
     }
 
     void decode_spqr(const Matrix& m, const Panel& panel, DecodeStatistics decode_codes) {
-        decode_codes(panel.statistics, 0, 2, panel.groups, scale);
-        decode_codes(panel.statistics, 1, 2, panel.groups, shift);
+        decode_codes(panel.statistics, 0, scale);
+        decode_codes(panel.statistics, 1, shift);
         const uint16_t* second = reinterpret_cast<const uint16_t*>(panel.statistics + m.stat_bits * kRows);
         for (int g = 0; g < panel.groups; ++g) {
             const uint16_t* four = second + 4 * (g / m.groups_per_second);
@@ -113,7 +145,7 @@ struct Statistics {
             return;
         }
         const uint32_t* zeros = panel.statistics + (panel.groups + 1) / 2 * kRows;
-        if (!m.symmetric) decode_codes(zeros, 0, 1, panel.groups, shift);
+        if (!m.symmetric) decode_codes(zeros, 0, shift);
         for (int g = 0; g < panel.groups; ++g) {
             for (int r = 0; r < kRows; ++r) {
                 const uint32_t word = panel.statistics[g / 2 * kRows + r];
