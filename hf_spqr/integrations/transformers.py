@@ -229,8 +229,8 @@ def quantize_model(model: nn.Module, config: SpQRConfig | OmniQuantConfig, **arg
 
     Takes the arguments of :func:`hf_spqr.quantize.quantize_model` and raises what it raises.
     """
-    report = quantize.quantize_model(model, config, **arguments)
     config = copy.deepcopy(config)
+    report = quantize.quantize_model(model, config, **arguments)
     config.forget_data()
     attach(model, config)
     return report
