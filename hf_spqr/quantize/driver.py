@@ -43,7 +43,7 @@ def quantize_model(
 
     Args:
         model: a decoder of Transformers (its language part, where it has others) or a text encoder-decoder.
-        config: method, layers and calibration data.
+        config: method, layers and calibration data. Fields that were left to the method are filled in.
         tokenizer: tokenizer for text data; else ``config.tokenizer``, else the one of ``model.name_or_path``.
         device: where the blocks are computed; by default where they are.
         progress: show a bar with layer, error, bits per weight and time left.
