@@ -99,3 +99,17 @@ def test_strided_packed_weights_are_refused():
     packed = case.tensors[0].repeat_interleave(2, 1)[:, ::2]
     with pytest.raises(RuntimeError, match="affine_linear: packed must be contiguous"):
         case.linear(torch.zeros(1, 100), packed, None, None, 33, *case.numbers)
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2])
+def test_reading_memory_touches_all_of_it(threads):
+    """The benchmark's measure of bandwidth: exclusive or over all words, so that no read can be left out."""
+    data = torch.randint(-(2**31), 2**31 - 1, (64 * 10000,), dtype=torch.int32)
+    expected = 0
+    for word in data.view(64, -1).numpy().view("uint32").ravel().tolist():
+        expected ^= word
+    torch.set_num_threads(threads)
+    assert torch.ops.hf_spqr.read_memory(data) == expected
+    with pytest.raises(RuntimeError, match="read_memory: data must be int32"):
+        torch.ops.hf_spqr.read_memory(data.float())
