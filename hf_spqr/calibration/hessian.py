@@ -43,6 +43,10 @@ class HessianAccumulator:
         self._sum += product
         self.tokens += x.shape[0]
 
+    @property
+    def device(self) -> torch.device:
+        return self._sum.device
+
     def hessian(self) -> Tensor:
         """H [K, K], float32, exactly symmetric. Raises CalibrationError when no token has been added."""
         if self.tokens == 0:

@@ -13,7 +13,12 @@ from hf_spqr.calibration.hessian import HessianAccumulator
 from hf_spqr.errors import HfSpqrError
 from hf_spqr.nn import dense
 
-__all__ = ["gather_hessians", "shared_inputs"]
+__all__ = ["gather_hessians", "hessian_or_identity", "shared_inputs"]
+
+
+def hessian_or_identity(sums: HessianAccumulator) -> Tensor:
+    """The Hessian, or the identity where no token has come (a branch that was never taken): all inputs weigh alike."""
+    return sums.hessian() if sums.tokens else torch.eye(sums.in_features, device=sums.device)
 
 
 class _Enough(Exception):

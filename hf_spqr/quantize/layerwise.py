@@ -17,7 +17,7 @@ from hf_spqr.methods import spqr
 from hf_spqr.methods.base import LayerResult
 from hf_spqr.nn import SpQRLinear, dense
 from hf_spqr.quantize.budget import Budget, survey_layer
-from hf_spqr.quantize.capture import gather_hessians, shared_inputs
+from hf_spqr.quantize.capture import gather_hessians, hessian_or_identity, shared_inputs
 from hf_spqr.quantize.pages import let_go, span
 from hf_spqr.quantize.run import Run, named
 from hf_spqr.quantize.targets import Target
@@ -65,7 +65,7 @@ class SpQRRun(Run[SpQRConfig]):
                 sums = gather_hessians(block.module, {g[0]: layers[g[0]] for g in groups}, hidden, calls)
                 for group in groups:
                     with named(mine[group[0]].name):
-                        hessian = sums.pop(group[0]).hessian()
+                        hessian = hessian_or_identity(sums.pop(group[0]))
                     for name in group:
                         self._count(budget, mine[name].name, [dense.matrix(layers[name])], hessian)
                 for name, weights, hessian in self.survey_experts(index, hidden):
@@ -98,8 +98,11 @@ class SpQRRun(Run[SpQRConfig]):
             leaders = {group[0]: layers[group[0]] for group in step}
             sums = gather_hessians(block.module, leaders, hidden, calls, stop_early=sequential)
             for group in step:
+                if not sums[group[0]].tokens:
+                    names = ", ".join(mine[name].name for name in group)
+                    self.report.notes.append(f"{names}: no calibration token came here; quantized without data.")
                 with named(mine[group[0]].name):
-                    hessian = sums.pop(group[0]).hessian()
+                    hessian = hessian_or_identity(sums.pop(group[0]))
                 for name in group:
                     packed[name] = self._quantize_layer(mine[name], hessian)
         return packed

@@ -154,6 +154,26 @@ def test_no_data(tokenizer):
         quantize_model(tiny_model("llama"), SpQRConfig(dataset=["text"]), progress=False)
 
 
+def test_a_branch_that_no_token_takes(texts, tokenizer):
+    """Experts that are layers of their own may see no token at all; they are quantized without data."""
+
+    class Branches(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.taken, self.never = linear, copy.deepcopy(linear)
+
+        def forward(self, x):
+            return self.taken(x)
+
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Branches(layer.mlp.up_proj)
+    report = quantize_model(model, make_config(texts), tokenizer=tokenizer, progress=False)
+    assert isinstance(model.model.layers[0].mlp.up_proj.never, SpQRLinear)
+    assert any("layers.1.mlp.up_proj.never: no calibration token" in note for note in report.notes)
+    assert report.layer("model.layers.0.mlp.up_proj.never").error < 0.2
+
+
 def test_nothing_to_quantize(texts, tokenizer):
     with pytest.raises(UnsupportedLayerError, match="modules_to_not_convert"):
         config = make_config(texts, modules_to_not_convert=[".*"])
