@@ -57,6 +57,7 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.requested_device_map: Any = None
+        self.loading: nn.Module | None = None
 
     # -- before loading --------------------------------------------------------------------------------------------
 
@@ -96,10 +97,12 @@ class PackedQuantizer(HfQuantizer):
             model.set_submodule(name, self._empty_module(model, name, tensors, contents))
         for name, projections in contents.experts.items():
             model.set_submodule(name, self._empty_experts(model, name, projections))
+        self.loading = model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        conversions = super().update_weight_conversions(weight_conversions, model)
-        return experts_converters(model) + conversions
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
+        # Transformers 5.17 does not pass the model
+        conversions = super().update_weight_conversions(weight_conversions, *model)
+        return (experts_converters(self.loading) if self.loading is not None else []) + conversions
 
     def _empty_module(self, model: nn.Module, name: str, tensors: dict[str, Any], contents: Contents) -> PackedLinear:
         config, linear = self.quantization_config, model.get_submodule(name)
@@ -139,6 +142,7 @@ class PackedQuantizer(HfQuantizer):
     # -- after loading ---------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self.loading = None
         hub.install(model)
         if self.pre_quantized:
             self._check_loaded(model)
