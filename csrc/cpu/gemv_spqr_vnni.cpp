@@ -39,7 +39,7 @@ struct PanelStatistics {
     alignas(64) uint32_t spare[kRows];  // three bits: group 15, which lies in the spare bits of the others
     alignas(64) float four[kGroups][4];
 
-    void load(const Matrix& m, const uint32_t* p, const float* quads) {
+    void load(const Matrix& m, const uint32_t* p, int groups, const float* quads) {
         for (int i = 0; i < 4; ++i) codes[i] = p + i * kRows;
         if (m.stat_bits == 3) {
             const __m512i bit0 = _mm512_set1_epi16(1), bit1 = _mm512_set1_epi16(2), bit2 = _mm512_set1_epi16(4);
@@ -50,7 +50,7 @@ struct PanelStatistics {
             codes[3] = spare;
             _mm512_store_si512(spare, _mm512_or_si512(s, _mm512_and_si512(_mm512_srli_epi16(c, 13), bit2)));
         }
-        const __m128i* second = reinterpret_cast<const __m128i*>(p + m.stat_bits * kRows);
+        const __m128i* second = reinterpret_cast<const __m128i*>(p + code_vectors(m, groups) * kRows);
         // What lies behind a shorter last panel is read, and not used.
         const __m512i twice = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);
         for (int g = 0; g < kGroups; g += 4) {
@@ -99,7 +99,7 @@ void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
         const int64_t lines = (panel.tiles - panel.statistics) / kRows;
         for (int r = 0; r < R; ++r) {
             prefetch_lines(reinterpret_cast<const char*>(panel.statistics + r * m.words) + kAhead, lines);
-            statistics[r].load(m, panel.statistics + r * m.words, planes.quad(first_group));
+            statistics[r].load(m, panel.statistics + r * m.words, panel.groups, planes.quad(first_group));
         }
         int group = 0;
         for (int64_t tile = 0; tile < panel.count; tile += tiles, group += PerTile) {

@@ -9,6 +9,15 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
+// Vectors of first-level codes in an SpQR panel of `groups` column groups. Where a code has at most 4 bits, only the
+// vectors that hold one are stored; loading the whole tile is still safe, since at least 3 vectors follow.
+inline int code_vectors(const Matrix& m, int groups) {
+    if (m.stat_bits > 4) return m.stat_bits;
+    if (m.stat_bits == 3) return groups <= 4 ? 1 : groups <= 10 ? 2 : 3;
+    const int per_vector = 16 / m.stat_bits;
+    return (groups + per_vector - 1) / per_vector;
+}
+
 struct Panel {
     const uint32_t* statistics;
     const uint32_t* tiles;
@@ -38,7 +47,7 @@ struct PanelWalk {
     int statistics_vectors(int groups) const {
         if (m.format == Format::spqr) {
             const int seconds = (groups + m.groups_per_second - 1) / m.groups_per_second;
-            return m.stat_bits + (4 * seconds + 31) / 32;
+            return code_vectors(m, groups) + (4 * seconds + 31) / 32;
         }
         if (m.group == kPerChannel) return 1;
         return (groups + 1) / 2 + (m.symmetric ? 0 : m.bits);

@@ -55,7 +55,7 @@ struct PanelScales {
     void load_spqr(const Matrix& m, const uint32_t* p, int groups) {
         __m512i w[8];
         unpack_codes(m.stat_bits, p, w);
-        const uint16_t* second = reinterpret_cast<const uint16_t*>(p + m.stat_bits * kRows);
+        const uint16_t* second = reinterpret_cast<const uint16_t*>(p + code_vectors(m, groups) * kRows);
         for (int g = 0; g < groups; ++g) {  // columns 2g and 2g + 1 of the tile
             alignas(16) float four[4];
             const void* quad = second + 4 * (g / m.groups_per_second);

@@ -121,7 +121,8 @@ struct Statistics {
     void decode_spqr(const Matrix& m, const Panel& panel, DecodeStatistics decode_codes) {
         decode_codes(panel.statistics, 0, scale);
         decode_codes(panel.statistics, 1, shift);
-        const uint16_t* second = reinterpret_cast<const uint16_t*>(panel.statistics + m.stat_bits * kRows);
+        const uint16_t* second =
+            reinterpret_cast<const uint16_t*>(panel.statistics + code_vectors(m, panel.groups) * kRows);
         for (int g = 0; g < panel.groups; ++g) {
             const uint16_t* four = second + 4 * (g / m.groups_per_second);
             const float ss = from_f16(four[0]), sz = from_f16(four[1]), zs = from_f16(four[2]), zz = from_f16(four[3]);

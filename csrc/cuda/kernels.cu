@@ -49,7 +49,8 @@ int hf_spqr_cuda_can_fuse(const Matrix* m, int tokens) {
 int hf_spqr_cuda_linear(const LinearArgs* a, void* stream) {
     const Matrix& m = a->weight;
     if (m.format == Format::spqr) {
-        return m.group == 16 && m.stat_bits == 3 ? linear_spqr16(*a, stream) : linear_spqr_any(*a, stream);
+        const bool whole = m.panels.last_code_words == m.panels.code_words;  // also in the last panel
+        return m.group == 16 && m.stat_bits == 3 && whole ? linear_spqr16(*a, stream) : linear_spqr_any(*a, stream);
     }
     if (m.group == kPerChannel) return linear_affine_channel(*a, stream);
     return m.group == 128 ? linear_affine128(*a, stream) : linear_affine_any(*a, stream);

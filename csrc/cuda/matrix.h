@@ -16,8 +16,10 @@ struct Panels {
     int group_shift;      // log2 of the columns of a group, 30 when there is only one group
     int panel_words;      // of a full panel
     int stat_words;       // statistics of a full panel
+    int code_words;       // SpQR: first-level codes of a full panel
     int last_panel;       // the one that may be shorter
     int last_stat_words;  // its statistics
+    int last_code_words;  // SpQR: its first-level codes
     int words;            // all of it
 };
 
@@ -51,9 +53,19 @@ inline int log2_of(int power) {
     return shift;
 }
 
+// Vectors of first-level codes in an SpQR panel of `groups` groups. Where a code has at most 4 bits, only the vectors
+// that hold one are stored.
+inline int code_vectors(const Matrix& m, int groups) {
+    if (m.stat_bits > 4) return m.stat_bits;
+    if (m.stat_bits == 3) return groups <= 4 ? 1 : groups <= 10 ? 2 : 3;
+    return ceil_div(groups, 16 / m.stat_bits);
+}
+
 // Vectors of statistics in a panel of `groups` groups.
 inline int stat_vectors(const Matrix& m, int groups) {
-    if (m.format == Format::spqr) return m.stat_bits + ceil_div(4 * ceil_div(groups, m.groups_per_second), 32);
+    if (m.format == Format::spqr) {
+        return code_vectors(m, groups) + ceil_div(4 * ceil_div(groups, m.groups_per_second), 32);
+    }
     if (m.group == kPerChannel) return 1;
     return ceil_div(groups, 2) + (m.symmetric ? 0 : m.bits);
 }
@@ -68,7 +80,12 @@ inline Panels panels_of(const Matrix& m) {
     p.group_shift = per_channel ? 30 : log2_of(m.group);
     p.last_panel = ceil_div(p.groups, per_panel) - 1;
     p.stat_words = 16 * stat_vectors(m, per_panel);
-    p.last_stat_words = 16 * stat_vectors(m, p.groups - p.last_panel * per_panel);
+    const int last_groups = p.groups - p.last_panel * per_panel;
+    p.last_stat_words = 16 * stat_vectors(m, last_groups);
+    if (m.format == Format::spqr) {
+        p.code_words = 16 * code_vectors(m, per_panel);
+        p.last_code_words = 16 * code_vectors(m, last_groups);
+    }
     const int full = p.last_panel > 0 ? 1 << p.tile_shift : 0;
     p.panel_words = p.stat_words + 16 * m.bits * full;
     p.words = p.last_panel * p.panel_words + p.last_stat_words + 16 * m.bits * (p.tiles - p.last_panel * full);

@@ -55,7 +55,9 @@ class StatReader {
 
   private:
     HF_DEVICE uint2 second(int group) const {
-        const uint32_t* panel = stream_ + (group >> 4) * m_.panels.panel_words + m_.stat_bits * kRows;
+        const Panels& p = m_.panels;
+        const int codes = group >> 4 == p.last_panel ? p.last_code_words : p.code_words;
+        const uint32_t* panel = stream_ + (group >> 4) * p.panel_words + codes;
         const int entry = m_.groups_per_second == 2 ? (group & 15) >> 1 : group & 15;
         return reinterpret_cast<const uint2*>(panel)[entry];
     }

@@ -24,7 +24,7 @@ from hf_spqr.formats.panels import (
     read_tiles,
     write_tiles,
 )
-from hf_spqr.formats.tiles import COLUMNS, ROWS
+from hf_spqr.formats.tiles import COLUMNS, ROWS, leading_vectors
 
 BITS = range(2, 9)
 STAT_BITS = range(2, 9)
@@ -81,6 +81,13 @@ class SpQRLayout:
     def outlier_dtype(self) -> torch.dtype:
         return torch.int64 if self.in_features > WIDE_COLUMNS else torch.int32
 
+    def code_vectors(self, groups_here: int) -> int:
+        """Vectors of first-level codes in a panel of ``groups_here`` groups: no more than hold a code.
+
+        Wide codes (more than 4 bits) always take their whole tile, so that a kernel may load it whole.
+        """
+        return leading_vectors(self.stat_bits, groups_here) if self.stat_bits <= 4 else self.stat_bits
+
     def second_vectors(self, groups_here: int) -> int:
         """Vectors of second-level statistics in a panel of ``groups_here`` groups: 4 fp16 each, 32 fp16 a vector."""
         return ceil_div(4 * ceil_div(groups_here, self.groups_per_second), 2 * ROWS)
@@ -90,7 +97,7 @@ class SpQRLayout:
         per_panel = self.tiles if self.group_size < 0 else GROUPS_PER_PANEL * self.group_size // COLUMNS
         return plan_panels(
             self.groups, self.tiles, GROUPS_PER_PANEL, per_panel, self.bits,
-            lambda here: self.stat_bits + self.second_vectors(here),
+            lambda here: self.code_vectors(here) + self.second_vectors(here),
         )  # fmt: skip
 
     @property
@@ -175,9 +182,10 @@ def pack(weight: SpQRWeight) -> dict[str, Tensor]:
     stats = pad_to(stats.flatten(1), padded_rows, 2 * lay.groups)
     out = torch.zeros(*lay.packed_shape(), dtype=torch.int32, device=weight.codes.device).unflatten(1, (-1, ROWS))
     for panel in lay.panels:
-        second = panel.start + lay.stat_bits
+        second = panel.start + lay.code_vectors(panel.groups)
         first, last = panel.first_group, panel.first_group + panel.groups
-        out[:, panel.start : second] = as_tile(stats[:, 2 * first : 2 * last], lay.stat_bits)
+        codes = as_tile(stats[:, 2 * first : 2 * last], lay.stat_bits)
+        out[:, panel.start : second] = codes[:, : second - panel.start]
         share = slice(first // lay.groups_per_second, ceil_div(last, lay.groups_per_second))
         out[:, second : panel.tiles_start] = as_vectors(weight.second[:, share].flatten(1))
     write_tiles(out, weight.codes, lay.panels, lay.bits)
@@ -199,8 +207,10 @@ def unpack(layout: SpQRLayout, tensors: dict[str, Tensor]) -> SpQRWeight:
     vectors = packed.unflatten(1, (-1, ROWS))
     stats, seconds = [], []
     for panel in lay.panels:
-        second = panel.start + lay.stat_bits
-        stats.append(from_tile(vectors[:, panel.start : second], lay.stat_bits)[:, : 2 * panel.groups])
+        second = panel.start + lay.code_vectors(panel.groups)
+        codes = vectors.new_zeros(vectors.shape[0], lay.stat_bits, ROWS)
+        codes[:, : second - panel.start] = vectors[:, panel.start : second]
+        stats.append(from_tile(codes, lay.stat_bits)[:, : 2 * panel.groups])
         share = 4 * ceil_div(panel.groups, lay.groups_per_second)
         seconds.append(from_vectors(vectors[:, second : panel.tiles_start], torch.float16)[:, :share])
     stat = torch.cat(stats, dim=1)[: lay.out_features].unflatten(1, (-1, 2))
@@ -237,5 +247,11 @@ def check_outliers(layout: SpQRLayout, outlier_row: Tensor, outlier: Tensor) -> 
         raise ValueError(f"outlier_row must rise from 0 to the number of outliers, {outlier.numel()}")
     if outlier.dtype != layout.outlier_dtype:
         raise ValueError(f"outlier must be {layout.outlier_dtype}, got {outlier.dtype}")
-    if outlier.numel() and int(split_outliers(outlier)[0].max()) >= layout.in_features:
+    if outlier.numel() == 0:
+        return
+    column = split_outliers(outlier)[0]
+    if int(column.max()) >= layout.in_features:
         raise ValueError(f"an outlier lies beyond the last column, {layout.in_features - 1}")
+    row = torch.repeat_interleave(outlier_row.diff().long(), output_size=outlier.numel())
+    if bool(((row[1:] == row[:-1]) & (column[1:] <= column[:-1])).any()):
+        raise ValueError("the columns of the outliers must rise within each row")

@@ -55,6 +55,11 @@ def tile_fields(bits: int) -> tuple[Field, ...]:
     return tuple(Field(pair // per_half, bits * (pair % per_half), pair, 0, bits) for pair in range(16))
 
 
+def leading_vectors(bits: int, pairs: int) -> int:
+    """Vectors from the first on that hold all codes of the first ``pairs`` column pairs."""
+    return 1 + max(field.vector for field in tile_fields(bits) if field.pair < pairs)
+
+
 def pack_tiles(codes: Tensor, bits: int) -> Tensor:
     """Pack ``codes`` uint8 [16 * R, 32 * T], each below ``2**bits``, into int32 [R, T, bits, 16] vectors."""
     if codes.shape[0] % ROWS or codes.shape[1] % COLUMNS:

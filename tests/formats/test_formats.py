@@ -91,13 +91,31 @@ def test_packing_by_stretches_of_rows_changes_nothing(monkeypatch):
         (spqr.SpQRLayout(4096, 4096, bits=4), 4.625),
         (spqr.SpQRLayout(4096, 4096, bits=2), 2.625),
         (spqr.SpQRLayout(4096, 4096, second_group=32), 3.5),
+        (spqr.SpQRLayout(8192, 2048, group_size=32), 3.3125),
         (affine.AffineLayout(4096, 4096, 4, 128), 4 + 20 / 128),
         (affine.AffineLayout(4096, 4096, 4, 128, symmetric=True), 4 + 16 / 128),
         (affine.AffineLayout(4096, 4096, 3), 3 + 32 / 4096),
     ],
 )
 def test_bits_per_weight(layout, bits_per_weight):
-    assert 32 * layout.words * layout.row_blocks / (4096 * 4096) == bits_per_weight
+    assert 32 * layout.words * layout.row_blocks / (layout.out_features * layout.in_features) == bits_per_weight
+
+
+@pytest.mark.parametrize(
+    ("layout", "vectors"),
+    [
+        (spqr.SpQRLayout(16, 128), 2 + 1 + 4 * 3),  # 8 groups: two vectors of 3-bit codes, one of second level
+        (spqr.SpQRLayout(16, 64), 1 + 1 + 2 * 3),
+        (spqr.SpQRLayout(16, 176), 3 + 2 + 6 * 3),  # 11 groups: the code of pair 10 is in the third vector
+        (spqr.SpQRLayout(16, 384), 29 + 2 + 1 + 4 * 3),
+        (spqr.SpQRLayout(16, 128, stat_bits=4), 2 + 1 + 4 * 3),
+        (spqr.SpQRLayout(16, 128, stat_bits=2), 1 + 1 + 4 * 3),
+        (spqr.SpQRLayout(16, 128, stat_bits=6), 6 + 1 + 4 * 3),
+        (spqr.SpQRLayout(16, 4096, group_size=-1), 1 + 1 + 128 * 3),
+    ],
+)
+def test_a_short_panel_stores_only_the_vectors_that_hold_a_code(layout, vectors):
+    assert layout.words == 16 * vectors
 
 
 def test_an_outlier_costs_32_bits_and_a_row_counter_32():
@@ -149,6 +167,11 @@ def test_bad_tensors_are_refused():
     falling[1] = tensors["outlier"].numel() + 1
     with pytest.raises(ValueError, match="outlier_row"):
         spqr.check_outliers(layout, falling, tensors["outlier"])
+    twice = tensors["outlier"].clone()
+    row = int((tensors["outlier_row"].diff() > 1).nonzero()[0])
+    twice[tensors["outlier_row"][row] + 1] = twice[tensors["outlier_row"][row]]
+    with pytest.raises(ValueError, match="rise within each row"):
+        spqr.check_outliers(layout, tensors["outlier_row"], twice)
     with pytest.raises(ValueError, match="beyond the last column"):
         spqr.check_outliers(spqr.SpQRLayout(32, 10), tensors["outlier_row"], tensors["outlier"])
     with pytest.raises(ValueError, match="perm"):
