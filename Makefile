@@ -5,8 +5,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The CPU build of torch (190 MB). For the default build of PyPI, with CUDA: make TORCH_INDEX=
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Where else to look for torch. Its CPU build is much smaller than PyPI's default one on Linux:
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 ARGS ?=
 BENCHMARKS ?= loading quantize_memory
 
@@ -33,12 +34,9 @@ $(VENV)/.created:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The wheel index is asked only where it answers; elsewhere pip takes the same version from its own indexes.
 $(VENV)/.torch: constraints-dev.txt $(VENV)/.created
-	@index="$(TORCH_INDEX)"; \
-	if [ -n "$$index" ] && $(BIN)/python -c "import urllib.request as u; u.urlopen('$$index/torch/', timeout=10)" 2>/dev/null; then \
-		index="--extra-index-url $$index"; else index=""; fi; \
-	echo "installing torch $$index"; $(PIP) install -c constraints-dev.txt $$index torch
+	@echo "installing torch"
+	@$(PIP) install -c constraints-dev.txt $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
