@@ -153,16 +153,17 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) ->
 
 
 def output_energy(weight: Tensor, hessian: Tensor) -> float:
-    """tr(W H W^T) for W [N, K]: the squared norm of the layer's output over the calibration data. H is symmetric, so
-    only its blocks on and above the diagonal are multiplied."""
-    total = 0.0
-    for start in range(0, weight.shape[1], _ENERGY_BLOCK):
-        here = weight[:, start : start + _ENERGY_BLOCK]
-        width = here.shape[1]
-        product = here @ hessian[start : start + width, start:]
-        inside = (product[:, :width] * here).sum()
-        total += float(inside + 2 * (product[:, width:] * weight[:, start + width :]).sum())
-    return total
+    """tr(W H W^T) for W [N, K]: the squared norm of the layer's output over the calibration data.
+
+    H is symmetric, so that of the blocks beside its diagonal only one half is multiplied.
+    """
+    size = weight.shape[1]
+    if size <= 256:
+        return float(((weight @ hessian) * weight).sum())
+    half = size // 2
+    left, right = weight[:, :half], weight[:, half:]
+    across = float(((left @ hessian[:half, half:]) * right).sum())
+    return output_energy(left, hessian[:half, :half]) + 2 * across + output_energy(right, hessian[half:, half:])
 
 
 def energy_ratio(spent: float, total: float) -> float:
