@@ -144,7 +144,7 @@ def test_future_version(folder, tmp_path):
     fails(edit_config(folder, tmp_path, format_version=2), "Install the version")
 
 
-@pytest.mark.parametrize("changes", [{"bits": 4}, {"scale_bits": 4}, {"group_size": 8}])
+@pytest.mark.parametrize("changes", [{"bits": 4}, {"scale_bits": 5}, {"group_size": 8}])
 def test_config_that_contradicts_the_file(folder, tmp_path, changes):
     fails(edit_config(folder, tmp_path, **changes), "should be")
 
