@@ -8,12 +8,12 @@ from torch import Tensor
 
 from hf_spqr.formats.columns import permute_back
 from hf_spqr.formats.panels import (
+    PackedShape,
     Panel,
     as_tile,
     as_vectors,
     ceil_div,
     check_matrix,
-    end_of,
     from_tile,
     from_vectors,
     pad_to,
@@ -31,7 +31,7 @@ TENSORS = ("packed",)
 
 
 @dataclass(frozen=True)
-class AffineLayout:
+class AffineLayout(PackedShape):
     """All that fixes the bytes of a packed [out_features, in_features] matrix."""
 
     out_features: int
@@ -47,33 +47,16 @@ class AffineLayout:
             raise ValueError(f"scale_dtype must be one of {SCALE_DTYPES}, got {self.scale_dtype}")
 
     @property
-    def row_blocks(self) -> int:
-        return ceil_div(self.out_features, ROWS)
-
-    @property
-    def tiles(self) -> int:
-        """Weight tiles in a row block."""
-        return ceil_div(self.in_features, COLUMNS)
-
-    @property
-    def groups(self) -> int:
-        return 1 if self.group_size < 0 else ceil_div(self.in_features, self.group_size)
-
-    @property
     def middle(self) -> int:
         """The zero point of a symmetric matrix."""
         return 1 << (self.bits - 1)
-
-    @property
-    def per_channel(self) -> bool:
-        return self.group_size < 0
 
     def scale_vectors(self, groups_here: int) -> int:
         """Vectors of scales in a panel of ``groups_here`` groups: two groups of 16 rows each."""
         return ceil_div(groups_here, 2)
 
     @cached_property
-    def panels(self) -> list[Panel]:
+    def panels(self) -> list[Panel]:  # type: ignore[override]
         if self.per_channel:
             return plan_panels(1, self.tiles, 1, self.tiles, self.bits, lambda here: 1)
         zeros = 0 if self.symmetric else self.bits
@@ -81,14 +64,6 @@ class AffineLayout:
             self.groups, self.tiles, GROUPS_PER_PANEL, GROUPS_PER_PANEL * self.group_size // COLUMNS, self.bits,
             lambda here: self.scale_vectors(here) + zeros,
         )  # fmt: skip
-
-    @property
-    def words(self) -> int:
-        """int32 words of a row block."""
-        return ROWS * end_of(self.panels, self.bits)
-
-    def packed_shape(self) -> tuple[int, int]:
-        return self.row_blocks, self.words
 
 
 @dataclass

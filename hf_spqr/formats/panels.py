@@ -41,6 +41,42 @@ def check_matrix(out_features: int, in_features: int, bits: int, group_size: int
         raise ValueError(f"group_size must be one of {GROUP_SIZES} (-1: one group per row), got {group_size}")
 
 
+class PackedShape:
+    """What follows from the shape and the panels of a packed matrix, the same for every format."""
+
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    panels: list[Panel]
+
+    @property
+    def row_blocks(self) -> int:
+        return ceil_div(self.out_features, ROWS)
+
+    @property
+    def tiles(self) -> int:
+        """Weight tiles in a row block."""
+        return ceil_div(self.in_features, COLUMNS)
+
+    @property
+    def per_channel(self) -> bool:
+        return self.group_size < 0
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.per_channel else ceil_div(self.in_features, self.group_size)
+
+    @property
+    def words(self) -> int:
+        """int32 words of a row block."""
+        last = self.panels[-1]
+        return ROWS * (last.tiles_start + self.bits * last.tiles)
+
+    def packed_shape(self) -> tuple[int, int]:
+        return self.row_blocks, self.words
+
+
 def plan_panels(
     groups: int, tiles: int, groups_per_panel: int, tiles_per_panel: int, bits: int, stat_vectors: Callable[[int], int]
 ) -> list[Panel]:
@@ -55,11 +91,6 @@ def plan_panels(
         panels.append(Panel(start, tiles_start, first_group, here, first_tile, tiles_here))
         start = tiles_start + bits * tiles_here
     return panels
-
-
-def end_of(panels: list[Panel], bits: int) -> int:
-    """Vectors of a whole row block."""
-    return panels[-1].tiles_start + bits * panels[-1].tiles
 
 
 def pad_to(matrix: Tensor, rows: int, columns: int) -> Tensor:

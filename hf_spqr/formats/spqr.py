@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hf_spqr.formats.columns import permute_back
 from hf_spqr.formats.panels import (
+    PackedShape,
     Panel,
     as_tile,
     as_vectors,
     ceil_div,
     check_matrix,
-    end_of,
     from_tile,
     from_vectors,
     pad_to,
@@ -38,7 +38,7 @@ TENSORS = ("packed", "outlier_row", "outlier")
 
 
 @dataclass(frozen=True)
-class SpQRLayout:
+class SpQRLayout(PackedShape):
     """All that fixes the bytes of a packed [out_features, in_features] matrix, apart from its outliers."""
 
     out_features: int
@@ -54,19 +54,6 @@ class SpQRLayout:
             raise ValueError(f"stat_bits must be {STAT_BITS.start} to {STAT_BITS.stop - 1}, got {self.stat_bits}")
         if self.second_group not in SECOND_GROUPS:
             raise ValueError(f"second_group must be one of {SECOND_GROUPS}, got {self.second_group}")
-
-    @property
-    def row_blocks(self) -> int:
-        return ceil_div(self.out_features, ROWS)
-
-    @property
-    def tiles(self) -> int:
-        """Weight tiles in a row block."""
-        return ceil_div(self.in_features, COLUMNS)
-
-    @property
-    def groups(self) -> int:
-        return 1 if self.group_size < 0 else ceil_div(self.in_features, self.group_size)
 
     @property
     def groups_per_second(self) -> int:
@@ -93,20 +80,12 @@ class SpQRLayout:
         return ceil_div(4 * ceil_div(groups_here, self.groups_per_second), 2 * ROWS)
 
     @cached_property
-    def panels(self) -> list[Panel]:
+    def panels(self) -> list[Panel]:  # type: ignore[override]
         per_panel = self.tiles if self.group_size < 0 else GROUPS_PER_PANEL * self.group_size // COLUMNS
         return plan_panels(
             self.groups, self.tiles, GROUPS_PER_PANEL, per_panel, self.bits,
             lambda here: self.code_vectors(here) + self.second_vectors(here),
         )  # fmt: skip
-
-    @property
-    def words(self) -> int:
-        """int32 words of a row block."""
-        return ROWS * end_of(self.panels, self.bits)
-
-    def packed_shape(self) -> tuple[int, int]:
-        return self.row_blocks, self.words
 
 
 @dataclass
