@@ -1,10 +1,10 @@
 // Dense bf16 rows for a matrix product, with the processor's own rounding. Everything stays in registers from the
 // packed words to the finished rows, which is why outliers are put in afterwards.
 #include <immintrin.h>
-#include "cpu/kernels.h"
+#include "cpu/bf16.h"
+#include "cpu/codes_bf16.h"
 #include "cpu/panels.h"
 #include "cpu/statistics_avx512.h"
-#include "cpu/three_bits.h"
 #include "cpu/transpose.h"
 #include "cpu/vec.h"
 
@@ -27,13 +27,7 @@ struct Values {
     __attribute__((always_inline)) void load(const uint32_t* tile) {
 #pragma GCC unroll 4
         for (int i = 0; i < B; ++i) vector[i] = _mm512_loadu_si512(tile + i * kRows);
-        if constexpr (B == 3) {  // pair 15 lies in the spare bits
-            const __m512i bit0 = _mm512_set1_epi16(1), bit1 = _mm512_set1_epi16(2);
-            const __m512i low = _mm512_ternarylogic_epi64(bit0, _mm512_srli_epi16(vector[0], 15),
-                                                          _mm512_srli_epi16(vector[1], 14), 0xca);
-            vector[3] =
-                _mm512_ternarylogic_epi64(_mm512_or_si512(bit0, bit1), low, _mm512_srli_epi16(vector[2], 13), 0xca);
-        }
+        if constexpr (B == 3) vector[3] = spare_bits(vector);
     }
     template <int Pair, int Parity>
     __attribute__((always_inline)) __m512 get() const {
@@ -137,7 +131,9 @@ void dequantize_rows(const DequantizeArgs& a, int64_t first_block, int64_t last_
     }
 }
 
-void dequantize(const DequantizeArgs& a, int64_t first, int64_t last) {
+}  // namespace
+
+void dequantize_bf16(const DequantizeArgs& a, int64_t first, int64_t last) {
     if (a.dtype == DType::bf16 && !a.perm) {
         switch (a.weight.bits) {
             case 2:
@@ -151,14 +147,6 @@ void dequantize(const DequantizeArgs& a, int64_t first, int64_t last) {
         }
     }
     kAvx512Kernels.dequantize(a, first, last);
-}
-
-}  // namespace
-
-const Kernels& bf16_kernels() {
-    static const Kernels kernels = {kVnniKernels.planes_bytes, kVnniKernels.prepare, kVnniKernels.linear, dequantize,
-                                    kVnniKernels.read};
-    return kernels;
 }
 
 }  // namespace hf_spqr

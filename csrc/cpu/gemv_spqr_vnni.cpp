@@ -2,35 +2,24 @@
 #include "cpu/outliers_avx512.h"
 #include "cpu/planes.h"
 #include "cpu/prefetch.h"
+#include "cpu/statistics_avx512.h"
 #include "cpu/store_avx512.h"
-#include "cpu/three_bits.h"
 #include "cpu/unpack_vbmi.h"
 #include "cpu/vnni.h"
 
+#include <cstdlib>
 namespace hf_spqr {
 namespace {
+static const int kMode = getenv("PFM") ? atoi(getenv("PFM")) : 0;
+static const int kHint = getenv("PFH") ? atoi(getenv("PFH")) : 0;
+#ifndef KRS
+#define KRS 4
+#endif
+#define AHEAD (kMode == 0 ? 1024 : kMode == 1 ? R * m.words * 4 : kMode)
+#define PF(p, n) (kHint ? prefetch_lines2(p, n) : prefetch_lines(p, n))
 
 constexpr int kGroups = 16;      // of a panel
 constexpr int kMaxStatBits = 4;  // a vpermps looks up sixteen values
-
-// Where the codes of each group of a panel lie in the tile of statistics.
-struct CodePlaces {
-    int vector[kGroups];
-    int32_t scale_shift[kGroups], zero_shift[kGroups];
-    __m512 value;  // of a field's low four bits
-
-    explicit CodePlaces(int stat_bits) {
-        const int per_half = 16 / stat_bits;
-        for (int g = 0; g < kGroups; ++g) {
-            vector[g] = stat_bits == 3 ? kVector3[g] : g / per_half;
-            scale_shift[g] = stat_bits == 3 ? kShift3[g] : stat_bits * (g % per_half);
-            zero_shift[g] = scale_shift[g] + 16;
-        }
-        alignas(64) float table[16];
-        for (int i = 0; i < 16; ++i) table[i] = float(i & ((1 << stat_bits) - 1));
-        value = _mm512_load_ps(table);
-    }
-};
 
 // A panel's statistics for one row block: the codes, and per group (ss, ss sz, zs X, zs X zz), X being the sum of the
 // group's activations. The numbers stay in memory: broadcasting from there costs no vector operation.
@@ -42,13 +31,8 @@ struct PanelStatistics {
     void load(const Matrix& m, const uint32_t* p, int groups, const float* quads) {
         for (int i = 0; i < 4; ++i) codes[i] = p + i * kRows;
         if (m.stat_bits == 3) {
-            const __m512i bit0 = _mm512_set1_epi16(1), bit1 = _mm512_set1_epi16(2), bit2 = _mm512_set1_epi16(4);
-            const __m512i a = _mm512_loadu_si512(codes[0]), b = _mm512_loadu_si512(codes[1]),
-                          c = _mm512_loadu_si512(codes[2]);
-            const __m512i s = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(a, 15), bit0),
-                                              _mm512_and_si512(_mm512_srli_epi16(b, 14), bit1));
+            load_spare(p, spare);
             codes[3] = spare;
-            _mm512_store_si512(spare, _mm512_or_si512(s, _mm512_and_si512(_mm512_srli_epi16(c, 13), bit2)));
         }
         const __m128i* second = reinterpret_cast<const __m128i*>(p + code_vectors(m, groups) * kRows);
         // What lies behind a shorter last panel is read, and not used.
@@ -67,7 +51,7 @@ struct PanelStatistics {
     }
 
     // y + scale * (xs dot - zero X) for group g, where dot is the integer sum of the group's codes and activations.
-    __attribute__((always_inline)) __m512 apply(const CodePlaces& places, int g, __m512i dot, float xs,
+    __attribute__((always_inline)) __m512 apply(const StatisticsPlaces& places, int g, __m512i dot, float xs,
                                                 __m512 y) const {
         const float* n = four[g];
         const __m512i c = _mm512_loadu_si512(codes[places.vector[g]]);
@@ -83,7 +67,7 @@ struct PanelStatistics {
 
 // R row blocks at once. PerTile groups share a tile (4, 2), or a group covers `tiles` tiles (PerTile 1).
 template <int B, int PerTile, int R>
-void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
+void row_blocks(const LinearArgs& a, const StatisticsPlaces& places, int64_t block) {
     const Matrix& m = a.weight;
     const Planes planes(m, 1, a.planes);
     const int tiles = PerTile == 1 ? m.group / kColumns : 1;
@@ -92,13 +76,13 @@ void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
     __m512 y[R];
     for (int r = 0; r < R; ++r) y[r] = _mm512_setzero_ps();
     int64_t first_group = 0;
-    OutlierPrefetch outliers(m, block, R);
+    OutlierSums outliers(m, block, R, a.x);
     for (PanelWalk walk(m, block); walk.next(); first_group += kGroups) {
         const Panel& panel = walk.panel;
         outliers.panel();
         const int64_t lines = (panel.tiles - panel.statistics) / kRows;
         for (int r = 0; r < R; ++r) {
-            prefetch_lines(reinterpret_cast<const char*>(panel.statistics + r * m.words) + kAhead, lines);
+            PF(reinterpret_cast<const char*>(panel.statistics + r * m.words) + AHEAD, lines);
             statistics[r].load(m, panel.statistics + r * m.words, panel.groups, planes.quad(first_group));
         }
         int group = 0;
@@ -109,7 +93,7 @@ void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const uint32_t* codes = panel.tiles + r * m.words + tile * B * kRows;
-                prefetch_lines(reinterpret_cast<const char*>(codes) + kAhead, here * B);
+                PF(reinterpret_cast<const char*>(codes) + AHEAD, here * B);
                 __m512i w[8];
                 if constexpr (PerTile > 1) {
                     unpack(codes, w);
@@ -130,14 +114,15 @@ void row_blocks(const LinearArgs& a, const CodePlaces& places, int64_t block) {
             }
         }
     }
-    prefetch_next(m, block, R);
-    for (int r = 0; r < R; ++r) store_block(a, 0, block + r, add_outliers(m, block + r, a.x, y[r]));
+    if (kMode != 1) prefetch_next(m, block, R);
+    outliers.rest();
+    for (int r = 0; r < R; ++r) store_block(a, 0, block + r, _mm512_add_ps(y[r], outliers.of(r)));
 }
 
 template <int B, int PerTile>
 void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
-    const CodePlaces places(a.weight.stat_bits);
-    constexpr int kInFlight = 4;
+    const StatisticsPlaces places(a.weight.stat_bits);
+    constexpr int kInFlight = KRS;
     int64_t block = first;
     for (; block + kInFlight <= last; block += kInFlight) row_blocks<B, PerTile, kInFlight>(a, places, block);
     for (; block < last; ++block) row_blocks<B, PerTile, 1>(a, places, block);

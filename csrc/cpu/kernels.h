@@ -4,7 +4,8 @@
 
 namespace hf_spqr {
 
-constexpr int kMaxTokens = 64;  // of one call of a linear kernel
+constexpr int kMaxTokens = 64;      // of one call of a linear kernel
+constexpr int kPrepareTokens = 16;  // which prepare takes together
 
 // out[tokens, padded_columns] = fp32 x, columns in stored order (stored column j is original column perm[j]).
 struct PrepareArgs {
@@ -21,9 +22,11 @@ struct PrepareArgs {
 };
 
 struct Kernels {
-    // Bytes of the integer form of x; null where the kernels want none.
-    int64_t (*planes_bytes)(const Matrix&, int64_t tokens);
-    // Activations, for tokens [first, last).
+    // Bytes of x in the form of the kernels; null where they take it in fp32.
+    int64_t (*planes_bytes)(const Matrix&, DType, int64_t tokens);
+    // Whether linear is also the fastest way for more tokens than kMaxTokens, so many at a time; null: never.
+    bool (*any_tokens)(DType);
+    // Activations, for tokens [first, last); first is a multiple of kPrepareTokens.
     void (*prepare)(const PrepareArgs&, int64_t first, int64_t last);
     // Row blocks [first, last), at most kMaxTokens tokens.
     void (*linear)(const LinearArgs&, int64_t first, int64_t last);

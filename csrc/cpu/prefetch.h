@@ -9,6 +9,9 @@ namespace {
 constexpr int64_t kAhead = 1024;  // bytes of each row block's stream
 constexpr int kLine = 64;
 
+inline void prefetch_lines2(const void* p, int64_t lines) {
+    for (int64_t i = 0; i < lines; ++i) _mm_prefetch(static_cast<const char*>(p) + i * kLine, _MM_HINT_T1);
+}
 inline void prefetch_lines(const void* p, int64_t lines) {
     for (int64_t i = 0; i < lines; ++i) _mm_prefetch(static_cast<const char*>(p) + i * kLine, _MM_HINT_T0);
 }

@@ -29,7 +29,7 @@ BlockNumbers numbers_of(const float* x, int64_t first, int64_t last) {
 
 }  // namespace
 
-int64_t planes_bytes_vnni(const Matrix& m, int64_t tokens) {
+int64_t planes_bytes_vnni(const Matrix& m, DType, int64_t tokens) {
     return Planes(m, tokens, nullptr).bytes();
 }
 

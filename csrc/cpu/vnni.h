@@ -4,7 +4,7 @@
 
 namespace hf_spqr {
 
-int64_t planes_bytes_vnni(const Matrix&, int64_t tokens);
+int64_t planes_bytes_vnni(const Matrix&, DType, int64_t tokens);
 void split_planes_vnni(const Matrix&, const float* x, int64_t token, int64_t tokens, char* planes);
 
 // One token of SpQR, row blocks [first, last), for matrices that has_gemv_spqr_vnni accepts.

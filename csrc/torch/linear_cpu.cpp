@@ -13,7 +13,6 @@ namespace stable = torch::stable;
 
 constexpr int64_t kBytesPerTask = 64 << 10;     // less is not worth a thread
 constexpr int64_t kScratchBytes = 8 << 20;      // of dequantized weights
-constexpr int64_t kElementsPerTask = 32 << 10;  // of activations
 
 // Bytes of the row blocks before `block`. Outlier-heavy rows count for what they are.
 int64_t bytes_before(const Matrix& m, int64_t block) {
@@ -55,23 +54,40 @@ int64_t element_size(DType dtype) {
     return dtype == DType::f32 ? 4 : 2;
 }
 
-// Straight from the packed weights.
-void linear_few(const Tensor& x, int64_t tokens, const Matrix& m, const int32_t* perm, const void* bias, Tensor& y,
-                DType dtype) {
+// Straight from the packed weights, at most kMaxTokens tokens at a time.
+void linear_packed(const Tensor& x, int64_t tokens, const Matrix& m, const int32_t* perm, const void* bias, Tensor& y,
+                   DType dtype) {
     const Kernels& k = kernels();
     const int64_t padded = ceil_div(m.columns, kColumns) * kColumns;
-    const int64_t x_bytes = padded * 4 * tokens;
-    const int64_t planes_bytes = k.planes_bytes ? k.planes_bytes(m, tokens) : 0;
+    const int64_t at_once = ceil_div(tokens, ceil_div(tokens, kMaxTokens));
+    const int64_t x_bytes = padded * 4 * at_once;
+    const int64_t planes_bytes = k.planes_bytes ? k.planes_bytes(m, dtype, at_once) : 0;
     Tensor scratch = stable::new_empty(x, {x_bytes + planes_bytes}, ScalarType::Byte);
     char* memory = static_cast<char*>(scratch.mutable_data_ptr());
     float* prepared = reinterpret_cast<float*>(memory);
     char* planes = memory + x_bytes;
-    const PrepareArgs prepare{x.const_data_ptr(), m.columns, dtype, perm,   m.columns, padded,
-                              prepared,           padded,    &m,    tokens, planes};
-    stable::parallel_for(0, tokens, std::max<int64_t>(1, kElementsPerTask / padded),
-                         [&](int64_t first, int64_t last) { k.prepare(prepare, first, last); });
-    const LinearArgs args{m, prepared, padded, planes, int(tokens), bias, y.mutable_data_ptr(), m.rows, dtype};
-    over_row_blocks(m, [&](int64_t first, int64_t last) { k.linear(args, first, last); });
+    const char* x_data = static_cast<const char*>(x.const_data_ptr());
+    char* y_data = static_cast<char*>(y.mutable_data_ptr());
+    for (int64_t done = 0; done < tokens; done += at_once) {
+        const int64_t here = std::min(at_once, tokens - done);
+        const PrepareArgs prepare{x_data + done * m.columns * element_size(dtype),
+                                  m.columns,
+                                  dtype,
+                                  perm,
+                                  m.columns,
+                                  padded,
+                                  prepared,
+                                  padded,
+                                  &m,
+                                  here,
+                                  planes};
+        stable::parallel_for(0, ceil_div(here, kPrepareTokens), 1, [&](int64_t first, int64_t last) {
+            k.prepare(prepare, first * kPrepareTokens, std::min(here, last * kPrepareTokens));
+        });
+        const LinearArgs args{
+            m, prepared, padded, planes, int(here), bias, y_data + done * m.rows * element_size(dtype), m.rows, dtype};
+        over_row_blocks(m, [&](int64_t first, int64_t last) { k.linear(args, first, last); });
+    }
 }
 
 // aten::linear; bias may be empty.
@@ -101,8 +117,9 @@ void dequantize_rows(const Matrix& m, const int32_t* perm, void* out, int64_t fi
     });
 }
 
-Tensor linear_many(Tensor x, const Matrix& m, const std::optional<Tensor>& perm, std::optional<Tensor> bias,
-                   DType dtype) {
+// By way of dense weights, some rows at a time.
+Tensor linear_dense(Tensor x, const Matrix& m, const std::optional<Tensor>& perm, std::optional<Tensor> bias,
+                    DType dtype) {
     // Half precision has no fast product on most processors: fp32, which is exact for its operands.
     const ScalarType out_dtype = x.scalar_type();
     const bool wide = dtype != DType::bf16;
@@ -149,9 +166,12 @@ Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::o
     const int64_t tokens = x.numel() / m.columns;
     if (tokens == 0) return stable::new_empty(x, shape);
     const Tensor flat = stable::reshape(stable::contiguous(x), {tokens, m.columns});
-    if (tokens > kMaxTokens) return stable::reshape(linear_many(flat, m, perm, bias, dtype), shape);
+    const Kernels& k = kernels();
+    if (tokens > kMaxTokens && !(k.any_tokens && k.any_tokens(dtype))) {
+        return stable::reshape(linear_dense(flat, m, perm, bias, dtype), shape);
+    }
     Tensor y = stable::new_empty(x, shape);
-    linear_few(flat, tokens, m, order, bias ? bias->const_data_ptr() : nullptr, y, dtype);
+    linear_packed(flat, tokens, m, order, bias ? bias->const_data_ptr() : nullptr, y, dtype);
     return y;
 }
 

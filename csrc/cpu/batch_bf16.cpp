@@ -1,0 +1,227 @@
+// Several bf16 tokens: a tile's codes become bf16 once, exactly, and vdpbf16ps multiplies them by all tokens. Scales
+// and zero points are applied in fp32 to the sums of each group, so nothing of the weights is rounded.
+#include <immintrin.h>
+#include "cpu/bf16.h"
+#include "cpu/codes_bf16.h"
+#include "cpu/halves.h"
+#include "cpu/kernels.h"
+#include "cpu/outliers_bf16.h"
+#include "cpu/prefetch.h"
+#include "cpu/statistics_avx512.h"
+#include "cpu/store_avx512.h"
+
+namespace hf_spqr {
+namespace {
+
+constexpr int kTiles = 4;         // unpacked at a time: a block of columns, or several
+constexpr int kTokensAtOnce = 6;
+#include <cstdlib>
+#ifndef KR
+#define KR 2
+#define KT 6
+#endif
+static const int kMode = getenv("PFM") ? atoi(getenv("PFM")) : 0;
+#define AHEAD (kMode == 0 ? 1024 : kMode == 1 ? R * m.words * 4 : kMode)
+  // whose sums are in registers
+
+// The codes of R row blocks in kTiles tiles.
+template <int R>
+struct Codes {
+    alignas(64) uint32_t pair[kTiles * kPairs][R][kRows];
+};
+
+// What some tokens are multiplied by: `blocks` blocks of columns of `tiles` x Pairs column pairs each.
+template <int R>
+struct Part {
+    const uint32_t (*codes)[R][kRows];
+    int blocks, tiles;
+    const float *scale[R], *zero[R];  // of the first block
+    int64_t group_stride;             // to those of the next one
+    const uint32_t* x;                // [tile][token][pair]
+    const float* minus_sum;           // [block][token]
+    int64_t tokens;
+};
+
+// y += scale * (sum of code * x - zero * sum of x), for T tokens from `token` on and R row blocks.
+template <int T, int R, int Pairs>
+void multiply(const Part<R>& part, int64_t token, float (*y)[R][kRows]) {
+    // Totals stay in registers over short blocks, and leave their place to more sums over long ones.
+    constexpr bool kKeep = Pairs < kPairs;
+    __m512 total[T][R];
+    if constexpr (kKeep) {
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) total[t][r] = _mm512_load_ps(y[token + t][r]);
+        }
+    }
+    const uint32_t (*codes)[R][kRows] = part.codes;
+    const uint32_t* x = part.x + token * kPairs;
+    const float* minus_sum = part.minus_sum + token;
+    const int64_t tile_stride = part.tokens * kPairs;
+    int pair = 0;  // in the tile
+    for (int block = 0; block < part.blocks; ++block, minus_sum += part.tokens) {
+        __m512 sum[T][R];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const __m512 zero = _mm512_load_ps(part.zero[r] + block * part.group_stride);
+                sum[t][r] = _mm512_mul_ps(zero, _mm512_set1_ps(minus_sum[t]));
+            }
+        }
+        for (int tile = 0; tile < part.tiles; ++tile, codes += Pairs) {
+#pragma GCC unroll 16
+            for (int p = 0; p < Pairs; ++p) {
+                __m512bh w[R];
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) w[r] = (__m512bh)_mm512_load_si512(codes[p][r]);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) {
+                    const __m512bh b = (__m512bh)_mm512_set1_epi32(int(x[t * kPairs + pair + p]));
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; ++r) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], w[r], b);
+                }
+            }
+            pair = (pair + Pairs) % kPairs;
+            if (pair == 0) x += tile_stride;
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const __m512 scale = _mm512_load_ps(part.scale[r] + block * part.group_stride);
+                if constexpr (kKeep) {
+                    total[t][r] = _mm512_fmadd_ps(scale, sum[t][r], total[t][r]);
+                } else {
+                    float* at = y[token + t][r];
+                    _mm512_store_ps(at, _mm512_fmadd_ps(scale, sum[t][r], _mm512_load_ps(at)));
+                }
+            }
+        }
+    }
+    if constexpr (kKeep) {
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) _mm512_store_ps(y[token + t][r], total[t][r]);
+        }
+    }
+}
+
+template <int R, int Pairs>
+void multiply_all(const Part<R>& part, float (*y)[R][kRows]) {
+    using Multiply = void (*)(const Part<R>&, int64_t, float (*)[R][kRows]);
+    constexpr Multiply kMultiply[kTokensAtOnce + 1] = {nullptr,
+                                                       multiply<1, R, Pairs>,
+                                                       multiply<2, R, Pairs>,
+                                                       multiply<3, R, Pairs>,
+                                                       multiply<4, R, Pairs>,
+                                                       multiply<5, R, Pairs>,
+                                                       multiply<6, R, Pairs>};
+    // As equal shares as can be: four and four tokens are faster than six and two.
+    const int64_t shares = ceil_div(part.tokens, Pairs == kPairs ? 6 : KT);
+    for (int64_t share = 0; share < shares; ++share) {
+        const int64_t token = part.tokens * share / shares, next = part.tokens * (share + 1) / shares;
+        kMultiply[next - token](part, token, y);
+    }
+}
+
+// R row blocks. A tile is `kPairs / Pairs` blocks of columns, or (Pairs = kPairs) a block is several tiles.
+template <int B, int Pairs, int R>
+void row_blocks(const LinearArgs& a, int64_t row_block) {
+    const Matrix& m = a.weight;
+    const Halves halves(m, a.tokens, a.planes);
+    const CodesBf16<B> to_codes;
+    const int block_tiles = Pairs == kPairs ? plane_block(m) / kColumns : 1;
+    alignas(64) float y[kMaxTokens][R][kRows];
+    memset(y, 0, a.tokens * sizeof y[0]);
+    Codes<R> codes;
+    PanelScales statistics[R];
+    int64_t block = 0;  // of columns
+    OutlierPrefetch outliers(m, row_block, R);
+    const int64_t ahead = AHEAD;
+    for (PanelWalk walk(m, row_block); walk.next();) {
+        const Panel& panel = walk.panel;
+        outliers.panel();
+        for (int r = 0; r < R; ++r) statistics[r].load(m, panel.statistics + r * m.words, panel.groups);
+        for (int64_t tile = 0; tile < panel.count; tile += kTiles) {
+            const int here = panel.count - tile < kTiles ? int(panel.count - tile) : kTiles;
+            for (int r = 0; r < R; ++r) {
+                const uint32_t* packed = panel.tiles + r * m.words + tile * B * kRows;
+                prefetch_lines(reinterpret_cast<const char*>(packed) + ahead, here * B);
+                for (int i = 0; i < here; ++i) {
+                    to_codes(packed + i * B * kRows, reinterpret_cast<char*>(codes.pair[i * kPairs][r]),
+                             sizeof codes.pair[0]);
+                }
+            }
+            const int whole = here / block_tiles;
+            Part<R> part;
+            part.codes = codes.pair;
+            part.blocks = Pairs == kPairs ? whole : here * (kPairs / Pairs);
+            part.tiles = block_tiles;
+            part.group_stride = m.group == kPerChannel ? 0 : kRows;
+            const int group = m.group == kPerChannel ? 0 : int(tile * kColumns / m.group);
+            for (int r = 0; r < R; ++r) {
+                part.scale[r] = statistics[r].scale + group * kRows;
+                part.zero[r] = statistics[r].zero + group * kRows;
+            }
+            part.x = halves.tile(panel.first_tile + tile);
+            part.minus_sum = halves.minus_sum(block);
+            part.tokens = a.tokens;
+            if (part.blocks) multiply_all<R, Pairs>(part, y);
+            block += part.blocks;
+            if (const int rest = here - whole * block_tiles) {  // of a block that the matrix ends in
+                part.codes += whole * block_tiles * kPairs;
+                part.x += whole * block_tiles * a.tokens * kPairs;
+                part.minus_sum += part.blocks * a.tokens;
+                for (int r = 0; r < R; ++r) {
+                    part.scale[r] += part.blocks * part.group_stride;
+                    part.zero[r] += part.blocks * part.group_stride;
+                }
+                part.blocks = 1;
+                part.tiles = rest;
+                multiply_all<R, Pairs>(part, y);
+                ++block;
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        add_outliers(m, row_block + r, halves, y[0][r], R * kRows);
+        for (int t = 0; t < a.tokens; ++t) store_block(a, t, row_block + r, _mm512_load_ps(y[t][r]));
+    }
+}
+
+template <int B, int Pairs>
+void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
+    int64_t block = first;
+    constexpr int kAtOnce = Pairs == kPairs ? 4 : KR;  // as many as registers hold the sums of
+    for (; block + kAtOnce <= last; block += kAtOnce) row_blocks<B, Pairs, kAtOnce>(a, block);
+    for (; block < last; ++block) row_blocks<B, Pairs, 1>(a, block);
+}
+
+template <int B>
+void by_group(const LinearArgs& a, int64_t first, int64_t last) {
+    if (a.weight.group == 8) {
+        all_row_blocks<B, 4>(a, first, last);
+    } else if (a.weight.group == 16) {
+        all_row_blocks<B, 8>(a, first, last);
+    } else {
+        all_row_blocks<B, 16>(a, first, last);
+    }
+}
+
+}  // namespace
+
+int64_t halves_bytes(const Matrix& m, int64_t tokens) {
+    return Halves(m, tokens, nullptr).bytes();
+}
+
+void batch_bf16(const LinearArgs& a, int64_t first, int64_t last) {
+    using Run = void (*)(const LinearArgs&, int64_t, int64_t);
+    constexpr Run kRun[8] = {by_group<1>, by_group<2>, by_group<3>, by_group<4>,
+                             by_group<5>, by_group<6>, by_group<7>, by_group<8>};
+    kRun[a.weight.bits - 1](a, first, last);
+}
+
+}  // namespace hf_spqr

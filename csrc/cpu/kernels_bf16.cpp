@@ -1,0 +1,33 @@
+#include "cpu/bf16.h"
+
+namespace hf_spqr {
+namespace {
+
+bool in_halves(DType dtype, int64_t tokens) {
+    return dtype == DType::bf16 && tokens >= kFewestBf16;
+}
+
+int64_t planes_bytes(const Matrix& m, DType dtype, int64_t tokens) {
+    return in_halves(dtype, tokens) ? halves_bytes(m, tokens) : kVnniKernels.planes_bytes(m, dtype, tokens);
+}
+
+bool any_tokens(DType dtype) {
+    return dtype == DType::bf16;
+}
+
+void prepare(const PrepareArgs& a, int64_t first, int64_t last) {
+    (in_halves(a.dtype, a.tokens) ? prepare_halves : kVnniKernels.prepare)(a, first, last);
+}
+
+void linear(const LinearArgs& a, int64_t first, int64_t last) {
+    (in_halves(a.dtype, a.tokens) ? batch_bf16 : kVnniKernels.linear)(a, first, last);
+}
+
+}  // namespace
+
+const Kernels& bf16_kernels() {
+    static const Kernels kernels = {planes_bytes, any_tokens, prepare, linear, dequantize_bf16, kVnniKernels.read};
+    return kernels;
+}
+
+}  // namespace hf_spqr
