@@ -13,16 +13,8 @@
 namespace hf_spqr {
 namespace {
 
-constexpr int kTiles = 4;         // unpacked at a time: a block of columns, or several
+constexpr int kTiles = 4;  // unpacked at a time: a block of columns, or several
 constexpr int kTokensAtOnce = 6;
-#include <cstdlib>
-#ifndef KR
-#define KR 2
-#define KT 6
-#endif
-static const int kMode = getenv("PFM") ? atoi(getenv("PFM")) : 0;
-#define AHEAD (kMode == 0 ? 1024 : kMode == 1 ? R * m.words * 4 : kMode)
-  // whose sums are in registers
 
 // The codes of R row blocks in kTiles tiles.
 template <int R>
@@ -120,7 +112,7 @@ void multiply_all(const Part<R>& part, float (*y)[R][kRows]) {
                                                        multiply<5, R, Pairs>,
                                                        multiply<6, R, Pairs>};
     // As equal shares as can be: four and four tokens are faster than six and two.
-    const int64_t shares = ceil_div(part.tokens, Pairs == kPairs ? 6 : KT);
+    const int64_t shares = ceil_div(part.tokens, kTokensAtOnce);
     for (int64_t share = 0; share < shares; ++share) {
         const int64_t token = part.tokens * share / shares, next = part.tokens * (share + 1) / shares;
         kMultiply[next - token](part, token, y);
@@ -140,7 +132,7 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
     PanelScales statistics[R];
     int64_t block = 0;  // of columns
     OutlierPrefetch outliers(m, row_block, R);
-    const int64_t ahead = AHEAD;
+    const int64_t ahead = pass_bytes(m, R);
     for (PanelWalk walk(m, row_block); walk.next();) {
         const Panel& panel = walk.panel;
         outliers.panel();
@@ -195,7 +187,7 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
 template <int B, int Pairs>
 void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
     int64_t block = first;
-    constexpr int kAtOnce = Pairs == kPairs ? 4 : KR;  // as many as registers hold the sums of
+    constexpr int kAtOnce = Pairs == kPairs ? 4 : 2;  // as many as registers hold the sums of
     for (; block + kAtOnce <= last; block += kAtOnce) row_blocks<B, Pairs, kAtOnce>(a, block);
     for (; block < last; ++block) row_blocks<B, Pairs, 1>(a, block);
 }

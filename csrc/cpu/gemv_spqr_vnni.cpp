@@ -7,16 +7,8 @@
 #include "cpu/unpack_vbmi.h"
 #include "cpu/vnni.h"
 
-#include <cstdlib>
 namespace hf_spqr {
 namespace {
-static const int kMode = getenv("PFM") ? atoi(getenv("PFM")) : 0;
-static const int kHint = getenv("PFH") ? atoi(getenv("PFH")) : 0;
-#ifndef KRS
-#define KRS 4
-#endif
-#define AHEAD (kMode == 0 ? 1024 : kMode == 1 ? R * m.words * 4 : kMode)
-#define PF(p, n) (kHint ? prefetch_lines2(p, n) : prefetch_lines(p, n))
 
 constexpr int kGroups = 16;      // of a panel
 constexpr int kMaxStatBits = 4;  // a vpermps looks up sixteen values
@@ -77,12 +69,13 @@ void row_blocks(const LinearArgs& a, const StatisticsPlaces& places, int64_t blo
     for (int r = 0; r < R; ++r) y[r] = _mm512_setzero_ps();
     int64_t first_group = 0;
     OutlierSums outliers(m, block, R, a.x);
+    const int64_t ahead = pass_bytes(m, R);
     for (PanelWalk walk(m, block); walk.next(); first_group += kGroups) {
         const Panel& panel = walk.panel;
         outliers.panel();
         const int64_t lines = (panel.tiles - panel.statistics) / kRows;
         for (int r = 0; r < R; ++r) {
-            PF(reinterpret_cast<const char*>(panel.statistics + r * m.words) + AHEAD, lines);
+            prefetch_lines(reinterpret_cast<const char*>(panel.statistics + r * m.words) + ahead, lines);
             statistics[r].load(m, panel.statistics + r * m.words, panel.groups, planes.quad(first_group));
         }
         int group = 0;
@@ -93,7 +86,7 @@ void row_blocks(const LinearArgs& a, const StatisticsPlaces& places, int64_t blo
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 const uint32_t* codes = panel.tiles + r * m.words + tile * B * kRows;
-                PF(reinterpret_cast<const char*>(codes) + AHEAD, here * B);
+                prefetch_lines(reinterpret_cast<const char*>(codes) + ahead, here * B);
                 __m512i w[8];
                 if constexpr (PerTile > 1) {
                     unpack(codes, w);
@@ -114,7 +107,6 @@ void row_blocks(const LinearArgs& a, const StatisticsPlaces& places, int64_t blo
             }
         }
     }
-    if (kMode != 1) prefetch_next(m, block, R);
     outliers.rest();
     for (int r = 0; r < R; ++r) store_block(a, 0, block + r, _mm512_add_ps(y[r], outliers.of(r)));
 }
@@ -122,7 +114,7 @@ void row_blocks(const LinearArgs& a, const StatisticsPlaces& places, int64_t blo
 template <int B, int PerTile>
 void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
     const StatisticsPlaces places(a.weight.stat_bits);
-    constexpr int kInFlight = KRS;
+    constexpr int kInFlight = 4;
     int64_t block = first;
     for (; block + kInFlight <= last; block += kInFlight) row_blocks<B, PerTile, kInFlight>(a, places, block);
     for (; block < last; ++block) row_blocks<B, PerTile, 1>(a, places, block);

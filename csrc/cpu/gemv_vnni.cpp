@@ -6,13 +6,8 @@
 #include "cpu/store_avx512.h"
 #include "cpu/vnni.h"
 
-#include <cstdlib>
 namespace hf_spqr {
 namespace {
-static const int kMode = getenv("PFM") ? atoi(getenv("PFM")) : 0;
-static const int kHint = getenv("PFH") ? atoi(getenv("PFH")) : 0;
-#define AHEAD (kMode == 0 ? 1024 : kMode == 1 ? R * m.words * 4 : kMode)
-#define PF(p, n) (kHint ? prefetch_lines2(p, n) : prefetch_lines(p, n))
 
 // scale * (xs dot - zero X) of a block of activations, added to y.
 inline __m512 apply(__m512i dot, const BlockNumbers& n, const float* scale, const float* zero, __m512 y) {
@@ -34,6 +29,7 @@ void row_blocks(const LinearArgs& a, int64_t first_block) {
     for (int r = 0; r < R; ++r) y[r] = _mm512_setzero_ps();
     int64_t block = 0;  // of activations
     OutlierSums outliers(m, first_block, R, a.x);
+    const int64_t ahead = pass_bytes(m, R);
     for (PanelWalk walk(m, first_block); walk.next();) {
         const Panel& panel = walk.panel;
         outliers.panel();
@@ -47,7 +43,7 @@ void row_blocks(const LinearArgs& a, int64_t first_block) {
             for (int r = 0; r < R; ++r) {
                 const uint32_t* codes = panel.tiles + r * m.words + tile * B * kRows;
                 const float *scale = statistics[r].scale + group * kRows, *zero = statistics[r].zero + group * kRows;
-                PF(reinterpret_cast<const char*>(codes) + AHEAD, here * B);
+                prefetch_lines(reinterpret_cast<const char*>(codes) + ahead, here * B);
                 __m512i w[8];
                 if constexpr (PerTile > 1) {
                     unpack(codes, w);
@@ -68,7 +64,6 @@ void row_blocks(const LinearArgs& a, int64_t first_block) {
             }
         }
     }
-    if (kMode != 1) prefetch_next(m, first_block, R);
     outliers.rest();
     for (int r = 0; r < R; ++r) {
         store_block(a, 0, first_block + r, _mm512_add_ps(y[r], outliers.of(r)));

@@ -6,12 +6,14 @@
 namespace hf_spqr {
 namespace {
 
-constexpr int64_t kAhead = 1024;  // bytes of each row block's stream
 constexpr int kLine = 64;
 
-inline void prefetch_lines2(const void* p, int64_t lines) {
-    for (int64_t i = 0; i < lines; ++i) _mm_prefetch(static_cast<const char*>(p) + i * kLine, _MM_HINT_T1);
+// How far ahead a pass over `blocks` row blocks fetches: the same place of the next pass, so that nothing is fetched
+// in vain where a row block ends, and the memory has a whole pass's time to answer.
+inline int64_t pass_bytes(const Matrix& m, int blocks) {
+    return blocks * m.words * 4;
 }
+
 inline void prefetch_lines(const void* p, int64_t lines) {
     for (int64_t i = 0; i < lines; ++i) _mm_prefetch(static_cast<const char*>(p) + i * kLine, _MM_HINT_T0);
 }
@@ -38,14 +40,6 @@ struct OutlierPrefetch {
         }
     }
 };
-
-// The beginning of the next `blocks` row blocks.
-inline void prefetch_next(const Matrix& m, int64_t block, int blocks) {
-    const int64_t end = ceil_div(m.rows, kRows);
-    for (int64_t b = block + blocks; b < block + 2 * blocks && b < end; ++b) {
-        prefetch_lines(m.packed + b * m.words, kAhead / kLine);
-    }
-}
 
 }  // namespace
 }  // namespace hf_spqr
