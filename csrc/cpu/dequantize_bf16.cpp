@@ -2,7 +2,7 @@
 // packed words to the finished rows, which is why outliers are put in afterwards.
 #include <immintrin.h>
 #include "cpu/bf16.h"
-#include "cpu/codes_bf16.h"
+#include "cpu/weights_bf16.h"
 #include "cpu/panels.h"
 #include "cpu/statistics_avx512.h"
 #include "cpu/transpose.h"
@@ -10,51 +10,6 @@
 
 namespace hf_spqr {
 namespace {
-
-// The codes of a tile as fp32 vectors of 16 rows. A vpermps looks its low four index bits up in a table that repeats,
-// so that the fields above need no masking.
-template <int B>
-struct Values {
-    static constexpr int kPerHalf = 16 / B;
-    __m512i vector[4];
-    __m512 table;
-
-    Values() {
-        alignas(64) float value[16];
-        for (int i = 0; i < 16; ++i) value[i] = float(i & ((1 << B) - 1));
-        table = _mm512_load_ps(value);
-    }
-    __attribute__((always_inline)) void load(const uint32_t* tile) {
-#pragma GCC unroll 4
-        for (int i = 0; i < B; ++i) vector[i] = _mm512_loadu_si512(tile + i * kRows);
-        if constexpr (B == 3) vector[3] = spare_bits(vector);
-    }
-    template <int Pair, int Parity>
-    __attribute__((always_inline)) __m512 get() const {
-        constexpr int kVector = B == 3 ? kVector3[Pair] : Pair / kPerHalf;
-        constexpr int kShift = (B == 3 ? kShift3[Pair] : B * (Pair % kPerHalf)) + 16 * Parity;
-        // An upper half-word that ends with the field has zeros above it; a field of spare bits has them anyway.
-        return _mm512_permutexvar_ps(_mm512_srli_epi32(vector[kVector], kShift), table);
-    }
-};
-
-// Two columns of 16 rows in fp32 as 16 words of two bf16.
-inline __m512i pair_of(__m512 even, __m512 odd, __m512i order) {
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-}
-
-template <int B, int Pair>
-__attribute__((always_inline)) inline void pairs_from(const Values<B>& values, const float* scale, const float* zero,
-                                                      int group_shift, __m512i order, uint32_t (*words)[kRows]) {
-    if constexpr (Pair < 16) {
-        const int group = (2 * Pair) >> group_shift;
-        const __m512 s = _mm512_load_ps(scale + group * kRows), z = _mm512_load_ps(zero + group * kRows);
-        const __m512 even = _mm512_mul_ps(_mm512_sub_ps(values.template get<Pair, 0>(), z), s);
-        const __m512 odd = _mm512_mul_ps(_mm512_sub_ps(values.template get<Pair, 1>(), z), s);
-        _mm512_store_si512(words[Pair], pair_of(even, odd, order));
-        pairs_from<B, Pair + 1>(values, scale, zero, group_shift, order, words);
-    }
-}
 
 // Code of one weight.
 inline int code_at(const uint32_t* tile, int bits, int row, int column) {
@@ -93,12 +48,7 @@ void put_outliers(const Matrix& m, const Panel& panel, const PanelScales& statis
 template <int B>
 void dequantize_rows(const DequantizeArgs& a, int64_t first_block, int64_t last_block) {
     const Matrix& m = a.weight;
-    alignas(64) uint16_t order_words[32];
-    for (int r = 0; r < kRows; ++r) {
-        order_words[2 * r] = uint16_t(r);
-        order_words[2 * r + 1] = uint16_t(16 + r);
-    }
-    const __m512i order = _mm512_load_si512(order_words);
+    const __m512i order = pair_order();
     const int group_shift = group_shift_in_tile(m);
     PanelScales statistics;
     Values<B> values;
@@ -115,7 +65,7 @@ void dequantize_rows(const DequantizeArgs& a, int64_t first_block, int64_t last_
                 const int group = group_of_tile(m, tile);
                 values.load(panel.tiles + tile * B * kRows);
                 pairs_from<B, 0>(values, statistics.scale + group * kRows, statistics.zero + group * kRows,
-                                 group_shift, order, words);
+                                 group_shift, order, reinterpret_cast<char*>(words), sizeof words[0]);
                 const int64_t first = (panel.first_tile + tile) * kColumns;
                 const int columns = m.columns - first < kColumns ? int(m.columns - first) : kColumns;
                 if (rows == kRows && columns == kColumns) {

@@ -20,7 +20,13 @@ void prepare(const PrepareArgs& a, int64_t first, int64_t last) {
 }
 
 void linear(const LinearArgs& a, int64_t first, int64_t last) {
-    (in_halves(a.dtype, a.tokens) ? batch_bf16 : kVnniKernels.linear)(a, first, last);
+    if (!in_halves(a.dtype, a.tokens)) {
+        kVnniKernels.linear(a, first, last);
+    } else if (a.prompt && has_prefill_bf16(a.weight)) {
+        prefill_bf16(a, first, last);
+    } else {
+        batch_bf16(a, first, last);
+    }
 }
 
 }  // namespace

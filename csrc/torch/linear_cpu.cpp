@@ -11,8 +11,8 @@ namespace {
 
 namespace stable = torch::stable;
 
-constexpr int64_t kBytesPerTask = 64 << 10;     // less is not worth a thread
-constexpr int64_t kScratchBytes = 8 << 20;      // of dequantized weights
+constexpr int64_t kBytesPerTask = 64 << 10;  // less is not worth a thread
+constexpr int64_t kScratchBytes = 8 << 20;   // of dequantized weights
 
 // Bytes of the row blocks before `block`. Outlier-heavy rows count for what they are.
 int64_t bytes_before(const Matrix& m, int64_t block) {
@@ -84,8 +84,11 @@ void linear_packed(const Tensor& x, int64_t tokens, const Matrix& m, const int32
         stable::parallel_for(0, ceil_div(here, kPrepareTokens), 1, [&](int64_t first, int64_t last) {
             k.prepare(prepare, first * kPrepareTokens, std::min(here, last * kPrepareTokens));
         });
-        const LinearArgs args{
-            m, prepared, padded, planes, int(here), bias, y_data + done * m.rows * element_size(dtype), m.rows, dtype};
+        const LinearArgs args{m,         prepared,
+                              padded,    planes,
+                              int(here), tokens > kMaxTokens,
+                              bias,      y_data + done * m.rows * element_size(dtype),
+                              m.rows,    dtype};
         over_row_blocks(m, [&](int64_t first, int64_t last) { k.linear(args, first, last); });
     }
 }
