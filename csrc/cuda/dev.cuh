@@ -41,6 +41,23 @@ HF_DEVICE int grid_blocks() {
     return int(gridDim.x);
 }
 
+// Kernels that overlap in a stream, where the device can: the next one may start when all blocks of this one have said
+// so or ended; it waits before it touches what this one may write, and nobody sees a difference.
+HF_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+HF_DEVICE void wait_for_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Asks for the line of 128 bytes to come into the L2 cache; reads nothing.
+HF_DEVICE void prefetch(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // The block's dynamic shared memory, aligned to 1024 bytes.
 HF_DEVICE unsigned char* shared_memory() {
     extern __shared__ __align__(1024) unsigned char hf_spqr_shared[];
@@ -141,6 +158,10 @@ HF_DEVICE int uniform(int v) {
 HF_DEVICE uint32_t keep(uint32_t v) {
     asm("" : "+r"(v));
     return v;
+}
+// Likewise, of the whole warp and also against ptxas, which computes again what it can: costs an instruction.
+HF_DEVICE uint32_t pin(uint32_t v) {
+    return __shfl_sync(0xffffffffu, v, threadIdx.x & 31);
 }
 template <class T>
 HF_DEVICE T* keep(T* p) {

@@ -5,22 +5,25 @@
 
 namespace hf_spqr {
 
-// Sums each v[b] over the warp, in a fixed order: returns that of b = lane / (32 / TOKENS).
-template <int TOKENS>
-HF_DEVICE float sum_tokens(float (&v)[TOKENS], int lane) {
-    int mask = 16;
+// Sums each v[b] over the warp, in a fixed order: returns that of b = lane / (32 / COUNT).
+template <int COUNT, int MASK = 16>
+HF_DEVICE float sum_each(const float (&v)[COUNT], int lane) {
+    if constexpr (COUNT == 1) {
+        float sum = v[0];
 #pragma unroll
-    for (int keep = TOKENS / 2; keep; keep /= 2, mask /= 2) {
-        const bool upper = lane & mask;
+        for (int mask = MASK; mask; mask /= 2) sum = dev::add(sum, dev::shuffle_xor(sum, mask));
+        return sum;
+    } else {
+        constexpr int kHalf = COUNT / 2;
+        const bool upper = lane & MASK;
+        float half[kHalf];
 #pragma unroll
-        for (int i = 0; i < keep; ++i) {
-            const float mine = upper ? v[i + keep] : v[i], other = upper ? v[i] : v[i + keep];
-            v[i] = dev::add(mine, dev::shuffle_xor(other, mask));
+        for (int i = 0; i < kHalf; ++i) {
+            const float mine = upper ? v[i + kHalf] : v[i], other = upper ? v[i] : v[i + kHalf];
+            half[i] = dev::add(mine, dev::shuffle_xor(other, MASK));
         }
+        return sum_each<kHalf, MASK / 2>(half, lane);
     }
-#pragma unroll
-    for (; mask; mask /= 2) v[0] = dev::add(v[0], dev::shuffle_xor(v[0], mask));
-    return v[0];
 }
 
 constexpr int kLaneTokens = 4;  // tokens of a lane

@@ -17,8 +17,8 @@ ResidentWay plan_resident(ResidentArgs& a, const DeviceLimits& device) {
     for (int groups = row_blocks > device.multiprocessors ? kMostGroups : 1; groups > 0; --groups) {
         const auto bytes = [&](int columns) {
             a.plan.chunk_columns = columns;
-            return ResidentMap(a.plan, a.tokens, groups, Ring<Stats, BITS>::kSlotBytes, Stats::kSharedWords * 4,
-                               Stats::kInteger)
+            return ResidentMap(a.plan, a.weight.columns, a.tokens, groups, Ring<Stats, BITS>::kSlotBytes,
+                               Stats::kSharedWords * 4, Stats::kInteger)
                 .all;
         };
         if (bytes(all) <= device.shared_bytes) return {groups, bytes(all)};
@@ -38,8 +38,8 @@ int launch_resident(ResidentArgs a, void* stream) {
     a.plan.vectors = !a.perm && a.weight.columns % 8 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
     const int row_blocks = ceil_div(a.weight.rows, kRows);
     const int blocks = row_blocks < device.multiprocessors ? row_blocks : device.multiprocessors;
-    return launch<linear_resident_kernel<Stats, BITS>>({blocks, 1}, way.groups * kGroupThreads, way.shared_bytes,
-                                                       stream, a);
+    return launch<linear_resident_kernel<Stats, BITS>, true>({blocks, 1}, way.groups * kGroupThreads, way.shared_bytes,
+                                                             stream, a);
 }
 
 }  // namespace hf_spqr

@@ -1,8 +1,8 @@
 // x in shared memory, as fp16 in stored order of columns, for resident.cuh.
 //
-// bf16 and fp32 are scaled per token by a power of two so that the largest |x| lands in [16, 32): nothing overflows, and
-// what is 2^19 times smaller still has all its bits. Per step of 256 columns and token there are 32 chunks of 8 columns,
-// permuted by x_place.
+// bf16 and fp32 are scaled per token by a power of two so that the largest |x| lands in [16, 32): nothing overflows,
+// and what is 2^19 times smaller still has all its bits. Per step of 256 columns and token there are 32 chunks of 8
+// columns, permuted by x_place.
 #pragma once
 #include "cuda/resident_plan.h"
 #include "cuda/store.cuh"
@@ -43,11 +43,12 @@ class ResidentX {
     HF_DEVICE uint32_t sums_at(int step, int t) const { return sums_ + 2 * step * bytes_of_set_sums() + 8 * t; }
     HF_DEVICE int bytes_of_set_sums() const { return ResidentMap::set_sums_bytes(a_.tokens); }
 
-    // fp16 x of column `column` of those that are here: token 0, and the odd tokens' place likewise (both plus token *
-    // kTokenBytes).
-    HF_DEVICE uint32_t column_at(int column) const {
-        const int step = column >> 8, chunk = column >> 3 & 31;
-        return at_ + step * a_.tokens * kTokenBytes + 16 * x_place(chunk, 0) + 2 * (column & 7);
+    // Where fp16 x of token 0 lies for column `column` of those that are here. Even tokens' lie token * kTokenBytes
+    // further, odd ones' too but with bit 5 of the place inverted.
+    template <int TOKENS>
+    HF_DEVICE uint32_t column_at(uint32_t column) const {
+        if constexpr (TOKENS == 1) return at_ + (2 * column ^ (column >> 2 & 16));
+        return at_ + (column >> 8) * uint32_t(a_.tokens * kTokenBytes) + ((2 * column & 511) ^ (column >> 2 & 16));
     }
     // What turns a sum over tokens' x into one over what was given.
     HF_DEVICE float scale(int token) const { return a_.dtype == DType::f16 ? 1.f : up_[kResidentTokens + token]; }
@@ -98,7 +99,8 @@ class ResidentX {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int j = column + i;
-            v[i] = j < a_.weight.columns ? dev::mul(read_as(a_.x, at + (a_.perm ? a_.perm[j] : j), a_.dtype), up) : 0.f;
+            v[i] =
+                j < a_.weight.columns ? dev::mul(read_as(a_.x, at + (a_.perm ? a_.perm[j] : j), a_.dtype), up) : 0.f;
         }
         return {dev::to_half2(v[0], v[1]), dev::to_half2(v[2], v[3]), dev::to_half2(v[4], v[5]),
                 dev::to_half2(v[6], v[7])};

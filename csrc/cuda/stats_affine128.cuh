@@ -56,14 +56,13 @@ class StatsAffine128 {
     static constexpr int kZeroVectors = BITS == 3 ? 3 : 1;
     static constexpr int kRingBytes = (1 + kZeroVectors) * kRows * 4;
 
-    static HF_DEVICE void fetch(const Matrix& m, const uint32_t* panel, int stat_words, int step, uint32_t to,
-                                int lane) {
+    static HF_DEVICE void fetch(const Matrix& m, const uint32_t* stream, uint32_t panel, int stat_words, int step,
+                                uint32_t to, int lane_words) {
         const int pair = step & 15, scale_words = stat_words - (m.symmetric ? 0 : BITS * kRows);
         const int vector = BITS == 3 ? 0 : pair / (16 / BITS);
-        const uint32_t* from = lane < 4 ? panel + pair * kRows : panel + scale_words + vector * kRows - kRows;
-        if (16 * lane < (m.symmetric ? kRows * 4 : kRingBytes)) {
-            dev::copy_stream<0, 0>(to + 16 * lane, from + 4 * lane, true);
-        }
+        const int in_panel = lane_words < kRows ? pair * kRows : scale_words + vector * kRows - kRows;
+        if (lane_words >= (m.symmetric ? kRows : kRingBytes / 4)) return;
+        dev::copy_stream<0, 0>(to + 4 * lane_words, stream + (panel + uint32_t(in_panel + lane_words)), true);
     }
     HF_DEVICE void begin(const uint32_t*) {}
     HF_DEVICE void take(uint32_t slot, int step) {
@@ -129,7 +128,7 @@ class StatsAffineChannel {
 
     static constexpr int kRingBytes = 0;
 
-    static HF_DEVICE void fetch(const Matrix&, const uint32_t*, int, int, uint32_t, int) {}
+    static HF_DEVICE void fetch(const Matrix&, const uint32_t*, uint32_t, int, int, uint32_t, int) {}
     HF_DEVICE void begin(const uint32_t* stream) {
         words_ = dev::load_stream(reinterpret_cast<const uint2*>(stream) + (dev::thread() >> 2 & 7));
     }

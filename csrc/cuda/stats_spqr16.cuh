@@ -33,13 +33,13 @@ class StatsSpqr16 {
         // Lane l < 16 has group l of the panel, the others have none and write their constants where nobody looks.
         left_ = lane < 16 ? m.panels.groups - 16 * first_step - lane : INT32_MIN / 2;
         step_groups_ = 16 * stride;
-        shift_ = 6 * h;
+        shift_ = int(dev::pin(6 * h));
         upper_ = h;
         const uint32_t constants = shared + 9 * kTileWords * 4;
         constants_out_ = dev::keep(constants + h * 144 + place(row >> 1) * 16 + (row & 1) * 8);
         constants_in_ = dev::keep(constants + h * 16);
-        slot_codes_ = 4 * row;
-        slot_second_ = 8 * (m.groups_per_second == 2 ? row >> 1 : row);
+        slot_codes_ = dev::pin(4 * row);
+        slot_second_ = dev::pin(8 * (m.groups_per_second == 2 ? row >> 1 : row));
         eighth_ = dev::as_float(dev::keep(dev::as_bits(row & 1 ? 0.125f : 1.f)));
         out_ = dev::keep(shared + h * (kTileWords * 4) + row * 8);
         in_[0] = dev::keep(shared + place(t) * (kTileWords * 4) + 16 * g);
@@ -73,9 +73,12 @@ class StatsSpqr16 {
 
     static constexpr int kRingBytes = (3 + 2) * kRows * 4;
 
-    // To the slot's place at `to`; what the panel does not have becomes zero.
-    static HF_DEVICE void fetch(const Matrix&, const uint32_t* panel, int stat_words, int, uint32_t to, int lane) {
-        if (16 * lane < kRingBytes) dev::copy_stream<0, 0>(to + 16 * lane, panel + 4 * lane, 4 * lane < stat_words);
+    // To the slot's place at `to`; what the panel at `panel` of the row block does not have becomes zero. lane_words =
+    // 4 * lane.
+    static HF_DEVICE void fetch(const Matrix&, const uint32_t* stream, uint32_t panel, int stat_words, int,
+                                uint32_t to, int lane_words) {
+        if (4 * lane_words >= kRingBytes) return;
+        dev::copy_stream<0, 0>(to + 4 * lane_words, stream + (panel + lane_words), lane_words < stat_words);
     }
     HF_DEVICE void begin(const uint32_t*) {}
     HF_DEVICE void take(uint32_t slot, int) {

@@ -181,7 +181,7 @@ inline void run_block(int threads, std::mt19937& random) {
     }
 }
 
-template <auto KERNEL, class Args>
+template <auto KERNEL, bool OVERLAP = false, class Args>
 int launch(Grid grid, int threads, int shared_bytes, void*, const Args& args) {
     if (shared_bytes > limits().shared_bytes || grid.y > 65535) return 1;
     Block& b = block();
@@ -225,6 +225,9 @@ HF_EMU_CALL void sync_group(int group, int threads) {
     m.expected = threads;
     emu::meet(m);
 }
+inline void let_next_kernel_start() {}
+inline void wait_for_kernel() {}
+inline void prefetch(const void*) {}
 inline int block_threads() {
     return emu::block().all.expected;
 }
@@ -345,6 +348,9 @@ inline int uniform(int v) {
     return v;
 }
 inline uint32_t keep(uint32_t v) {
+    return v;
+}
+inline uint32_t pin(uint32_t v) {
     return v;
 }
 template <class T>
