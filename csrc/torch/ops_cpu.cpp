@@ -98,6 +98,12 @@ STABLE_TORCH_LIBRARY(hf_spqr, m) {
     m.def(
         "affine_dequantize(Tensor packed, Tensor? perm, int out_features, int in_features, int bits, "
         "int group_size, bool symmetric, bool scale_bf16, ScalarType dtype) -> Tensor");
+    m.def(
+        "quantize_activation(Tensor x, Tensor? perm, int bits, bool symmetric) -> (Tensor code, Tensor scale, "
+        "Tensor zero)");
+    m.def(
+        "w_int8_linear(Tensor code, Tensor scale, Tensor zero, Tensor packed, Tensor? bias, int out_features, "
+        "int bits, int group_size, bool symmetric, bool scale_bf16, ScalarType dtype) -> Tensor");
     m.def("cpu_isa() -> str");
     m.def("set_cpu_isa(str name) -> str");
     m.def("read_memory(Tensor data) -> int");

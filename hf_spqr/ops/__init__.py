@@ -17,6 +17,9 @@ WHY_NOT: dict[str, str] = {}
 # Devices for which the reference stands in when no kernel of ours was loaded.
 _OTHER_DEVICES = ("CUDA", "XPU", "MPS")
 
+# Ops without a kernel on a device that has kernels for the rest.
+_NO_KERNEL = {"CPU": ("quantize_activation", "w_int8_linear"), "CUDA": ("quantize_activation", "w_int8_linear")}
+
 
 def _load(name: str) -> bool:
     try:
@@ -37,7 +40,8 @@ for _name, _schema in SCHEMAS.items():
     if not COMPILED:
         _library.define(_name + _schema)
     for _device in ("CPU", *_OTHER_DEVICES):
-        if not (_device == "CPU" and COMPILED) and not (_device == "CUDA" and COMPILED_CUDA):
+        _compiled = COMPILED if _device == "CPU" else COMPILED_CUDA if _device == "CUDA" else False
+        if not _compiled or _name in _NO_KERNEL[_device]:
             _library.impl(_name, getattr(reference, _name), _device)
 autograd.register(NAMESPACE)
 grouped.register(_library, NAMESPACE)
@@ -46,6 +50,8 @@ spqr_linear = torch.ops.hf_spqr.spqr_linear.default
 spqr_dequantize = torch.ops.hf_spqr.spqr_dequantize.default
 affine_linear = torch.ops.hf_spqr.affine_linear.default
 affine_dequantize = torch.ops.hf_spqr.affine_dequantize.default
+quantize_activation = torch.ops.hf_spqr.quantize_activation.default
+w_int8_linear = torch.ops.hf_spqr.w_int8_linear.default
 spqr_grouped_linear = torch.ops.hf_spqr.spqr_grouped_linear.default
 affine_grouped_linear = torch.ops.hf_spqr.affine_grouped_linear.default
 
