@@ -215,8 +215,7 @@ HF_DEVICE void store_shared(uint32_t at, uint2 v) {
 }
 
 HF_DEVICE void store_shared(uint32_t at, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 // Four matrices of 8 rows x 16 bytes. Lane 8 i + r gives the address of row r of matrix i; lane 4 r + t gets bytes
 // 4 t to 4 t + 3 of row r of each.

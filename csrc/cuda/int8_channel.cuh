@@ -1,5 +1,5 @@
-// Few tokens, one scale per row. Warps are WIDTH row blocks x SLICES: warp = slice * WIDTH + which; a slice takes every
-// SLICES-th step of 256 columns. All sums are integers, so their order does not matter; the four of
+// Few tokens, one scale per row. Warps are WIDTH row blocks x SLICES: warp = slice * WIDTH + which; a slice takes
+// every SLICES-th step of 256 columns. All sums are integers, so their order does not matter; the four of
 // int8_product.cuh come from the tensor cores, sums of x and of codes from matrices of ones.
 #pragma once
 #include "cuda/int8_product.cuh"
@@ -82,8 +82,7 @@ HF_DEVICE void finish_channel(const Int8Args& a, const Int8Sums<NT>& sums, int64
         }
         const StatReader<Format::affine> reader(a.weight, a.weight.packed + to_row / kRows * a.weight.panels.words);
         const ScaleZero w = reader.read(0, int(to_row % kRows));
-        const float number =
-            float_product_of(a.weight.columns, product, w_sum, x_sum, int(w.zero), a.zero[token]);
+        const float number = float_product_of(a.weight.columns, product, w_sum, x_sum, int(w.zero), a.zero[token]);
         write_output(a, token, to_row, dev::mul(number, dev::mul(a.scale[token], w.scale)));
     }
 }
@@ -121,6 +120,7 @@ int8_channel_kernel(const Int8Args a) {
         const uint32_t at = x_slice + buffer + g * kStepBytes + t * kColumns;
         buffer = Shape::kBuffer - buffer;
         if (next < steps) x.fetch(buffer, next);
+        if (WIDTH > 1 && step >= steps) continue;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             uint32_t operands[4][4];

@@ -1,8 +1,8 @@
 // From packed codes to bytes in the order of columns, which is what the int8 tensor cores take.
 //
-// A word holds the codes of even columns in its low half and of odd columns in its high half. One mask of it gives four
-// codes as bytes wherever two codes of a half lie 8 bits apart: widths 2, 4 and 8, and the lower plane of 5, 6, 7. One
-// byte permutation per four codes then brings columns in order.
+// A word holds the codes of even columns in its low half and of odd columns in its high half. One mask of it gives
+// four codes as bytes wherever two codes of a half lie 8 bits apart: widths 2, 4 and 8, and the lower plane of 5,
+// 6, 7. One byte permutation per four codes then brings columns in order.
 #pragma once
 #include "cuda/tile.cuh"
 

@@ -1,8 +1,8 @@
 // Codes of x and words of the weights on their way to the int8 tensor cores, for few tokens.
 //
-// mma.m16n8k32: lane 4 g + t holds A rows g and g + 8 and B column g, of each k 4t to 4t + 3 and 16 + 4t to 16 + 4t + 3.
-// As in fragment.cuh, A row g is row 2g of the row block and A row g + 8 is row 2g + 1, and each thread t of a quad takes
-// k from a tile of its own: four tiles, a set of 128 columns, in four mma of 8 columns of each tile.
+// mma.m16n8k32: lane 4 g + t holds A rows g and g + 8 and B column g, of each k 4t to 4t + 3 and 16 + 4t to 16 + 4t
+// + 3. As in fragment.cuh, A row g is row 2g of the row block and A row g + 8 is row 2g + 1, and each thread t of a
+// quad takes k from a tile of its own: four tiles, a set of 128 columns, in four mma of 8 columns of each tile.
 #pragma once
 #include "cuda/int8_codes.cuh"
 #include "cuda/kernels.h"

@@ -67,9 +67,9 @@ struct QuantizeArgs {
 
 // y[tokens, rows] = x W^T + bias in integers, x given by its codes.
 struct Int8Args {
-    Matrix weight;      // affine
-    const int8_t* x;    // [tokens, x_stride], 16-byte aligned rows, zeros past the end
-    int64_t x_stride;   // a multiple of 16, at least columns
+    Matrix weight;       // affine
+    const int8_t* x;     // [tokens, x_stride], 16-byte aligned rows, zeros past the end
+    int64_t x_stride;    // a multiple of 16, at least columns
     const float* scale;  // [tokens]
     const int32_t* zero;
     int tokens;

@@ -52,7 +52,8 @@ struct Range {
         }
         dev::sync_block();
         uint32_t most[2] = {};
-        for (int w = 0; w < 2 * warps; ++w) most[w / warps] = shared[w] > most[w / warps] ? shared[w] : most[w / warps];
+        for (int w = 0; w < 2 * warps; ++w)
+            most[w / warps] = shared[w] > most[w / warps] ? shared[w] : most[w / warps];
         high = int(most[0]);
         low = int(most[1]);
     }
