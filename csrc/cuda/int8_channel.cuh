@@ -88,7 +88,7 @@ HF_DEVICE void finish_channel(const Int8Args& a, const Int8Sums<NT>& sums, int64
 }
 
 template <int BITS, int NT, int WIDTH, int SLICES>
-HF_KERNEL(32 * WIDTH * SLICES, 2)
+HF_KERNEL(32 * WIDTH * SLICES, NT > 2 && BITS > 4 ? 1 : 2)  // as the registers allow
 int8_channel_kernel(const Int8Args a) {
     static_assert(NT == WIDTH, "each warp sums a tile of tokens");
     using Shape = Int8ChannelShape<NT, WIDTH, SLICES>;

@@ -51,7 +51,7 @@ class Unpacker {
         }
     }
 
-    // To shared memory, the first row block at `to`. sums[item][row] += the codes.
+    // To shared memory, the first row block at `to`. sums[item][row] gets the codes added.
     HF_DEVICE void store(uint32_t to, int (&sums)[ITEMS][2]) const {
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
@@ -125,11 +125,63 @@ class Operands {
     int key_, w_chunk_, x_chunk_;
 };
 
-// One scale per row.
-template <int BITS, int MT, int NT, int WM, int WN>
-HF_KERNEL(32 * WM * WN, 2)
+// Adds token tile 2 i + which of b, two words a lane, to a lane's sum of its token.
+HF_DEVICE int add_tile(const uint32_t (&b)[4], int which, int sum) {
+    sum = dev::add_signed_bytes(which ? b[2] : b[0], sum);
+    return dev::add_signed_bytes(which ? b[3] : b[1], sum);
+}
+
+// The sum of a quad.
+HF_DEVICE int sum_quad(int v) {
+    v += dev::shuffle_xor(v, 1);
+    return v + dev::shuffle_xor(v, 2);
+}
+
+// What the last step needs of a row and of a token, in shared memory.
+struct alignas(16) RowEnd {
+    int sum, zero;  // the sum with the zero point subtracted
+    float scale, bias;
+};
+struct alignas(16) TokenEnd {
+    int sum, zero;
+    float scale;
+    int unused;
+};
+
+HF_DEVICE RowEnd row_end(const Int8Args& a, int64_t row, int sum) {
+    const StatReader<Format::affine> reader(a.weight, a.weight.packed + row / kRows * a.weight.panels.words);
+    const ScaleZero s = reader.read(0, int(row % kRows));
+    const int zero = int(s.zero);
+    return {int(uint32_t(sum) - uint32_t(a.weight.columns) * uint32_t(zero)), zero, s.scale,
+            a.bias ? read_as(a.bias, row, a.dtype) : -0.f};
+}
+
+HF_DEVICE float output_of(int product, const RowEnd& r, const TokenEnd& t) {
+    const uint32_t all = uint32_t(product) - uint32_t(r.zero) * uint32_t(t.sum) - uint32_t(t.zero) * uint32_t(r.sum);
+    return dev::add(dev::mul(dev::float_of(int(all)), dev::mul(t.scale, r.scale)), r.bias);
+}
+
+// y[token, row] and y[token, row + 1], row even, the second one if there is such a row.
+HF_DEVICE void write_two(const Int8Args& a, int64_t token, int64_t row, float first, float second) {
+    const int64_t at = token * a.weight.rows + row;
+    if (a.weight.rows % 2 == 0) {
+        if (a.dtype == DType::f32) {
+            *reinterpret_cast<float2*>(static_cast<float*>(a.y) + at) = make_float2(first, second);
+        } else {
+            *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(a.y) + at) =
+                a.dtype == DType::bf16 ? dev::to_bfloat2(first, second) : dev::to_half2(first, second);
+        }
+        return;
+    }
+    write_as(a.y, at, a.dtype, first);
+    if (row + 1 < a.weight.rows) write_as(a.y, at + 1, a.dtype, second);
+}
+
+// One scale per row, up to kInt32Columns columns.
+template <int BITS, int MT, int NT, int WM, int WN, int BLOCKS_PER_SM>
+HF_KERNEL(32 * WM * WN, BLOCKS_PER_SM)
 int8_many_kernel(const Int8Args a) {
-    static_assert(WM == 2, "the two warps of a token tile share its sums of x");
+    static_assert(WM == 2 && NT % 2 == 0, "the two warps of a token tile share its sums of x");
     using Shape = Int8ManyShape<MT, NT, WM, WN>;
     const Matrix& m = a.weight;
     const int lane = dev::thread() & 31, warp = dev::uniform(dev::thread() >> 5), g = lane >> 2, t = lane & 3;
@@ -144,15 +196,15 @@ int8_many_kernel(const Int8Args a) {
     int product[MT][NT][4] = {}, w_sums[Shape::kItems][2] = {}, x_sums[NT / 2] = {};
     unpacker.fetch(0);
     fetch_set<Shape::kThreads, Shape::kTokens>(a, first_token, 0, shared + Shape::kWeightBytes);
+    unpacker.store(unpack_to, w_sums);
     uint32_t buffer = 0;
     for (int set = 0; set < sets; ++set) {
-        unpacker.store(unpack_to + buffer, w_sums);
-        unpacker.fetch(set + 1);
         dev::wait_for_copies();
         dev::sync_block();
+        const uint32_t other = Shape::kBuffer - buffer;
         if (set + 1 < sets) {
-            fetch_set<Shape::kThreads, Shape::kTokens>(a, first_token, set + 1,
-                                                       shared + Shape::kBuffer - buffer + Shape::kWeightBytes);
+            fetch_set<Shape::kThreads, Shape::kTokens>(a, first_token, set + 1, shared + other + Shape::kWeightBytes);
+            unpacker.fetch(set + 1);
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -160,8 +212,7 @@ int8_many_kernel(const Int8Args a) {
 #pragma unroll
             for (int j = 0; j < NT / 2; ++j) {
                 operands.x(x[j], buffer, j, k);
-                x_sums[j] = dev::add_signed_bytes(warp_m ? x[j][2] : x[j][0], x_sums[j]);
-                x_sums[j] = dev::add_signed_bytes(warp_m ? x[j][3] : x[j][1], x_sums[j]);
+                x_sums[j] = add_tile(x[j], warp_m, x_sums[j]);
             }
 #pragma unroll
             for (int i = 0; i < MT; ++i) {
@@ -170,52 +221,42 @@ int8_many_kernel(const Int8Args a) {
                 for (int j = 0; j < NT; ++j)
                     dev::mma_u8s8(product[i][j], w, x[j / 2][2 * (j % 2)], x[j / 2][2 * (j % 2) + 1]);
             }
+            if (k == 2 && set + 1 < sets) unpacker.store(unpack_to + other, w_sums);
         }
-        buffer = Shape::kBuffer - buffer;
+        buffer = other;
     }
-    // Sums of rows and tokens through shared memory.
+    // What is the same for a row or for a token goes through shared memory.
     dev::sync_block();
-    int* row_sums = reinterpret_cast<int*>(dev::shared_memory());
-    int* token_sums = row_sums + Shape::kBlockRows;
+    RowEnd* rows = reinterpret_cast<RowEnd*>(dev::shared_memory());
+    TokenEnd* tokens = reinterpret_cast<TokenEnd*>(rows + Shape::kBlockRows);
 #pragma unroll
     for (int i = 0; i < Shape::kItems; ++i) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            int sum = w_sums[i][r];
-            sum += dev::shuffle_xor(sum, 1);
-            sum += dev::shuffle_xor(sum, 2);
-            if (t == 0) row_sums[(warp * Shape::kItems + i) * kRows + 2 * g + r] = sum;
+            const int sum = sum_quad(w_sums[i][r]), in_block = (warp * Shape::kItems + i) * kRows + 2 * g + r;
+            if (t == 0 && first_row + in_block < m.rows) rows[in_block] = row_end(a, first_row + in_block, sum);
         }
     }
 #pragma unroll
     for (int j = 0; j < NT / 2; ++j) {
-        int sum = x_sums[j];
-        sum += dev::shuffle_xor(sum, 1);
-        sum += dev::shuffle_xor(sum, 2);
-        if (t == 0) token_sums[(warp_n * NT + 2 * j + warp_m) * 8 + g] = sum;
+        const int sum = sum_quad(x_sums[j]), in_block = (warp_n * NT + 2 * j + warp_m) * 8 + g;
+        const int64_t token = first_token + in_block;
+        if (t == 0 && token < a.tokens) tokens[in_block] = {sum, a.zero[token], a.scale[token], 0};
     }
     dev::sync_block();
 #pragma unroll
-    for (int i = 0; i < MT; ++i) {
+    for (int j = 0; j < NT; ++j) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int in_block = (warp_m * MT + i) * kRows + 2 * g + r;
-            const int64_t row = first_row + in_block;
-            if (row >= m.rows) continue;
-            const StatReader<Format::affine> reader(m, m.packed + row / kRows * m.panels.words);
-            const ScaleZero s = reader.read(0, int(row % kRows));
-            const int w_sum = row_sums[in_block];
+        for (int e = 0; e < 2; ++e) {
+            const int b = (warp_n * NT + j) * 8 + 2 * t + e;
+            if (first_token + b >= a.tokens) continue;
+            const TokenEnd token = tokens[b];
 #pragma unroll
-            for (int j = 0; j < NT; ++j) {
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int b = (warp_n * NT + j) * 8 + 2 * t + e;
-                    const int64_t token = first_token + b;
-                    if (token >= a.tokens) continue;
-                    const float number = float_product_of(m.columns, product[i][j][2 * r + e], w_sum, token_sums[b],
-                                                          int(s.zero), a.zero[token]);
-                    write_output(a, token, row, dev::mul(number, dev::mul(a.scale[token], s.scale)));
-                }
+            for (int i = 0; i < MT; ++i) {
+                const int r = (warp_m * MT + i) * kRows + 2 * g;
+                if (first_row + r >= m.rows) continue;
+                write_two(a, first_token + b, first_row + r, output_of(product[i][j][e], rows[r], token),
+                          output_of(product[i][j][2 + e], rows[r + 1], token));
             }
         }
     }
