@@ -4,7 +4,6 @@
 #pragma once
 #include "cuda/int8_product.cuh"
 #include "cuda/int8_x.cuh"
-#include "cuda/stats_any.cuh"
 
 namespace hf_spqr {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include "cuda/int8_channel.cuh"
 #include "cuda/int8_groups.cuh"
-#include "cuda/int8_many.cuh"
+#include "cuda/int8_many_groups.cuh"
 #include "cuda/int8_slices.cuh"
 #include "cuda/launch.cuh"
 
@@ -43,7 +43,15 @@ int launch_int8_slices(const Int8Args& a, void* stream) {
 }
 
 template <int BITS>
+int launch_int8_many_groups(const Int8Args& a, void* stream) {
+    using Shape = Int8ManyGroupsShape<4, 4, 2, 2>;
+    const Grid grid{ceil_div(a.weight.rows, Shape::kBlockRows), ceil_div(a.tokens, Shape::kTokens)};
+    return launch<int8_many_groups_kernel<BITS, 4, 4, 2, 2>>(grid, Shape::kThreads, Shape::kShared, stream, a);
+}
+
+template <int BITS>
 int launch_int8_groups(const Int8Args& a, void* stream) {
+    if (a.tokens > kMaxFusedTokens && a.weight.group >= kNarrowGroup) return launch_int8_many_groups<BITS>(a, stream);
     if (a.tokens > 16 && can_slice<4, 4, 2>(a)) return launch_int8_slices<BITS, 4, 4, 2>(a, stream);
     if (a.tokens > 8 && can_slice<2, 2, 4>(a)) return launch_int8_slices<BITS, 2, 2, 4>(a, stream);
     if (a.tokens <= kMaxFusedTokens && can_slice<1, 1, 8>(a)) return launch_int8_slices<BITS, 1, 1, 8>(a, stream);

@@ -3,6 +3,7 @@
 // rounded by itself.
 #pragma once
 #include "cuda/kernels.h"
+#include "cuda/stats_any.cuh"
 #include "cuda/store.cuh"
 
 namespace hf_spqr {
@@ -22,6 +23,16 @@ HF_DEVICE float float_product_of(int columns, int64_t dot, int64_t w_sum, int64_
         return dev::float_of(product_of(columns, int(dot), int(w_sum), int(x_sum), w_zero, x_zero));
     }
     return float(dot - w_zero * x_sum - x_zero * (w_sum - int64_t(columns) * w_zero));
+}
+
+// Scale and zero point of a group and row in one word: the scale's 16 bits over the zero point.
+HF_DEVICE uint32_t statistics_word(const Matrix& m, const ScaleZero& s) {
+    const uint32_t scale = m.scale_bf16 ? dev::as_bits(s.scale) >> 16 : dev::to_half2(s.scale, 0.f);
+    return scale << 16 | uint32_t(int(s.zero));
+}
+
+HF_DEVICE ScaleZero statistics_of(const Matrix& m, uint32_t word) {
+    return {m.scale_bf16 ? dev::as_float(word & 0xffff0000u) : dev::high_float(word), float(word & 0xffffu)};
 }
 
 HF_DEVICE void write_output(const Int8Args& a, int64_t token, int64_t row, float y) {

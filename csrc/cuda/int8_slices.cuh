@@ -22,15 +22,6 @@ struct Int8SlicesShape {
     }
 };
 
-HF_DEVICE uint32_t statistics_word(const Matrix& m, const ScaleZero& s) {
-    const uint32_t scale = m.scale_bf16 ? dev::as_bits(s.scale) >> 16 : dev::to_half2(s.scale, 0.f);
-    return scale << 16 | uint32_t(int(s.zero));
-}
-
-HF_DEVICE ScaleZero statistics_of(const Matrix& m, uint32_t word) {
-    return {m.scale_bf16 ? dev::as_float(word & 0xffff0000u) : dev::high_float(word), float(word & 0xffffu)};
-}
-
 template <int BITS, int NT, int WIDTH, int SLICES>
 HF_KERNEL(32 * WIDTH * SLICES, NT > 2 ? 1 : 2)
 int8_slices_kernel(const Int8Args a) {

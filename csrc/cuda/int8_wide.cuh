@@ -2,7 +2,6 @@
 // needed.
 #pragma once
 #include "cuda/int8_product.cuh"
-#include "cuda/stats_any.cuh"
 
 namespace hf_spqr {
 
