@@ -10,7 +10,8 @@ constexpr int kPanelGroups = 32;
 template <int MT, int NT, int WM, int WN>
 struct Int8ManyGroupsShape : Int8ManyShape<MT, NT, WM, WN> {
     using Base = Int8ManyShape<MT, NT, WM, WN>;
-    // Sums of codes, of both buffers: [tile of the set][row]. Statistics: [group of the panel][row].
+    // Sums of codes, of both buffers: [tile of the set][row], each of the whole group of the tile. Statistics: [group
+    // of the panel][row].
     static constexpr int kSumWords = kTilesPerSet * Base::kBlockRows;
     static constexpr int kStatistics = Base::kShared + 2 * kSumWords * 4;
     static constexpr int kShared = kStatistics + kPanelGroups * Base::kBlockRows * 4;
@@ -49,8 +50,13 @@ int8_many_groups_kernel(const Int8Args a) {
             code_sums + (set & 1) * Shape::kSumWords + t * Shape::kBlockRows + warp * Shape::kItems * kRows + 2 * g;
 #pragma unroll
         for (int i = 0; i < Shape::kItems; ++i) {
-            to[i * kRows] = sums[i][0];
-            to[i * kRows + 1] = sums[i][1];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                int sum = sums[i][r];
+                if (m.group >= 2 * kColumns) sum += dev::shuffle_xor(sum, 1);
+                if (m.group >= 4 * kColumns) sum += dev::shuffle_xor(sum, 2);
+                to[i * kRows + r] = sum;
+            }
         }
     };
     const Operands<NT> operands(shared + warp_m * MT * kRows * kSetColumns,
@@ -112,9 +118,7 @@ int8_many_groups_kernel(const Int8Args a) {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     const int row = (warp_m * MT + i) * kRows + 2 * g + r;
-                    const int* sums = code_sums + (set & 1) * Shape::kSumWords + tile * Shape::kBlockRows + row;
-                    int w_sum = 0;
-                    for (int s = 0; s < tiles_of_group; ++s) w_sum += sums[s * Shape::kBlockRows];
+                    const int w_sum = code_sums[(set & 1) * Shape::kSumWords + tile * Shape::kBlockRows + row];
                     const ScaleZero s = statistics_of(m, statistics[group % kPanelGroups * Shape::kBlockRows + row]);
 #pragma unroll
                     for (int j = 0; j < NT; ++j) {
