@@ -76,12 +76,16 @@ int hf_spqr_cuda_dequantize(const DequantizeArgs* a, void* stream) {
 }
 
 int hf_spqr_cuda_quantize(const QuantizeArgs* a, void* stream) {
-    constexpr int shared = 2 * kQuantizeThreads / 32 * 4;
+    constexpr int shared = 2 * 32 * 4;  // two words of each warp
+    const Grid grid{a->tokens, 1};
     const bool aligned = reinterpret_cast<uintptr_t>(a->x) % 16 == 0 && reinterpret_cast<uintptr_t>(a->code) % 8 == 0;
-    if (aligned && a->perm == nullptr && a->columns % kQuantizeVector == 0) {
-        return launch<quantize_kernel<true>>({a->tokens, 1}, kQuantizeThreads, shared, stream, *a);
+    if (!aligned || a->perm || a->columns % kQuantizeVector != 0) {
+        return launch<quantize_kernel>(grid, kQuantizeThreads, shared, stream, *a);
     }
-    return launch<quantize_kernel<false>>({a->tokens, 1}, kQuantizeThreads, shared, stream, *a);
+    if (a->tokens <= kMaxFusedTokens && a->columns > kQuantizeThreads * kQuantizeVector) {
+        return launch<quantize_vectors_kernel<kQuantizeThreadsOfFew>>(grid, kQuantizeThreadsOfFew, shared, stream, *a);
+    }
+    return launch<quantize_vectors_kernel<kQuantizeThreads>>(grid, kQuantizeThreads, shared, stream, *a);
 }
 
 int hf_spqr_cuda_pad(const PadArgs* a, void* stream) {

@@ -6,9 +6,10 @@
 
 namespace hf_spqr {
 
-constexpr int kQuantizeThreads = 256;
+constexpr int kQuantizeThreads = 256, kQuantizeThreadsOfFew = 1024;
 constexpr float kMinScale = 1e-5f;
 constexpr int kQuantizeVector = 8;  // columns of a thread at a time
+constexpr int kQuantizeKept = 2;    // of these, kept in registers from looking for the range to writing the codes
 
 // Eight numbers, from an address aligned to 16 bytes.
 HF_DEVICE void read_eight(float (&v)[kQuantizeVector], const void* p, int64_t i, DType dtype) {
@@ -41,10 +42,14 @@ struct Range {
         low = down > low ? down : low;
     }
 
-    // Of the whole block.
-    HF_DEVICE void gather() {
+    HF_DEVICE void add(const float (&v)[kQuantizeVector]) {
+#pragma unroll
+        for (int j = 0; j < kQuantizeVector; ++j) add(v[j]);
+    }
+
+    // Of the whole block of `warps` warps.
+    HF_DEVICE void gather(int warps) {
         uint32_t* shared = reinterpret_cast<uint32_t*>(dev::shared_memory());
-        constexpr int warps = kQuantizeThreads / 32;
         const uint32_t h = dev::max_of_warp(uint32_t(high)), l = dev::max_of_warp(uint32_t(low));
         if (dev::thread() % 32 == 0) {
             shared[dev::thread() / 32] = h;
@@ -87,41 +92,63 @@ class Grid8 {
     float scale_, zero_, shift_, least_, most_;
 };
 
-// One block per token.
-template <bool VECTORS>
-HF_KERNEL(kQuantizeThreads, 1)
-quantize_kernel(const QuantizeArgs a) {
+HF_DEVICE void write_grid(const QuantizeArgs& a, int64_t token, const Grid8& grid) {
+    if (dev::thread() != 0) return;
+    a.scale[token] = grid.scale();
+    a.zero[token] = grid.zero();
+}
+
+HF_DEVICE void write_eight(int8_t* to, const float (&v)[kQuantizeVector], const Grid8& grid) {
+    uint32_t w[2] = {};
+#pragma unroll
+    for (int j = 0; j < kQuantizeVector; ++j) w[j / 4] |= uint32_t(grid.code(v[j]) & 255) << 8 * (j % 4);
+    *reinterpret_cast<uint2*>(to) = make_uint2(w[0], w[1]);
+}
+
+// One block per token; rows of whole vectors, aligned, in order.
+template <int THREADS>
+HF_KERNEL(THREADS, 1)
+quantize_vectors_kernel(const QuantizeArgs a) {
+    constexpr int kStride = THREADS * kQuantizeVector;
+    const int64_t token = dev::block_x(), from = token * a.columns;
+    const int first = dev::thread() * kQuantizeVector;
+    Range range;
+    float kept[kQuantizeKept][kQuantizeVector], v[kQuantizeVector];
+#pragma unroll
+    for (int i = 0; i < kQuantizeKept; ++i) {
+        if (first + i * kStride < a.columns) read_eight(kept[i], a.x, from + first + i * kStride, a.dtype);
+    }
+    for (int c = first + kQuantizeKept * kStride; c < a.columns; c += kStride) {
+        read_eight(v, a.x, from + c, a.dtype);
+        range.add(v);
+    }
+#pragma unroll
+    for (int i = 0; i < kQuantizeKept; ++i) {
+        if (first + i * kStride < a.columns) range.add(kept[i]);
+    }
+    range.gather(THREADS / 32);
+    const Grid8 grid(range, a.bits, a.symmetric);
+    write_grid(a, token, grid);
+#pragma unroll
+    for (int i = 0; i < kQuantizeKept; ++i) {
+        if (first + i * kStride < a.columns) write_eight(a.code + from + first + i * kStride, kept[i], grid);
+    }
+    for (int c = first + kQuantizeKept * kStride; c < a.columns; c += kStride) {
+        read_eight(v, a.x, from + c, a.dtype);
+        write_eight(a.code + from + c, v, grid);
+    }
+}
+
+// One block per token; any columns, in any order.
+static HF_KERNEL(kQuantizeThreads, 1) quantize_kernel(const QuantizeArgs a) {
     const int64_t token = dev::block_x(), from = token * a.columns;
     Range range;
-    if constexpr (VECTORS) {
-        for (int i = dev::thread() * kQuantizeVector; i < a.columns; i += kQuantizeThreads * kQuantizeVector) {
-            float v[kQuantizeVector];
-            read_eight(v, a.x, from + i, a.dtype);
-#pragma unroll
-            for (int j = 0; j < kQuantizeVector; ++j) range.add(v[j]);
-        }
-    } else {
-        for (int i = dev::thread(); i < a.columns; i += kQuantizeThreads) range.add(read_as(a.x, from + i, a.dtype));
-    }
-    range.gather();
+    for (int i = dev::thread(); i < a.columns; i += kQuantizeThreads) range.add(read_as(a.x, from + i, a.dtype));
+    range.gather(kQuantizeThreads / 32);
     const Grid8 grid(range, a.bits, a.symmetric);
-    if (dev::thread() == 0) {
-        a.scale[token] = grid.scale();
-        a.zero[token] = grid.zero();
-    }
-    if constexpr (VECTORS) {
-        for (int i = dev::thread() * kQuantizeVector; i < a.columns; i += kQuantizeThreads * kQuantizeVector) {
-            float v[kQuantizeVector];
-            read_eight(v, a.x, from + i, a.dtype);
-            uint32_t w[2] = {};
-#pragma unroll
-            for (int j = 0; j < kQuantizeVector; ++j) w[j / 4] |= uint32_t(grid.code(v[j]) & 255) << 8 * (j % 4);
-            *reinterpret_cast<uint2*>(a.code + from + i) = make_uint2(w[0], w[1]);
-        }
-    } else {
-        for (int i = dev::thread(); i < a.columns; i += kQuantizeThreads) {
-            a.code[from + i] = int8_t(grid.code(read_as(a.x, from + (a.perm ? a.perm[i] : i), a.dtype)));
-        }
+    write_grid(a, token, grid);
+    for (int i = dev::thread(); i < a.columns; i += kQuantizeThreads) {
+        a.code[from + i] = int8_t(grid.code(read_as(a.x, from + (a.perm ? a.perm[i] : i), a.dtype)));
     }
 }
 

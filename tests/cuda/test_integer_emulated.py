@@ -38,6 +38,8 @@ QUANTIZE = [
     (4, 80, 3, False, F16, True, 0),
     (4, 264, 2, False, F16, False, 2),
     (4, 264, 2, True, F32, False, 4),
+    (1, 17000, 8, False, F16, False, 0),
+    (65, 5000, 4, True, BF16, False, 0),
     (1, 1, 5, False, F32, False, 0),
     (2, 5000, 7, False, BF16, True, 2),
 ]
