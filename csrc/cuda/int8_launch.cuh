@@ -67,10 +67,12 @@ int launch_int8_many(const Int8Args& a, void* stream) {
                                                                          a);
 }
 
-// The largest tile of rows x tokens that makes blocks enough for a large GPU, and wastes little.
+// The largest tile of rows x tokens that makes about as many blocks as there are multiprocessors, and wastes little.
 template <int BITS>
 int launch_int8_many(const Int8Args& a, void* stream) {
-    constexpr int64_t enough = 128;
+    DeviceLimits device;
+    if (const int status = device_limits(device)) return status;
+    const int64_t enough = device.multiprocessors - device.multiprocessors / 16;
     const auto blocks = [&](int rows, int tokens) {
         return int64_t(ceil_div(a.weight.rows, rows)) * ceil_div(a.tokens, tokens);
     };

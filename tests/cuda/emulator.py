@@ -149,7 +149,7 @@ class Quantize:
         tokens, columns = self.x.shape
         header = struct.pack(
             "18q", 3, 0, self.bits, 0, 0, columns, 0, 0, self.symmetric, 0, tokens, DTYPES[self.x.dtype], 0, 0,
-            self.offset, 1, 0, 0,
+            self.offset, 1, *SMALLEST_DEVICE,
         )  # fmt: skip
         return header + _bytes(self.x) + _bytes(self.perm)
 
@@ -170,12 +170,13 @@ class Int8Linear:
     bias: Tensor | None
     dtype: torch.dtype
     seed: int = 1
+    device: tuple[int, int] = SMALLEST_DEVICE
 
     def encode(self) -> bytes:
         lay, tokens = self.weight.layout, self.code.shape[0]
         header = struct.pack(
             "18q", 4, 1, lay.bits, lay.group_size, lay.out_features, lay.in_features, 0, 0, lay.symmetric,
-            lay.scale_dtype == torch.bfloat16, tokens, DTYPES[self.dtype], 0, lay.out_features, 0, self.seed, 132, 0,
+            lay.scale_dtype == torch.bfloat16, tokens, DTYPES[self.dtype], 0, lay.out_features, 0, self.seed, *self.device,
         )  # fmt: skip
         tensors = [affine.pack(self.weight)["packed"], None, None, self.bias, self.code, self.scale, self.zero]
         return header + b"".join(_bytes(tensor) for tensor in tensors)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_spqr.formats import affine
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.ops import reference
-from tests.cuda.emulator import Int8Linear, Quantize
+from tests.cuda.emulator import SMALLEST_DEVICE, Int8Linear, Quantize
 from tests.weights import random_affine
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -142,6 +142,14 @@ def check(run: Callable, cases: list[Int8Linear]) -> None:
 
 def test_linear(run_emulated: Callable) -> None:
     check(run_emulated, [linear_case(args, seed) for seed, args in enumerate(LINEAR)])
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 8])
+def test_tiles_for_many_tokens(run_emulated: Callable, multiprocessors: int) -> None:
+    """The fewer multiprocessors, the larger the tiles that are chosen."""
+    shape = (200, 300, 4, -1, False, F16, 250, F16)
+    device = (multiprocessors, SMALLEST_DEVICE[1])
+    check(run_emulated, [replace(linear_case(shape, 1), device=device)])
 
 
 def test_largest_codes(run_emulated: Callable) -> None:
