@@ -18,7 +18,7 @@ WHY_NOT: dict[str, str] = {}
 _OTHER_DEVICES = ("CUDA", "XPU", "MPS")
 
 # Ops without a kernel on a device that has kernels for the rest.
-_NO_KERNEL = {"CPU": ("quantize_activation", "w_int8_linear"), "CUDA": ("quantize_activation", "w_int8_linear")}
+_NO_KERNEL = {"CPU": (), "CUDA": ("quantize_activation", "w_int8_linear")}
 
 
 def _load(name: str) -> bool:
