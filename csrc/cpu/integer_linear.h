@@ -4,7 +4,9 @@
 //   kTileBytes       of an unpacked tile, kSteps: of the tile; a step takes one 32-bit word of activations
 //   kBlocks          row blocks at once, kTogether: tokens at once
 //   unpack<R>(bits, tile, w)     a tile to w, its steps R * 64 bytes apart
-//   accumulate<R, T>(w, steps, x, x_stride, sum)    sum[T][R * 16] += products, x in elements
+//   accumulate<R, T>(w, steps, x, x_stride, sum, ahead)    sum[T][R * 16] += products, x in elements
+//   kFew             tokens up to which whole tiles are multiplied straight from the packed codes, by
+//                    few<R>(tokens, bits, codes, words, tiles, x, x_stride, one, sum, weights), kFewBlocks at once
 // Everything is compiled without fused multiply-add: the results are those of the reference to the last bit. Internal
 // linkage (see vec.h).
 #pragma once
@@ -72,16 +74,29 @@ void prepare_integers(const IntegerArgs& a, int64_t first, int64_t last) {
     }
 }
 
+// Memory to fetch with each step.
+struct Ahead {
+    const char* next;
+    int step;
+
+    void fetch() {
+        __builtin_prefetch(next, 0, 2);
+        next += step;
+    }
+};
+
 // R row blocks, up to kTokens tokens from `token` on.
 template <class E, int R>
 struct RowBlocks {
     using Element = typename E::Element;
-    static constexpr int kWidth = R * kRows;
+    static constexpr int kWidth = R * kRows, kStepColumns = kColumns / E::kSteps;
     const IntegerArgs& a;
     const Prepared<E>& p;
     int64_t block, token;
     int tokens;
-    bool wide;  // several stretches, whose total is beyond int32
+    bool wide;             // several stretches, whose total is beyond int32
+    int64_t chunk_first;   // column
+    const char* ahead[R];  // what is unpacked next
 
     alignas(64) char w[kChunkTiles * E::kTileBytes * R];
     alignas(64) int32_t sum[(kTokens + 1) * kWidth];  // last: of ones, which gives the sums of the weights' codes
@@ -115,24 +130,28 @@ struct RowBlocks {
         }
     }
 
-    // Adds the products of columns [first, first + 32 * steps / kSteps) to the sums.
-    void multiply(int64_t first, const char* tiles, const Element* one, int steps) {
-        const Element* x = p.x(token) + first;
-        const int parts = (tokens + E::kTogether - 1) / E::kTogether;
+    // Adds the products of the columns from `at` of the chunk on to the sums. Meanwhile what is unpacked next comes
+    // nearer: one row block's with each of the first parts, because products leave the memory idle.
+    void multiply(int64_t at, int steps) {
+        const char* tiles = w + at / kStepColumns * R * 64;
+        const Element* x = p.x(token) + chunk_first + at;
+        const int needed = (tokens + E::kTogether - 1) / E::kTogether, least = tokens < R ? tokens : R;
+        const int parts = needed > least ? needed : least, ahead_step = 2 * a.weight.bits * kStepColumns;
         for (int part = 0, t = 0; part < parts; ++part) {
             const int next = tokens * (part + 1) / parts;
-            accumulate<E::kTogether>(next - t, tiles, steps, x + t * p.padded, sum + t * kWidth);
+            const Ahead fetch = part < R ? Ahead{ahead[part] + 2 * a.weight.bits * at, ahead_step} : Ahead{tiles, 0};
+            accumulate<E::kTogether>(next - t, tiles, steps, x + t * p.padded, sum + t * kWidth, fetch);
             t = next;
         }
-        E::template accumulate<R, 1>(tiles, steps, one, 0, sum + kTokens * kWidth);
+        E::template accumulate<R, 1>(tiles, steps, ones + at, 0, sum + kTokens * kWidth, Ahead{tiles, 0});
     }
 
     template <int T>
-    void accumulate(int count, const char* tiles, int steps, const Element* x, int32_t* to) {
+    void accumulate(int count, const char* tiles, int steps, const Element* x, int32_t* to, Ahead fetch) {
         if constexpr (T > 1) {
-            if (count < T) return accumulate<T - 1>(count, tiles, steps, x, to);
+            if (count < T) return accumulate<T - 1>(count, tiles, steps, x, to, fetch);
         }
-        E::template accumulate<R, T>(tiles, steps, x, p.padded, to);
+        E::template accumulate<R, T>(tiles, steps, x, p.padded, to, fetch);
     }
 
     // Ends sum `index`, whose statistics are those of `group` of the panel, and begins the next.
@@ -187,23 +206,46 @@ struct RowBlocks {
 
     void chunk(const Panel& panel, int64_t tile, int tiles, int64_t& index, int& group) {
         const Matrix& m = a.weight;
-        for (int r = 0; r < R; ++r) {
-            const uint32_t* codes = panel.tiles + r * m.words + tile * m.bits * kRows;
-            E::template unpack<R>(m.bits, codes, tiles, w + r * 64);
-        }
+        const uint32_t* codes = panel.tiles + tile * m.bits * kRows;
         const int64_t first = (panel.first_tile + tile) * kColumns, end = first + tiles * kColumns;
         for (int64_t k = m.columns; k < end; ++k) ones[k - first] = 0;
+        if constexpr (E::kFew > 0) {
+            if (tokens <= E::kFew && m.group >= kColumns) return few_tokens(codes, first, tiles, index, group);
+            if (tokens <= E::kFew && m.group == kPerChannel) return few_tokens(codes, first, tiles, index, group);
+        }
+        const int64_t size = int64_t(tiles) * m.bits * kRows;
+        for (int r = 0; r < R; ++r) {
+            const uint32_t* own = codes + r * m.words;
+            E::template unpack<R>(m.bits, own, tiles, w + r * 64);
+            ahead[r] =
+                reinterpret_cast<const char*>(end < m.columns ? own + size : m.packed + (block + R + r) * m.words);
+        }
+        chunk_first = first;
         if (m.group == kPerChannel) {
-            multiply(first, w, ones, tiles * E::kSteps);
+            multiply(0, tiles * E::kSteps);
             if (end % kStretch == 0 || end >= m.columns) finish(index++, 0);
             return;
         }
-        constexpr int kStepColumns = kColumns / E::kSteps;
         for (int64_t k = first; k < end && k < m.columns; k += m.group) {
             const int columns = end - k < m.group ? int(end - k) : m.group;
-            const int at = int(k - first);
-            multiply(k, w + at / kStepColumns * R * 64, ones + at, columns / kStepColumns);
+            multiply(k - first, columns / kStepColumns);
             finish(index++, group++);
+        }
+    }
+
+    void few_tokens(const uint32_t* codes, int64_t first, int tiles, int64_t& index, int& group) {
+        const Matrix& m = a.weight;
+        const int step = m.group == kPerChannel ? tiles : m.group / kColumns;
+        for (int tile = 0; tile < tiles; tile += step) {
+            const int here = tiles - tile < step ? tiles - tile : step;
+            const int64_t at = tile * kColumns;
+            E::template few<R>(tokens, m.bits, codes + tile * m.bits * kRows, m.words, here, p.x(token) + first + at,
+                               p.padded, ones + at, sum, sum + kTokens * kWidth);
+            if (m.group != kPerChannel) {
+                finish(index++, group++);
+            } else if ((first + tiles * kColumns) % kStretch == 0 || first + tiles * kColumns >= m.columns) {
+                finish(index++, 0);
+            }
         }
     }
 
@@ -263,7 +305,9 @@ int64_t row_blocks(const IntegerArgs& a, const Prepared<E>& p, int64_t block, in
 template <class E>
 void integer_linear(const IntegerArgs& a, int64_t first, int64_t last) {
     const Prepared<E> p(a);
-    if constexpr (E::kBlocks >= 4) first = row_blocks<E, 4>(a, p, first, last);
+    if constexpr (E::kBlocks >= 4) {
+        if (a.tokens > E::kFew) first = row_blocks<E, 4>(a, p, first, last);
+    }
     if constexpr (E::kBlocks >= 2) first = row_blocks<E, 2>(a, p, first, last);
     row_blocks<E, 1>(a, p, first, last);
 }

@@ -42,7 +42,7 @@ inline VecI multiply_pairs(VecU w, int32_t x) {
 
 struct Pairs {
     using Element = int16_t;
-    static constexpr int kTileBytes = 1024, kSteps = 16, kBlocks = 1;
+    static constexpr int kTileBytes = 1024, kSteps = 16, kBlocks = 1, kFew = 0;
     static constexpr int kTogether = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;
 
     template <int B, int R>
@@ -67,11 +67,12 @@ struct Pairs {
     }
 
     template <int R, int T>
-    static void accumulate(const char* w, int steps, const int16_t* x, int64_t x_stride, int32_t* sum) {
+    static void accumulate(const char* w, int steps, const int16_t* x, int64_t x_stride, int32_t* sum, Ahead ahead) {
         constexpr int kVectors = R * kRows / kLanes;
         VecI s[T][kVectors];
         memcpy(s, sum, sizeof s);
         for (int i = 0; i < steps; ++i, w += R * 64, x += 2) {
+            ahead.fetch();
             VecU v[kVectors];
             memcpy(v, w, sizeof v);
 #pragma GCC unroll 8
