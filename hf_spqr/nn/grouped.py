@@ -185,7 +185,9 @@ class AffineGroupedLinear(GroupedLinear):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         if self.act_bits is None:
             return super().forward(x, ends)
-        integers = grouped.reference_integer_grouped_linear if self.backend == "reference" else ops.integer_grouped_linear
+        integers = (
+            grouped.reference_integer_grouped_linear if self.backend == "reference" else ops.integer_grouped_linear
+        )
         shape = (self.out_features, self.in_features)
         held = self._parameters
         return integers(x, ends, held["packed"], held["perm"], *shape, *self._numbers, self.act_bits, self.act_sym)
