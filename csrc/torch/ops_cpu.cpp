@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include "cpu/kernels.h"
+#include "torch/integer_cpu.h"
 #include "torch/linear_cpu.h"
 
 namespace hf_spqr {
@@ -114,6 +115,8 @@ STABLE_TORCH_LIBRARY_IMPL(hf_spqr, CPU, m) {
     m.impl("spqr_dequantize", TORCH_BOX(&spqr_dequantize));
     m.impl("affine_linear", TORCH_BOX(&affine_linear));
     m.impl("affine_dequantize", TORCH_BOX(&affine_dequantize));
+    m.impl("quantize_activation", TORCH_BOX(&quantize_activation));
+    m.impl("w_int8_linear", TORCH_BOX(&w_int8_linear));
     m.impl("read_memory", TORCH_BOX(&read_memory));
 }
 

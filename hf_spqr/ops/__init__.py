@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from hf_spqr.ops import autograd, grouped, reference
+from hf_spqr.ops.integer import integer_linear as integer_linear
 from hf_spqr.ops.schema import NAMESPACE, SCHEMAS
 
 WHY_NOT: dict[str, str] = {}
 
 # Devices for which the reference stands in when no kernel of ours was loaded.
 _OTHER_DEVICES = ("CUDA", "XPU", "MPS")
-
-# Ops without a kernel on a device that has kernels for the rest.
-_NO_KERNEL = {"CPU": ("quantize_activation", "w_int8_linear"), "CUDA": ()}
 
 
 def _load(name: str) -> bool:
@@ -40,8 +38,7 @@ for _name, _schema in SCHEMAS.items():
     if not COMPILED:
         _library.define(_name + _schema)
     for _device in ("CPU", *_OTHER_DEVICES):
-        _compiled = COMPILED if _device == "CPU" else COMPILED_CUDA if _device == "CUDA" else False
-        if not _compiled or _name in _NO_KERNEL[_device]:
+        if not (_device == "CPU" and COMPILED) and not (_device == "CUDA" and COMPILED_CUDA):
             _library.impl(_name, getattr(reference, _name), _device)
 autograd.register(NAMESPACE)
 grouped.register(_library, NAMESPACE)
@@ -54,6 +51,7 @@ quantize_activation = torch.ops.hf_spqr.quantize_activation.default
 w_int8_linear = torch.ops.hf_spqr.w_int8_linear.default
 spqr_grouped_linear = torch.ops.hf_spqr.spqr_grouped_linear.default
 affine_grouped_linear = torch.ops.hf_spqr.affine_grouped_linear.default
+integer_grouped_linear = torch.ops.hf_spqr.integer_grouped_linear.default
 
 
 def call_linear(op: torch._ops.OpOverload, x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:

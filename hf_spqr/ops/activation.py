@@ -22,7 +22,8 @@ def token_grid(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, T
         low, high = torch.aminmax(x, dim=-1, keepdim=True)
         low = low.clamp(max=0)
         spread, steps = high.clamp(min=0) - low, 2**bits - 1
-    scale = (spread / steps).clamp(min=MIN_SCALE).masked_fill(~spread.isfinite(), torch.nan)
+    # by a tensor: PyTorch divides by a number through its reciprocal on some devices, which rounds otherwise
+    scale = (spread / spread.new_full((), steps)).clamp(min=MIN_SCALE).masked_fill(~spread.isfinite(), torch.nan)
     return scale, torch.zeros_like(scale) if symmetric else (-low / scale).round()
 
 

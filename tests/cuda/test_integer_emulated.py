@@ -144,7 +144,7 @@ def test_linear(run_emulated: Callable) -> None:
     check(run_emulated, [linear_case(args, seed) for seed, args in enumerate(LINEAR)])
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 2, 8])
+@pytest.mark.parametrize("multiprocessors", [1, 4, 8])
 def test_tiles_for_many_tokens(run_emulated: Callable, multiprocessors: int) -> None:
     """The fewer multiprocessors, the larger the tiles that are chosen."""
     shape = (200, 300, 4, -1, False, F16, 250, F16)

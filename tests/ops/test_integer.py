@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_spqr import ops
 from hf_spqr.formats import affine
 from hf_spqr.ops import reference
 from hf_spqr.ops.activation import MIN_SCALE, fake_quantize_activation, token_grid
+from tests.ops.test_kernels import EXAMPLES
 from tests.weights import random_affine
 
+compiled = pytest.mark.skipif(not ops.COMPILED, reason="needs the compiled kernels")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -131,6 +135,112 @@ def test_more_columns_than_int32_holds(isa):
     assert sums.abs().max() == 255 * 255 * columns > 2**31
     y = ops.w_int8_linear(code, torch.ones(2, 1), zero, *linear_arguments(weight, None, torch.float32))
     assert torch.equal(y, sums.float())
+
+
+def same(got: Tensor, expected: Tensor) -> bool:
+    return torch.equal(got, expected) and torch.equal(got.signbit(), expected.signbit())
+
+
+@EXAMPLES
+@given(
+    rows=st.sampled_from([1, 5, 16, 33, 70, 200]), columns=st.sampled_from([1, 17, 32, 100, 256, 300, 640, 1100]),
+    bits=st.integers(1, 8), act_bits=st.integers(2, 8), group_size=st.sampled_from([8, 16, 32, 64, 128, -1]),
+    symmetric=st.booleans(), act_sym=st.booleans(), scale_dtype=st.sampled_from(affine.SCALE_DTYPES),
+    perm=st.booleans(), tokens=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 11, 16, 17, 64, 70]),
+    dtype=st.sampled_from(DTYPES), out_dtype=st.sampled_from(DTYPES), bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_both_ops_are_the_reference_to_the_bit(
+    isa, rows, columns, bits, act_bits, group_size, symmetric, act_sym, scale_dtype, perm, tokens, dtype, out_dtype,
+    bias, seed,
+):  # fmt: skip
+    torch.manual_seed(seed)
+    layout = affine.AffineLayout(rows, columns, bits, group_size, symmetric, scale_dtype)
+    weight = random_affine(layout, perm, seed)
+    x = (torch.randn(tokens, columns) * 10 ** torch.empty(tokens, 1).uniform_(-7, 2)).to(dtype)
+    codes = ops.quantize_activation(x, weight.perm, act_bits, act_sym)
+    expected = reference.quantize_activation(x, weight.perm, act_bits, act_sym)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(codes, expected, strict=True))
+    arguments = linear_arguments(weight, torch.randn(rows).to(out_dtype) if bias else None, out_dtype)
+    assert same(ops.w_int8_linear(*codes, *arguments), reference.w_int8_linear(*codes, *arguments))
+
+
+@pytest.mark.parametrize("tokens", [128, 255, 300, 520])
+@pytest.mark.parametrize("group_size", [64, -1])
+def test_many_tokens(isa, group_size, tokens):
+    """More than share an unpacked chunk, on rows and columns that do not fill theirs."""
+    weight = random_affine(affine.AffineLayout(150, 1056, 6, group_size))
+    codes = ops.quantize_activation(torch.randn(tokens, 1056), None, 6, False)
+    arguments = linear_arguments(weight, torch.randn(150), torch.float32)
+    assert same(ops.w_int8_linear(*codes, *arguments), reference.w_int8_linear(*codes, *arguments))
+
+
+def test_strided_inputs(isa):
+    weight = random_affine(affine.AffineLayout(33, 100, 4))
+    arguments = linear_arguments(weight, None, torch.float32)
+    for x in (torch.randn(100, 6).T, torch.randn(4, 200)[:, ::2], torch.randn(100).expand(3, 100)):
+        codes = ops.quantize_activation(x, None, 8, False)
+        plain = ops.quantize_activation(x.contiguous(), None, 8, False)
+        assert all(torch.equal(a, b) for a, b in zip(codes, plain, strict=True))
+        strided = [torch.stack([t, t], -1)[..., 0] for t in codes]
+        assert torch.equal(ops.w_int8_linear(*strided, *arguments), ops.w_int8_linear(*codes, *arguments))
+
+
+def test_threads_agree(isa):
+    weight = random_affine(affine.AffineLayout(700, 512, 8))
+    x, arguments = torch.randn(70, 512), linear_arguments(weight, None, torch.float32)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(
+            [ops.w_int8_linear(*ops.quantize_activation(x[:t], None, 8, False), *arguments) for t in (1, 70)]
+        )
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+CODES = (torch.zeros(2, 100, dtype=torch.int8), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32))
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (0, torch.zeros(2, 100), "code must have dtype int8"),
+        (0, torch.zeros((), dtype=torch.int8), "code must have at least one dimension"),
+        (0, torch.zeros(2, 612, dtype=torch.int8), "packed must have shape"),
+        (1, torch.ones(2, 1).double(), "scale must have dtype float32"),
+        (1, torch.ones(3, 1), "scale must have one element per token, 2, got 3"),
+        (2, torch.zeros(2, 1), "zero must have dtype int32"),
+        (2, torch.zeros(1, 1, dtype=torch.int32), "zero must have one element per token, 2, got 1"),
+        (4, torch.zeros(33).bfloat16(), "bias must have the dtype of the result"),
+        (4, torch.zeros(32), r"bias must have shape .* = \[33\]"),
+        (6, 9, "bits must be 1 to 8, got 9"),
+        (10, torch.float64, "dtype must be float32, bfloat16 or float16"),
+    ],
+)
+def test_wrong_arguments_of_the_product_are_named(at, value, message):
+    weight = random_affine(affine.AffineLayout(33, 100, 4))
+    arguments = [*CODES, *linear_arguments(weight, torch.zeros(33), torch.float32)]
+    arguments[at] = value
+    with pytest.raises(RuntimeError, match=f"w_int8_linear: {message}"):
+        ops.w_int8_linear(*arguments)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("x", "perm", "bits", "message"),
+    [
+        (torch.zeros(2, 8), None, 1, "bits must be 2 to 8, got 1"),
+        (torch.zeros(2, 8), None, 9, "bits must be 2 to 8, got 9"),
+        (torch.zeros(2, 0), None, 8, "x has no columns"),
+        (torch.zeros(()), None, 8, "x must have at least one dimension"),
+        (torch.zeros(2, 8, dtype=torch.int32), None, 8, "x must be float32, bfloat16 or float16"),
+        (torch.zeros(2, 8), torch.zeros(7, dtype=torch.int32), 8, "perm must have shape"),
+    ],
+)
+def test_wrong_arguments_of_the_quantizer_are_named(x, perm, bits, message):
+    with pytest.raises(RuntimeError, match=f"quantize_activation: {message}"):
+        ops.quantize_activation(x, perm, bits, False)
 
 
 @pytest.mark.parametrize("group_size", [32, -1])
