@@ -29,8 +29,8 @@ HF_DEVICE void store_panel(const Matrix& m, int64_t first_row, int first, uint32
     }
 }
 
-template <int BITS, int MT, int NT, int WM, int WN>
-HF_KERNEL(32 * WM * WN, 2)
+template <int BITS, int MT, int NT, int WM, int WN, int BLOCKS_PER_SM>
+HF_KERNEL(32 * WM * WN, BLOCKS_PER_SM)
 int8_many_groups_kernel(const Int8Args a) {
     using Shape = Int8ManyGroupsShape<MT, NT, WM, WN>;
     const Matrix& m = a.weight;

@@ -147,9 +147,9 @@ def test_linear(run_emulated: Callable) -> None:
 @pytest.mark.parametrize("multiprocessors", [1, 4, 8])
 def test_tiles_for_many_tokens(run_emulated: Callable, multiprocessors: int) -> None:
     """The fewer multiprocessors, the larger the tiles that are chosen."""
-    shape = (200, 300, 4, -1, False, F16, 250, F16)
     device = (multiprocessors, SMALLEST_DEVICE[1])
-    check(run_emulated, [replace(linear_case(shape, 1), device=device)])
+    shapes = [(200, 300, 4, group, False, F16, 250, F16) for group in (-1, 64)]
+    check(run_emulated, [replace(linear_case(shape, 1), device=device) for shape in shapes])
 
 
 def test_largest_codes(run_emulated: Callable) -> None:
