@@ -11,21 +11,6 @@ namespace hf_spqr {
 template <int BITS>
 constexpr bool kPlanes = BITS == 5 || BITS == 6 || BITS == 7;
 
-// Column pair PAIR of one row of a tile, each code at bit PLACE of its half.
-template <int BITS, int PAIR, int PLACE>
-HF_DEVICE uint32_t code_field(const uint32_t (&w)[BITS]) {
-    if constexpr (kPlanes<BITS>) {
-        uint32_t low[4], high[BITS - 4];
-#pragma unroll
-        for (int v = 0; v < 4; ++v) low[v] = w[v];
-#pragma unroll
-        for (int v = 0; v < BITS - 4; ++v) high[v] = w[4 + v];
-        return field<4, PAIR, PLACE>(low) | field<BITS - 4, PAIR, PLACE + 4>(high);
-    } else {
-        return field<BITS, PAIR, PLACE>(w);
-    }
-}
-
 // Column pairs A and B of one row of a tile as bytes: A even, B even, A odd, B odd.
 template <int BITS, int A, int B>
 HF_DEVICE uint32_t two_pairs(const uint32_t (&w)[BITS]) {

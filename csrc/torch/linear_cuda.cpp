@@ -61,8 +61,8 @@ bool aligned(const Tensor& t) {
 }
 
 void linear_few(const Call& c, const Tensor& x, Tensor& y) {
-    const ResidentArgs resident{c.matrix,  x.const_data_ptr(), c.perm,  c.bias, y.mutable_data_ptr(),
-                                c.dtype, c.tokens,           {}};
+    const ResidentArgs resident{c.matrix, x.const_data_ptr(), c.perm, c.bias, y.mutable_data_ptr(),
+                                c.dtype,  c.tokens,           {}};
     const int status = hf_spqr_cuda_linear_resident(&resident, c.stream);
     if (status != kNoKernel) return check_launch(c.op, "resident linear", status);
     const bool as_it_is = !needs_prepare(c.dtype, c.perm != nullptr, c.matrix.columns) && aligned(x);
@@ -81,9 +81,12 @@ void linear_few(const Call& c, const Tensor& x, Tensor& y) {
     std::optional<Tensor> columns;
     if (c.matrix.outlier) {
         columns = stable::new_empty(x, {c.matrix.columns, args.x_columns_stride}, ScalarType::Half);
-        const TransposeArgs transpose{
-            half, p.stride, c.tokens, c.matrix.columns, static_cast<uint16_t*>(columns->mutable_data_ptr()),
-            args.x_columns_stride};
+        const TransposeArgs transpose{half,
+                                      p.stride,
+                                      c.tokens,
+                                      c.matrix.columns,
+                                      static_cast<uint16_t*>(columns->mutable_data_ptr()),
+                                      args.x_columns_stride};
         check_launch(c.op, "transpose", hf_spqr_cuda_transpose(&transpose, c.stream));
         args.x_columns = transpose.out;
     }
