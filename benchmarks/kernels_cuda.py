@@ -93,6 +93,48 @@ def dense_calls(rows: int, columns: int, x: Tensor) -> tuple[list[Callable], int
     return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights], nbytes
 
 
+def integer_calls(
+    rows: int, x: Tensor, layout: AffineLayout, act_bits: int, quantize: bool
+) -> tuple[list[Callable], int]:
+    """The linear on integers, with or without the quantization of ``x`` before it."""
+    nbytes = 4 * layout.row_blocks * layout.words
+    numbers = (layout.bits, layout.group_size, layout.symmetric, False, x.dtype)
+    weights = [random_words(layout.packed_shape()) for _ in range(copies_of(nbytes))]
+    codes = ops.quantize_activation(x, None, act_bits, False)
+
+    def call(weight: Tensor) -> Tensor:
+        given = ops.quantize_activation(x, None, act_bits, False) if quantize else codes
+        return ops.w_int8_linear(*given, weight, None, rows, *numbers)
+
+    return [lambda w=w: call(w) for w in weights], nbytes
+
+
+def int_mm_calls(rows: int, columns: int, tokens: int) -> tuple[list[Callable], int]:
+    """torch's product of int8 matrices, which gives int32: neither scales nor zero points."""
+    x = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8, device="cuda")
+    weights = [
+        torch.randint(-128, 128, (rows, columns), dtype=torch.int8, device="cuda")
+        for _ in range(copies_of(rows * columns))
+    ]
+    return [lambda w=w: torch._int_mm(x, w.T) for w in weights], rows * columns
+
+
+def integer_kinds(rows: int, columns: int, x: Tensor) -> dict[str, Callable[[], tuple[list[Callable], int]]]:
+    def maker(bits: int, act_bits: int, group: int, quantize: bool) -> Callable:
+        return lambda: integer_calls(rows, x, AffineLayout(rows, columns, bits, group), act_bits, quantize)
+
+    found = {
+        "W8A8, linear only": maker(8, 8, -1, False),
+        "W8A8": maker(8, 8, -1, True),
+        "W6A6": maker(6, 6, -1, True),
+        "W4A4 (as int8)": maker(4, 4, -1, True),
+        "W4A8 g128": maker(4, 8, 128, True),
+    }
+    if x.shape[0] > 16:  # torch's takes no fewer
+        found["torch int8 (_int_mm)"] = lambda: int_mm_calls(rows, columns, x.shape[0])
+    return found
+
+
 def kinds(rows: int, columns: int, x: Tensor, x_half: Tensor) -> dict[str, Callable[[], tuple[list[Callable], int]]]:
     """Name -> maker of calls, so that only one set of weights lives at a time."""
     return {
@@ -104,6 +146,7 @@ def kinds(rows: int, columns: int, x: Tensor, x_half: Tensor) -> dict[str, Calla
         "affine 4 bit g128, bf16": lambda: affine_calls(rows, x, AffineLayout(rows, columns, 4, 128)),
         "affine 3 bit g128, fp16": lambda: affine_calls(rows, x_half, AffineLayout(rows, columns, 3, 128)),
         "affine 2 bit g64, fp16": lambda: affine_calls(rows, x_half, AffineLayout(rows, columns, 2, 64)),
+        **integer_kinds(rows, columns, x),
     }
 
 

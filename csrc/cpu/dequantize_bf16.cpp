@@ -157,7 +157,7 @@ void dequantize(const DequantizeArgs& a, int64_t first, int64_t last) {
 
 const Kernels& bf16_kernels() {
     static const Kernels kernels = {kVnniKernels.planes_bytes, kVnniKernels.prepare, kVnniKernels.linear, dequantize,
-                                    kVnniKernels.read};
+                                    kVnniKernels.read,         kVnniKernels.integers};
     return kernels;
 }
 

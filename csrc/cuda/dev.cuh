@@ -130,6 +130,9 @@ HF_DEVICE float fma(float a, float b, float c) {
 HF_DEVICE float shuffle_xor(float v, int mask) {
     return __shfl_xor_sync(0xffffffffu, v, mask);
 }
+HF_DEVICE int shuffle_xor(int v, int mask) {
+    return __shfl_xor_sync(0xffffffffu, v, mask);
+}
 // Of lane `from`.
 HF_DEVICE int shuffle(int v, int from) {
     return __shfl_sync(0xffffffffu, v, from);
@@ -148,6 +151,35 @@ HF_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c += a b: a 16 x 32 unsigned bytes (row), b 32 x 8 signed bytes (column), c int32 modulo 2^32.
+HF_DEVICE void mma_u8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// c + the sum of the four bytes of a.
+HF_DEVICE int add_signed_bytes(uint32_t a, int c) {
+    return __dp4a(int(a), 0x01010101, c);
+}
+HF_DEVICE int add_unsigned_bytes(uint32_t a, int c) {
+    return int(__dp4a(a, 0x01010101u, uint32_t(c)));
+}
+// Byte i of the result is byte (i-th hexadecimal digit of SELECT, lowest first) of the eight bytes b:a.
+template <uint32_t SELECT>
+HF_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, SELECT);
+}
+// Of floats: a / b, rounded; the nearest integer, ties to even, as float; and the float nearest to an integer.
+HF_DEVICE float div(float a, float b) {
+    return __fdiv_rn(a, b);
+}
+HF_DEVICE float round_even(float a) {
+    return rintf(a);
+}
+HF_DEVICE float float_of(int a) {
+    return __int2float_rn(a);
 }
 
 // A value that is the same in the whole warp, told to the compiler.
@@ -236,6 +268,13 @@ HF_DEVICE void store_shared(uint32_t at, uint2 v) {
 
 HF_DEVICE void store_shared(uint32_t at, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+// Four matrices of 8 rows x 16 bytes. Lane 8 i + r gives the address of row r of matrix i; lane 4 r + t gets bytes
+// 4 t to 4 t + 3 of row r of each.
+HF_DEVICE void load_matrices(uint32_t (&m)[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(at));
 }
 
 // If wanted: 16 bytes from global to shared memory, asynchronously; the last 16 - bytes are zeros.

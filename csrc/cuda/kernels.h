@@ -86,6 +86,39 @@ struct DequantizeArgs {
     DType dtype;
 };
 
+// Codes of x [tokens, columns], one grid per token: x ~ scale * (code - zero).
+struct QuantizeArgs {
+    const void* x;
+    DType dtype;
+    const int32_t* perm;  // stored column j is original column perm[j]; or null
+    int tokens, columns, bits;
+    bool symmetric;
+    int8_t* code;  // [tokens, columns]
+    float* scale;  // [tokens]
+    int32_t* zero;
+};
+
+// y[tokens, rows] = x W^T + bias in integers, x given by its codes.
+struct Int8Args {
+    Matrix weight;       // affine
+    const int8_t* x;     // [tokens, x_stride], 16-byte aligned rows, zeros past the end
+    int64_t x_stride;    // a multiple of 16, at least columns
+    const float* scale;  // [tokens]
+    const int32_t* zero;
+    int tokens;
+    const void* bias;  // [rows] of dtype, or null
+    void* y;           // [tokens, rows] of dtype
+    DType dtype;
+};
+
+// Rows of `columns` bytes to rows of `stride`, filled up with zeros.
+struct PadArgs {
+    const int8_t* x;
+    int tokens, columns;
+    int8_t* out;
+    int64_t stride;
+};
+
 extern "C" {
 // 1 when `hf_spqr_cuda_linear` has a kernel for this matrix and number of tokens; by shape only.
 int hf_spqr_cuda_can_fuse(const Matrix*, int tokens);
@@ -96,6 +129,9 @@ int hf_spqr_cuda_prepare(const PrepareArgs*, void* stream);
 int hf_spqr_cuda_transpose(const TransposeArgs*, void* stream);
 int hf_spqr_cuda_finish(const FinishArgs*, void* stream);
 int hf_spqr_cuda_dequantize(const DequantizeArgs*, void* stream);
+int hf_spqr_cuda_quantize(const QuantizeArgs*, void* stream);
+int hf_spqr_cuda_pad(const PadArgs*, void* stream);
+int hf_spqr_cuda_int8_linear(const Int8Args*, void* stream);
 const char* hf_spqr_cuda_error(int status);
 // 0, or the version of the driver if it is of an older generation than the CUDA runtime that is linked in.
 int hf_spqr_cuda_old_driver(void);

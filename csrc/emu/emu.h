@@ -305,6 +305,9 @@ inline float fma(float a, float b, float c) {
 HF_EMU_CALL float shuffle_xor(float v, int mask) {
     return as_float(emu::show({as_bits(v)})[(thread() & 31) ^ mask][0]);
 }
+HF_EMU_CALL int shuffle_xor(int v, int mask) {
+    return int(emu::show({uint32_t(v)})[(thread() & 31) ^ mask][0]);
+}
 HF_EMU_CALL int shuffle(int v, int from) {
     return int(emu::show({uint32_t(v)})[from][0]);
 }
@@ -335,6 +338,50 @@ HF_EMU_CALL void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
         }
         c[e] = float(sum);
     }
+}
+
+// Byte i of four in a word.
+inline int unsigned_byte(uint32_t a, int i) {
+    return int(a >> 8 * i & 255);
+}
+inline int signed_byte(uint32_t a, int i) {
+    return int8_t(a >> 8 * i);
+}
+HF_EMU_CALL void mma_u8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const auto shown = emu::show({a[0], a[1], a[2], a[3], b0, b1});
+    const int g = (thread() & 31) >> 2, t = thread() & 3;
+    for (int e = 0; e < 4; ++e) {
+        const int row_half = e >> 1, column = 2 * t + (e & 1);
+        uint32_t sum = uint32_t(c[e]);
+        for (int k = 0; k < 32; ++k) {
+            const uint32_t left = shown[4 * g + k % 16 / 4][row_half + 2 * (k / 16)];
+            const uint32_t right = shown[4 * column + k % 16 / 4][4 + k / 16];
+            sum += uint32_t(unsigned_byte(left, k % 4) * signed_byte(right, k % 4));
+        }
+        c[e] = int(sum);
+    }
+}
+inline int add_signed_bytes(uint32_t a, int c) {
+    return c + signed_byte(a, 0) + signed_byte(a, 1) + signed_byte(a, 2) + signed_byte(a, 3);
+}
+inline int add_unsigned_bytes(uint32_t a, int c) {
+    return c + unsigned_byte(a, 0) + unsigned_byte(a, 1) + unsigned_byte(a, 2) + unsigned_byte(a, 3);
+}
+template <uint32_t SELECT>
+uint32_t select_bytes(uint32_t a, uint32_t b) {
+    const uint64_t both = uint64_t(b) << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= uint32_t(both >> 8 * (SELECT >> 4 * i & 7) & 255) << 8 * i;
+    return result;
+}
+inline float div(float a, float b) {
+    return a / b;
+}
+inline float round_even(float a) {
+    return std::nearbyintf(a);
+}
+inline float float_of(int a) {
+    return float(a);
 }
 
 HF_EMU_CALL uint2 load_stream(const uint2* p) {
@@ -400,6 +447,11 @@ inline void store_shared(uint32_t at, uint2 v) {
 
 inline void store_shared(uint32_t at, uint4 v) {
     shared_at<uint4>(at) = v;
+}
+HF_EMU_CALL void load_matrices(uint32_t (&m)[4], uint32_t at) {
+    const auto shown = emu::show({at});
+    const int r = (thread() & 31) >> 2, t = thread() & 3;
+    for (int i = 0; i < 4; ++i) m[i] = shared_at<uint32_t>(shown[8 * i + r][0] + 4 * t);
 }
 
 HF_EMU_CALL void start_copy(uint32_t to, const void* global, bool valid) {

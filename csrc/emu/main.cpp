@@ -14,7 +14,7 @@
 namespace hf_spqr {
 namespace {
 
-enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2 };
+enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2, quantize = 3, int8_linear = 4 };
 
 struct Header {
     int64_t job, format, bits, group, rows, columns, stat_bits, groups_per_second, symmetric, scale_bf16, tokens,
@@ -97,13 +97,43 @@ void run_finish(const Header& h, FILE* in, FILE* out) {
     write_result(*y, out);
 }
 
+// Codes, scales and zero points of x; `wide` = how far x lies from a 16-byte boundary.
+void run_quantize(const Header& h, FILE* in, FILE* out) {
+    const auto x = read_tensor(in), perm = read_tensor(in);
+    const Bytes shifted(x->size + 16), code(h.tokens * h.columns), scale(h.tokens * 4), zero(h.tokens * 4);
+    char* at = shifted.as<char>() + h.wide;
+    memcpy(at, x->data, size_t(x->size));
+    const QuantizeArgs a{at,          DType(h.dtype),   perm->as<int32_t>(), int(h.tokens),     int(h.columns),
+                         int(h.bits), h.symmetric != 0, code.as<int8_t>(),   scale.as<float>(), zero.as<int32_t>()};
+    expect(hf_spqr_cuda_quantize(&a, nullptr) == 0, "quantize failed");
+    write_result(code, out);
+    write_result(scale, out);
+    write_result(zero, out);
+}
+
+void run_int8_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
+    const auto bias = read_tensor(in), code = read_tensor(in), scale = read_tensor(in), zero = read_tensor(in);
+    Int8Args a{
+        m,      code->as<int8_t>(), h.columns, scale->as<float>(), zero->as<int32_t>(), int(h.tokens), bias->data,
+        y.data, DType(h.dtype)};
+    const Bytes padded(h.tokens * padded_stride(h.columns));
+    if (needs_pad(h.columns)) {
+        const PadArgs p{a.x, a.tokens, m.columns, padded.as<int8_t>(), padded_stride(h.columns)};
+        expect(hf_spqr_cuda_pad(&p, nullptr) == 0, "pad failed");
+        a.x = p.out;
+        a.x_stride = p.stride;
+    }
+    expect(hf_spqr_cuda_int8_linear(&a, nullptr) == 0, "int8_linear failed");
+}
+
 void run_case(const Header& h, FILE* in, FILE* out) {
     emu::seed() = unsigned(h.seed);
     emu::limits() = {int(h.multiprocessors), int(h.shared_bytes)};
-    if (Job(h.job) == Job::finish) return run_finish(h, in, out);
+    const Job job = Job(h.job);
+    if (job == Job::finish) return run_finish(h, in, out);
+    if (job == Job::quantize) return run_quantize(h, in, out);
     const DType dtype = DType(h.dtype);
     const int64_t element = dtype == DType::f32 ? 4 : 2;
-    const Job job = Job(h.job);
     const auto packed = read_tensor(in), outlier_row = read_tensor(in), outlier = read_tensor(in);
     Matrix m{};
     m.format = Format(h.format);
@@ -122,11 +152,13 @@ void run_case(const Header& h, FILE* in, FILE* out) {
     m.panels = panels_of(m);
     expect(packed->size == int64_t(ceil_div(m.rows, 16)) * m.panels.words * 4,
            "packed has another size than the layout");
-    const int64_t count = job == Job::linear ? h.tokens * h.rows : h.part_rows * h.columns;
+    const int64_t count = job == Job::dequantize ? h.part_rows * h.columns : h.tokens * h.rows;
     const Bytes result(count * element);
     memset(result.data, 0xEE, size_t(result.size));
     if (job == Job::linear) {
         run_linear(h, m, in, result);
+    } else if (job == Job::int8_linear) {
+        run_int8_linear(h, m, in, result);
     } else {
         const auto perm = read_tensor(in);
         const DequantizeArgs a{m,    perm->as<int32_t>(), int(h.first_row), int(h.part_rows), result.data, h.columns,
