@@ -209,9 +209,9 @@ struct RowBlocks {
         const uint32_t* codes = panel.tiles + tile * m.bits * kRows;
         const int64_t first = (panel.first_tile + tile) * kColumns, end = first + tiles * kColumns;
         for (int64_t k = m.columns; k < end; ++k) ones[k - first] = 0;
-        if constexpr (E::kFew > 0) {
-            if (tokens <= E::kFew && m.group >= kColumns) return few_tokens(codes, first, tiles, index, group);
-            if (tokens <= E::kFew && m.group == kPerChannel) return few_tokens(codes, first, tiles, index, group);
+        if constexpr (R <= E::kFewBlocks) {
+            const bool whole_tiles = m.group == kPerChannel || m.group >= kColumns;
+            if (tokens <= E::kFew && whole_tiles) return few_tokens(codes, first, tiles, index, group);
         }
         const int64_t size = int64_t(tiles) * m.bits * kRows;
         for (int r = 0; r < R; ++r) {

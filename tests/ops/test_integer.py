@@ -164,7 +164,7 @@ def test_both_ops_are_the_reference_to_the_bit(
     assert same(ops.w_int8_linear(*codes, *arguments), reference.w_int8_linear(*codes, *arguments))
 
 
-@pytest.mark.parametrize("tokens", [128, 255, 300, 520])
+@pytest.mark.parametrize("tokens", [128, 255, 258, 300, 520])
 @pytest.mark.parametrize("group_size", [64, -1])
 def test_many_tokens(isa, group_size, tokens):
     """More than share an unpacked chunk, on rows and columns that do not fill theirs."""
