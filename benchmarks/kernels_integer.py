@@ -25,17 +25,19 @@ from hf_spqr.formats import affine
 
 SHAPES = ((4096, 4096), (11008, 4096))
 SETTINGS = ((8, 8), (6, 6), (4, 8), (4, 4))
+DENSE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Candidate = tuple[Callable[[Tensor, list[Tensor]], Any], int, list[Tensor]]
 
 
-def integers(n: int, k: int, bits: int, act_bits: int, x: Tensor, quantize: bool) -> Candidate:
-    weight = affine.AffineWeight(
-        affine.AffineLayout(n, k, bits, -1),
-        random_codes(bits, n, k),
-        torch.empty(n, 1).uniform_(0.001, 0.02).half(),
-        random_codes(bits, n, 1),
-    )
-    packed = affine.pack(weight)["packed"]
+def random_packed(n: int, k: int, bits: int) -> Tensor:
+    scales = torch.empty(n, 1).uniform_(0.001, 0.02).half()
+    codes = random_codes(bits, n, k)
+    return affine.pack(affine.AffineWeight(affine.AffineLayout(n, k, bits), codes, scales, random_codes(bits, n, 1)))[
+        "packed"
+    ]
+
+
+def integers(n: int, bits: int, act_bits: int, packed: Tensor, x: Tensor, quantize: bool) -> Candidate:
     codes = ops.quantize_activation(x, None, act_bits, False)
 
     def call(x: Tensor, tensors: list[Tensor]) -> Tensor:
@@ -64,16 +66,11 @@ def int_mm(n: int, k: int, x: Tensor) -> Candidate:
     return (lambda x, t: torch._int_mm(codes, t[0].T)), weight.nbytes, [weight]
 
 
-def candidates(n: int, k: int, x: Tensor) -> dict[str, Candidate]:
-    found = {
-        "torch bf16": torch_dense(n, k, torch.bfloat16),
-        "torch fp32": torch_dense(n, k, torch.float32),
-        "oneDNN int8": onednn(n, k, x),
-        "torch._int_mm": int_mm(n, k, x),
-    }
+def candidates(dense: dict[str, Candidate], packed: dict[int, Tensor], n: int, k: int, x: Tensor) -> dict:
+    found = {**dense, "oneDNN int8": onednn(n, k, x), "torch._int_mm": int_mm(n, k, x)}
     for bits, act_bits in SETTINGS:
-        found[f"W{bits}A{act_bits}"] = integers(n, k, bits, act_bits, x, quantize=False)
-        found[f"W{bits}A{act_bits} + quantize"] = integers(n, k, bits, act_bits, x, quantize=True)
+        found[f"W{bits}A{act_bits}"] = integers(n, bits, act_bits, packed[bits], x, quantize=False)
+        found[f"W{bits}A{act_bits} + quantize"] = integers(n, bits, act_bits, packed[bits], x, quantize=True)
     return found
 
 
@@ -89,9 +86,11 @@ def main() -> None:
     print(f"{machine()['processor']}, {torch.ops.hf_spqr.cpu_isa()}")
     rows = []
     for n, k in SHAPES[: args.shapes]:
+        dense = {f"torch {name}": torch_dense(n, k, dtype) for name, dtype in DENSE.items()}
+        packed = {bits: random_packed(n, k, bits) for bits, _ in SETTINGS}
         for tokens in args.tokens:
             x = torch.randn(tokens, k).bfloat16()
-            found = candidates(n, k, x)
+            found = candidates(dense, packed, n, k, x)
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 timed = measure(found, x, args.seconds)
