@@ -1,6 +1,6 @@
 """Times integer linear layers on the CPU beside torch's bf16, fp32 and oneDNN's int8 products.
 
-    python benchmarks/kernels_integer.py [--threads 1 2] [--tokens 1 16 128 512] [--seconds 6]
+    python benchmarks/kernels_integer.py [--threads 1 2] [--tokens 1 16 128 512] [--seconds 6] [--isa avx2]
 
 Candidates are called in turn, each time on the next copy of its weights, as in kernels_cpu.py. "WxAy" is
 w_int8_linear on activations that are quantized already, as oneDNN's are: its `qlinear` with a prepacked weight, one
@@ -80,9 +80,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 512])
     parser.add_argument("--seconds", type=float, default=6.0, help="per shape, number of threads and tokens")
+    parser.add_argument("--isa", help="lower the instruction set of our ops: scalar, avx2, avx512")
     args = parser.parse_args()
     if not ops.COMPILED:
         raise SystemExit(f"the compiled kernels are missing: {ops.WHY_NOT.get('_C')}")
+    if args.isa:
+        torch.ops.hf_spqr.set_cpu_isa(args.isa)
     print(f"{machine()['processor']}, {torch.ops.hf_spqr.cpu_isa()}")
     rows = []
     for n, k in SHAPES[: args.shapes]:
@@ -105,7 +108,7 @@ def main() -> None:
                         f"{name:18s}{t['seconds'] * 1e6:10.1f}{speed:9.0f}{beside[0]:8.2f}{beside[1]:10.2f}"
                         f"{t['clean']:>7d}/{t['calls']}"
                     )
-    name = re.sub(r"[^a-z0-9]+", "-", machine()["processor"].lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{machine()['processor']} {args.isa or ''}".lower()).strip("-")
     print("\nwrote", save(f"kernels_integer-{name}", {"isa": torch.ops.hf_spqr.cpu_isa(), "rows": rows}))
 
 
