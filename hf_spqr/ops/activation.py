@@ -38,8 +38,10 @@ def quantize_activation(x: Tensor, perm: Tensor | None, bits: int, symmetric: bo
     ``x`` is about ``scale * (code - zero)`` on the grid of :func:`token_grid`, ``round(x / scale)`` to nearest even.
     Asymmetric codes and zero points are stored shifted by ``2 ** (bits - 1)``, so that they fit int8. Column j of the
     codes is column ``perm[j]`` of ``x`` (int32 [K]). bits 2 to 8. A token whose scale is NaN has zeros for its codes
-    and its zero point: all that is made from it is NaN.
+    and its zero point: all that is made from it is NaN. Raises ValueError if bits is not 2 to 8.
     """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"quantize_activation: bits must be 2 to 8, got {bits}")
     if perm is not None:
         x = x.index_select(-1, perm)
     scale, zero = token_grid(x, bits, symmetric)
