@@ -3,7 +3,7 @@
 //   Element          a code of an activation
 //   kTileBytes       of an unpacked tile, kSteps: of the tile; a step takes one 32-bit word of activations
 //   kBlocks          row blocks at once, kTogether: tokens at once
-//   unpack<R>(bits, tile, w)     a tile to w, its steps R * 64 bytes apart
+//   unpack<R>(bits, codes, tiles, w)    tiles to w, their steps R * 64 bytes apart
 //   accumulate<R, T>(w, steps, x, x_stride, sum, ahead)    sum[T][R * 16] += products, x in elements
 //   kFew             tokens up to which whole tiles are multiplied straight from the packed codes, by
 //                    few<R>(tokens, bits, codes, words, tiles, x, x_stride, one, sum, weights), kFewBlocks at once
@@ -65,7 +65,7 @@ void prepare_integers(const IntegerArgs& a, int64_t first, int64_t last) {
             const int64_t begin = s * width, end = begin + width < columns ? begin + width : columns;
             int32_t sum = 0;
             for (int64_t k = begin; k < end; ++k) sum += code[k];
-            p.rest(t)[s] = sum - int32_t(end - begin) * a.zero[t];
+            p.rest(t)[s] = int32_t(uint32_t(sum) - uint32_t(end - begin) * uint32_t(a.zero[t]));
         }
         if (!p.copied) continue;
         typename E::Element* x = p.copy(t);
@@ -209,9 +209,9 @@ struct RowBlocks {
         const uint32_t* codes = panel.tiles + tile * m.bits * kRows;
         const int64_t first = (panel.first_tile + tile) * kColumns, end = first + tiles * kColumns;
         for (int64_t k = m.columns; k < end; ++k) ones[k - first] = 0;
-        if constexpr (E::kFew > 0) {
-            if (tokens <= E::kFew && m.group >= kColumns) return few_tokens(codes, first, tiles, index, group);
-            if (tokens <= E::kFew && m.group == kPerChannel) return few_tokens(codes, first, tiles, index, group);
+        if constexpr (R <= E::kFewBlocks) {
+            const bool whole_tiles = m.group == kPerChannel || m.group >= kColumns;
+            if (tokens <= E::kFew && whole_tiles) return few_tokens(codes, first, tiles, index, group);
         }
         const int64_t size = int64_t(tiles) * m.bits * kRows;
         for (int r = 0; r < R; ++r) {

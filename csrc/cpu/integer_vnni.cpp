@@ -9,7 +9,7 @@ constexpr int64_t kAhead = 2048;  // bytes of each row block's stream
 
 struct Bytes {
     using Element = int8_t;
-    static constexpr int kTileBytes = 512, kSteps = 8, kBlocks = 4, kTogether = 6, kFew = 4;
+    static constexpr int kTileBytes = 512, kSteps = 8, kBlocks = 4, kTogether = 6, kFew = 4, kFewBlocks = 2;
 
     template <int B, int R>
     static void unpack_bits(const uint32_t* codes, int tiles, char* w) {
@@ -127,15 +127,13 @@ struct Bytes {
         }
     }
 
-    template <int R, class... Rest>
-    static void few(int tokens, int bits, Rest... rest) {
-        if constexpr (R <= 2) {
-            constexpr void (*kTable[8])(int, const uint32_t*, int64_t, int, const int8_t*, int64_t, const int8_t*,
-                                        int32_t*, int32_t*) = {few_bits<1, R>, few_bits<2, R>, few_bits<3, R>,
-                                                               few_bits<4, R>, few_bits<5, R>, few_bits<6, R>,
-                                                               few_bits<7, R>, few_bits<8, R>};
-            kTable[bits - 1](tokens, rest...);
-        }
+    template <int R>
+    static void few(int tokens, int bits, const uint32_t* codes, int64_t words, int tiles, const int8_t* x,
+                    int64_t x_stride, const int8_t* one, int32_t* sum, int32_t* weights) {
+        constexpr decltype(&few_bits<8, R>) kTable[8] = {few_bits<1, R>, few_bits<2, R>, few_bits<3, R>,
+                                                         few_bits<4, R>, few_bits<5, R>, few_bits<6, R>,
+                                                         few_bits<7, R>, few_bits<8, R>};
+        kTable[bits - 1](tokens, codes, words, tiles, x, x_stride, one, sum, weights);
     }
 };
 

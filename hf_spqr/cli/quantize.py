@@ -74,6 +74,9 @@ def quantize_command(
     act_bits: Annotated[
         int | None, typer.Option("--act-bits", help="OmniQuant: bits of the activations, 2 to 8. Default: none.")
     ] = None,
+    act_sym: Annotated[
+        bool | None, typer.Option("--act-sym/--act-asym", help="OmniQuant: symmetric activations. Default: no.")
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", help="OmniQuant: passes over the calibration data for each block.")
     ] = None,
@@ -151,6 +154,7 @@ def quantize_command(
         bits=bits,
         group_size=group_size,
         act_bits=act_bits,
+        act_sym=act_sym,
         epochs=epochs,
         batch_size=batch_size,
         scale_bits=scale_bits,

@@ -39,12 +39,11 @@ class AffineLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.act_bits is None:
             return super().forward(x)
-        held = self._parameters
-        bias: Tensor | None = held["bias"]
+        bias = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         return ops.integer_linear(
-            x, held["packed"], held["perm"], bias, self.layout.out_features, self._numbers,
+            x, self.packed, self.perm, bias, self.layout.out_features, self._numbers,
             self.act_bits, self.act_sym, self.backend == "reference",
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_spqr.ops import reference as plain
 
-Layout = tuple[int, int, bool, bool]
+Layout = tuple[int | bool, ...]
 """bits, group_size, symmetric, scale_bf16 of the weights."""
 
 

@@ -70,7 +70,7 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         for module in experts.values():
             for linear in module.modules():
                 if isinstance(linear, AffineGroupedLinear):
-                    linear.act_bits = self.config.act_bits
+                    linear.act_bits, linear.act_sym = self.config.act_bits, self.config.act_sym
 
     def _samples(self) -> Tensor:
         """Inputs of the first block [samples, tokens, hidden]: the sequences of full length."""
@@ -113,7 +113,8 @@ class OmniQuantRun(Run[OmniQuantConfig]):
                 old.device
             )
             module.replaces = dense.kind(linear)
-            module.backend, module.act_bits = self.config.backend, self.config.act_bits
+            module.backend = self.config.backend
+            module.act_bits, module.act_sym = self.config.act_bits, self.config.act_sym
             block.module.set_submodule(name, module)
             self.done(
                 LayerReport(

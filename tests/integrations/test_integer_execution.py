@@ -15,7 +15,8 @@ import hf_spqr
 from hf_spqr import ops
 from hf_spqr.formats import affine
 from hf_spqr.nn import AffineLinear
-from hf_spqr.ops.activation import token_grid
+from hf_spqr.ops.activation import code_range, token_grid
+from tests.tiny_models import tiny_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TOKENS = 200
@@ -33,9 +34,7 @@ def fake_quantized(layer: AffineLinear, x: Tensor) -> Tensor:
     and the next layer's rounding makes a whole step of that now and then.
     """
     scale, zero = token_grid(x, layer.act_bits, layer.act_sym)
-    half = 2 ** (layer.act_bits - 1)
-    low, high = (1 - half, half - 1) if layer.act_sym else (0, 2 * half - 1)
-    steps = ((x.float() / scale).round() + zero).clamp(low, high) - zero
+    steps = ((x.float() / scale).round() + zero).clamp(*code_range(layer.act_bits, layer.act_sym)) - zero
     weight, weight_scale = grid_of_weight(layer)
     return ((steps.double() @ weight.T).float() * (scale * weight_scale)).to(x.dtype)
 
@@ -69,3 +68,28 @@ def test_two_hundred_tokens_of_the_demo_model(name: str, monkeypatch: pytest.Mon
     assert integers.sequences.shape[1] == prompt.shape[1] + TOKENS
     assert torch.equal(integers.sequences, floats.sequences)
     assert all(torch.equal(a, b) for a, b in zip(integers.logits, floats.logits, strict=True))
+
+
+def test_one_graph_for_a_step_of_decoding() -> None:
+    model, ids = tiny_model("llama"), torch.arange(3, 13)[None]
+    config = hf_spqr.OmniQuantConfig.from_preset(
+        "W8A8", dataset=[ids[0].tolist()] * 2, nsamples=2, seqlen=10, epochs=0
+    )
+    hf_spqr.quantize_model(model, config, progress=False)
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **greedy)
+    graph = torch.export.export(Logits(model), (ids,))
+    names = {str(node.target) for node in graph.graph.nodes}
+    assert {"hf_spqr.quantize_activation.default", "hf_spqr.w_int8_linear.default"} <= names
+    assert "hf_spqr.affine_linear.default" not in names
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **greedy), expected)
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids, use_cache=False).logits

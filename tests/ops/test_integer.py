@@ -124,16 +124,18 @@ def test_it_is_the_product_of_integers(isa, bits, group_size, symmetric):
         assert torch.equal(y, expected + bias)
 
 
-def test_more_columns_than_int32_holds(isa):
+@pytest.mark.parametrize("tokens", [2, 5, 131])
+def test_more_columns_than_int32_holds(isa, tokens):
     columns = 70_000
     weight = random_affine(affine.AffineLayout(17, columns, 8))
     weight.codes.fill_(255), weight.zeros.zero_(), weight.scales.fill_(1)
-    code = torch.full((2, columns), 127, dtype=torch.int8)
-    code[1] = torch.randint(-128, 128, (columns,))
-    zero = torch.tensor([[-128], [127]], dtype=torch.int32)
+    code = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8)
+    code[0] = 127
+    zero = torch.randint(-128, 128, (tokens, 1), dtype=torch.int32)
+    zero[0] = -128
     sums = integer_part(weight, code, zero)[0]
     assert sums.abs().max() == 255 * 255 * columns > 2**31
-    y = ops.w_int8_linear(code, torch.ones(2, 1), zero, *linear_arguments(weight, None, torch.float32))
+    y = ops.w_int8_linear(code, torch.ones(tokens, 1), zero, *linear_arguments(weight, None, torch.float32))
     assert torch.equal(y, sums.float())
 
 
@@ -164,7 +166,7 @@ def test_both_ops_are_the_reference_to_the_bit(
     assert same(ops.w_int8_linear(*codes, *arguments), reference.w_int8_linear(*codes, *arguments))
 
 
-@pytest.mark.parametrize("tokens", [128, 255, 300, 520])
+@pytest.mark.parametrize("tokens", [128, 255, 258, 300, 520])
 @pytest.mark.parametrize("group_size", [64, -1])
 def test_many_tokens(isa, group_size, tokens):
     """More than share an unpacked chunk, on rows and columns that do not fill theirs."""
@@ -260,6 +262,11 @@ def test_there_is_no_gradient_to_be_had_by_accident():
     _, scale, _ = ops.quantize_activation(x, None, 8, False)
     with pytest.raises(RuntimeError, match="quantize_activation works on integers and has no gradient"):
         scale.sum().backward()
+
+
+def test_the_reference_names_wrong_bits():
+    with pytest.raises(ValueError, match="bits must be 2 to 8, got 1"):
+        reference.quantize_activation(torch.zeros(2, 8), None, 1, True)
 
 
 def test_the_reference_is_the_op_off_the_cpu():

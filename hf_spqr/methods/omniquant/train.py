@@ -196,7 +196,7 @@ class _Job:
     def _call(self, hidden: Tensor, samples: Sequence[int], tensors: Mapping[str, Tensor]) -> Tensor:
         params = self.params
         attention = params.act_bits if params.quantize_attention else None
-        return self.runner(hidden, samples, tensors, params.act_bits, attention)
+        return self.runner(hidden, samples, tensors, params.act_bits, attention, params.act_sym)
 
     @torch.no_grad()
     def _stream(self, inputs: Tensor, tensors: Mapping[str, Tensor] | None = None, quantized: bool = False) -> Tensor:
