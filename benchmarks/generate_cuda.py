@@ -2,10 +2,10 @@
 
     python benchmarks/generate_cuda.py [--models 7b,70b] [--kinds bf16,spqr,affine] [--layers N] [--generate]
 
-By default one step of decoding (transformers' model, a static cache of 512 tokens, greedy choice) is captured in a CUDA
-graph and replayed; the median step counts. With ``--generate`` transformers' own ``generate`` runs, which compiles the
-step itself. All kinds of a model have the same number of layers: as many as fit with the largest kind asked for. The
-limit is the time in which the weights of a token are read at the bandwidth that this run measured for an addition.
+By default one step of decoding (transformers' model, a static cache of 512 tokens, greedy choice) is captured in a
+CUDA graph and replayed; the median step counts. With ``--generate`` transformers' own ``generate`` runs, which compiles
+the step itself. All kinds of a model have the same number of layers: as many as fit with the largest kind asked for.
+The limit is the time in which the weights of a token are read at the bandwidth that this run measured for an addition.
 Writes benchmarks/results/generate_cuda-<gpu>.json (generate_compiled_cuda-<gpu>.json with ``--generate``).
 """
 
@@ -114,6 +114,14 @@ def measure(config: LlamaConfig, kind: str, per_second: float, generate: bool) -
     }
 
 
+def line(entry: dict[str, Any], all_layers: int) -> str:
+    return (
+        f"{entry['model']:>4} {entry['kind']:7} {entry['layers']:3} of {all_layers} layers "
+        f"{entry['tokens_per_second']:8.1f} tokens/s {100 * entry['of_byte_limit']:5.1f} % of the byte limit, "
+        f"weights {entry['weight_bytes'] / 2**30:6.2f} GiB, peak {entry['peak_allocated_bytes'] / 2**30:6.2f} GiB"
+    )
+
+
 def release() -> None:
     """Compiled code and graphs hold weights too."""
     torch.compiler.reset()
@@ -154,7 +162,8 @@ def main() -> None:
     per_second = bandwidth()
     release()
     print(f"{gpu}: an addition moves {1e-12 * per_second:.2f} TB/s", flush=True)
-    name = ("generate_compiled_cuda-" if asked.generate else "generate_cuda-") + re.sub(r"[^a-z0-9]+", "-", gpu.lower())
+    how = "generate_compiled_cuda" if asked.generate else "generate_cuda"
+    name = f"{how}-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}"
     results: list[dict[str, Any]] = []
     left_out: list[str] = []
     for model in asked.models:
@@ -169,15 +178,12 @@ def main() -> None:
             entry = {"model": model, **measure(config, kind, per_second, asked.generate)}
             release()
             results.append(entry)
-            print(
-                f"{model:>4} {kind:7} {entry['layers']:3} of {full.num_hidden_layers} layers "
-                f"{entry['tokens_per_second']:8.1f} tokens/s {100 * entry['of_byte_limit']:5.1f} % of the byte limit, "
-                f"weights {entry['weight_bytes'] / 2**30:6.2f} GiB, peak {entry['peak_allocated_bytes'] / 2**30:6.2f} GiB",
-                flush=True,
-            )
-            how = "generate" if asked.generate else "graph"
-            path = save(name, {"gpu": gpu, "cuda": torch.version.cuda, "how": how, "cache_tokens": CACHE_TOKENS,
-                               "add_bytes_per_second": per_second, "results": results, "left_out": left_out})  # fmt: skip
+            print(line(entry, full.num_hidden_layers), flush=True)
+            path = save(name, {
+                "gpu": gpu, "cuda": torch.version.cuda, "cache_tokens": CACHE_TOKENS,
+                "new_tokens": NEW_TOKENS if asked.generate else STEPS, "add_bytes_per_second": per_second,
+                "results": results, "left_out": left_out,
+            })  # fmt: skip
             print(path, flush=True)
 
 

@@ -49,7 +49,8 @@ def build(config: LlamaConfig, kind: str, device: str) -> LlamaForCausalLM:
         for name, weight in list(module._parameters.items()):
             if weight is not None and weight.is_meta:
                 module._parameters[name] = nn.Parameter(random_dense(weight, device), requires_grad=False)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config=config, device=device)
+    with torch.device(device):  # its frequencies are computed, not drawn
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)
     return model.eval()
 
 
@@ -138,7 +139,7 @@ def packed_modules(model: LlamaForCausalLM) -> int:
 
 
 class Decoder:
-    """Greedy decoding of one sequence into a static cache; all state in tensors of fixed place, so a graph holds it."""
+    """Greedy decoding of one sequence into a static cache; its state is in tensors of fixed place, as a graph needs."""
 
     def __init__(self, model: LlamaForCausalLM, tokens: int, device: str) -> None:
         self.model = model
