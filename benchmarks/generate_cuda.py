@@ -3,8 +3,8 @@
     python benchmarks/generate_cuda.py [--models 7b,70b] [--kinds bf16,spqr,affine] [--layers N] [--generate]
 
 By default one step of decoding (transformers' model, a static cache of 512 tokens, greedy choice) is captured in a
-CUDA graph and replayed; the median step counts. With ``--generate`` transformers' own ``generate`` runs, which compiles
-the step itself. All kinds of a model have the same number of layers: as many as fit with the largest kind asked for.
+CUDA graph and replayed; the median step counts. With ``--generate`` transformers' own ``generate`` runs, which
+compiles the step. All kinds of a model have the same number of layers: as many as fit with the largest kind asked for.
 The limit is the time in which the weights of a token are read at the bandwidth that this run measured for an addition.
 Writes benchmarks/results/generate_cuda-<gpu>.json (generate_compiled_cuda-<gpu>.json with ``--generate``).
 """

@@ -139,7 +139,7 @@ def packed_modules(model: LlamaForCausalLM) -> int:
 
 
 class Decoder:
-    """Greedy decoding of one sequence into a static cache; its state is in tensors of fixed place, as a graph needs."""
+    """Greedy decoding of one sequence into a static cache; its state is in tensors of fixed place, as graphs need."""
 
     def __init__(self, model: LlamaForCausalLM, tokens: int, device: str) -> None:
         self.model = model
