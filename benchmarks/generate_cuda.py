@@ -174,17 +174,16 @@ def main() -> None:
             if time.monotonic() - started > asked.seconds_budget:
                 left_out.append(f"{model} {kind}")
                 print(f"{model:>4} {kind:7} left out: out of time", flush=True)
-                continue
-            entry = {"model": model, **measure(config, kind, per_second, asked.generate)}
-            release()
-            results.append(entry)
-            print(line(entry, full.num_hidden_layers), flush=True)
+            else:
+                results.append({"model": model, **measure(config, kind, per_second, asked.generate)})
+                release()
+                print(line(results[-1], full.num_hidden_layers), flush=True)
             path = save(name, {
                 "gpu": gpu, "cuda": torch.version.cuda, "cache_tokens": CACHE_TOKENS,
                 "new_tokens": NEW_TOKENS if asked.generate else STEPS, "add_bytes_per_second": per_second,
                 "results": results, "left_out": left_out,
             })  # fmt: skip
-            print(path, flush=True)
+    print(path)
 
 
 if __name__ == "__main__":
