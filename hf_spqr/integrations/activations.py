@@ -14,7 +14,7 @@ from hf_spqr.config import OmniQuantConfig
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear
 from hf_spqr.ops.activation import fake_quantize_activation
 
-__all__ = ["can_quantize_attention", "enforce", "register_attention", "release"]
+__all__ = ["enforce", "register_attention", "release"]
 
 BITS = range(2, 9)
 
@@ -37,11 +37,6 @@ def register_attention() -> None:
     for bits in BITS:
         AttentionInterface.register(attention_name(bits), partial(_attention, bits=bits))
         AttentionMaskInterface.register(attention_name(bits), sdpa_mask)
-
-
-def can_quantize_attention(model: nn.Module) -> bool:
-    """Whether the model computes attention through the registry in the way of sdpa (Gemma 2's soft cap does not)."""
-    return bool(getattr(model, "_supports_sdpa", False))
 
 
 def enforce(model: Any, config: OmniQuantConfig) -> None:
