@@ -1,0 +1,154 @@
+"""LoRA on packed layers: the loss of every step, what it recovers of a 2-bit model, and reload and merge checked.
+
+    python -m benchmarks.lora                 # results/lora.json, and docs/lora.svg if matplotlib is there
+
+The demo model is quantized to 2 bits by both methods. Adapters on all of its linear layers are then trained through
+PEFT on the calibration text, in windows drawn at random; the packed weights stay as they are. Perplexity is measured on
+the held-out text, per document. The unquantized model gets the same training, for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_spqr
+from benchmarks.machine import save
+from hf_spqr.calibration.data import calibration_windows
+from hf_spqr.evaluate import perplexity
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = ROOT / "examples" / "demo-model"
+TRAIN = ROOT / "examples" / "demo-calibration.jsonl"
+TEST = ROOT / "examples" / "demo-heldout.jsonl"
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QUANTIZED = {"dataset": str(TRAIN), "nsamples": 64, "seqlen": 256}
+CONFIGS = {
+    "unquantized": lambda: None,
+    "SpQR 2 bit, groups of 16": lambda: hf_spqr.SpQRConfig(bits=2, **QUANTIZED),
+    "OmniQuant 2 bit, groups of 32": lambda: hf_spqr.OmniQuantConfig(bits=2, group_size=32, epochs=2, **QUANTIZED),
+}
+
+
+def load(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def heldout(model: nn.Module, documents: int) -> float:
+    """Perplexity on the first ``documents`` of the held-out text."""
+    texts = [json.loads(line)["text"] for line in TEST.read_text().splitlines()[:documents]]
+    model.eval()
+    return perplexity(model, AutoTokenizer.from_pretrained(BASE), texts, seqlen=512).perplexity
+
+
+@torch.no_grad()
+def logits(model: nn.Module, windows: list[torch.Tensor]) -> torch.Tensor:
+    model.eval()
+    return model(torch.cat(windows[:2])).logits
+
+
+def train(model: nn.Module, windows: list[torch.Tensor], steps: int, batch: int, rate: float) -> list[float]:
+    """The loss in nats per token of every step; AdamW, the rate falls linearly to 0."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        ids = torch.cat([windows[i] for i in torch.randint(len(windows), (batch,), generator=generator)])
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(round(float(loss.detach()), 4))
+    return losses
+
+
+def run(config: Any, folder: Path, windows: list[torch.Tensor], options: argparse.Namespace) -> dict[str, Any]:
+    """Quantize, train, save the adapter, load it again, merge it; all numbers of one row."""
+    AutoModelForCausalLM.from_pretrained(BASE, quantization_config=config).save_pretrained(folder / "model")
+    model = load(folder / "model")
+    before = heldout(model, options.documents)
+    torch.manual_seed(0)
+    adapters = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=LAYERS, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, adapters)
+    start = time.perf_counter()
+    losses = train(adapted, windows, options.steps, options.batch, options.rate)
+    seconds = time.perf_counter() - start
+    trained = logits(adapted, windows)
+    adapted.save_pretrained(folder / "adapter")
+    again = PeftModel.from_pretrained(load(folder / "model"), folder / "adapter")
+    dense = load(folder / "model")
+    dense = dense.dequantize() if config is not None else dense
+    merged = PeftModel.from_pretrained(dense, folder / "adapter").merge_and_unload()
+    return {
+        "perplexity_before": before,
+        "perplexity_after": heldout(adapted, options.documents),
+        "perplexity_merged": heldout(merged, options.documents),
+        "reloaded_equal": torch.equal(logits(again, windows), trained),
+        "merged_max_difference": float((logits(merged, windows) - trained).abs().max()),
+        "trainable_parameters": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        "seconds_per_step": seconds / options.steps,
+        "loss": losses,
+    }
+
+
+def smooth(losses: list[float], width: int = 10) -> list[float]:
+    """Means over the last ``width`` steps."""
+    return [sum(losses[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(losses))]
+
+
+def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    for name, found in runs.items():
+        (line,) = axes.plot(smooth(found["loss"]), label=name, linewidth=1.5)
+        axes.plot(found["loss"], color=line.get_color(), alpha=0.2, linewidth=0.8)
+    axes.set(xlabel="step", ylabel="training loss, nats per token")
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--documents", type=int, default=50, help="held-out documents for perplexity")
+    parser.add_argument("--only", choices=CONFIGS, help="one of the models; nothing is written")
+    options = parser.parse_args()
+    windows = calibration_windows(str(TRAIN), AutoTokenizer.from_pretrained(BASE), nsamples=10_000, seqlen=256, seed=1)
+    runs = {}
+    for name in [options.only] if options.only else CONFIGS:
+        with tempfile.TemporaryDirectory() as folder:
+            runs[name] = run(CONFIGS[name](), Path(folder), windows, options)
+        print(name, {key: value for key, value in runs[name].items() if key != "loss"}, flush=True)
+        print("  loss at every 25th step:", [round(value, 3) for value in smooth(runs[name]["loss"])[::25]], flush=True)
+    if options.only:
+        return
+    settings = {key: value for key, value in vars(options).items() if key != "only"}
+    print(save("lora", {"settings": {**settings, "windows": len(windows), "seqlen": 256}, "runs": runs}))
+    try:
+        plot(runs, ROOT / "docs" / "lora.svg")
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+
+
+if __name__ == "__main__":
+    main()
