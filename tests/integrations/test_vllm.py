@@ -281,6 +281,7 @@ def test_names_that_vllm_changes_are_followed(packed, world):
         ("spqr", "k_proj.outlier", None, "lacks model.layers.1.self_attn.k_proj.packed"),
         ("spqr", "v_proj.packed", lambda t: t[:1], r"v_proj: 'packed' should be"),
         ("spqr", "v_proj.outlier_row", lambda t: t + 1, "v_proj: damaged packed layer"),
+        ("spqr", "q_proj.perm", lambda t: torch.arange(64, dtype=torch.int32), "act_order is False"),
         ("ordered", "q_proj.perm", None, "q_proj: the config says that act_order is True"),
         ("ordered", "q_proj.perm", torch.zeros_like, "perm must hold each of 0 .. 63 once"),
     ],

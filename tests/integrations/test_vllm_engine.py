@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 
-def generate(folder: Path, ranks: int, plugin: Path) -> list[dict[str, list]]:
+def generate(folder: Path, ranks: int, mode: str, plugin: Path) -> list[dict[str, list]]:
     """``plugin``: a folder for the entry points of this checkout, which vLLM's processes look up."""
     import tomllib
 
@@ -47,7 +47,7 @@ def generate(folder: Path, ranks: int, plugin: Path) -> list[dict[str, list]]:
     path = os.pathsep.join([str(plugin), str(ROOT), os.environ.get("PYTHONPATH", "")])
     script, out = ROOT / "tests" / "integrations" / "vllm_generate.py", plugin / "out.json"
     run = subprocess.run(
-        [sys.executable, script, folder, str(ranks), out],
+        [sys.executable, script, folder, str(ranks), mode, out],
         input=json.dumps(PROMPTS),
         capture_output=True,
         text=True,
@@ -71,12 +71,14 @@ def quantized(folder: Path, config: PackedConfig) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("method", "ranks"), [("spqr", 1), ("spqr", 2), ("omniquant", 1), ("omniquant", 2)])
-def test_same_tokens_as_transformers(folders, tmp_path, method, ranks):
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_same_tokens_as_transformers(folders, tmp_path, method, ranks, mode):
     model = quantized(folders[method], CONFIGS[method]())
     if ranks > 1 and not current_platform.is_cpu() and torch.cuda.device_count() < ranks:
         pytest.skip("one GPU for each rank")
-    for prompt, output in zip(PROMPTS, generate(folders[method], ranks, tmp_path), strict=True):
+    for prompt, output in zip(PROMPTS, generate(folders[method], ranks, mode, tmp_path), strict=True):
         ids = torch.tensor([prompt])
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert output["tokens"] == whole[0, len(prompt) :].tolist()

@@ -1,4 +1,4 @@
-"""Generates with vLLM: FOLDER, number of RANKS, file for the tokens and their log-probabilities; ids on stdin."""
+"""Generates with vLLM: FOLDER, RANKS, "compiled" or "eager", file for tokens and log-probabilities; ids on stdin."""
 
 import json
 import os
@@ -9,12 +9,12 @@ if __name__ == "__main__":  # vLLM's processes import this file again
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     from vllm import LLM, SamplingParams
 
-    folder, ranks, out = sys.argv[1:]
+    folder, ranks, mode, out = sys.argv[1:]
     engine = LLM(
         model=folder,
         dtype="float32",
         tensor_parallel_size=int(ranks),
-        enforce_eager=True,
+        enforce_eager=mode == "eager",
         max_model_len=128,
         max_num_seqs=4,
         gpu_memory_utilization=0.3,
