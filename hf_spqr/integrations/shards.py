@@ -145,13 +145,12 @@ class Shards:
     def _narrow(self) -> bool:
         return self.columns != (0, self.in_features)
 
-    def all_dense(self) -> Tensor | None:
-        """The weight of the layer, if none of its matrices is packed."""
-        pieces = self._pieces()
-        return torch.cat(pieces) if all(isinstance(piece, Tensor) for piece in pieces) else None  # type: ignore[arg-type]
+    def all_dense(self) -> bool:
+        """Whether none of the matrices is packed. Raises CheckpointError if a tensor did not come."""
+        return all(isinstance(piece, Tensor) for piece in self._pieces())
 
     def modules(self, bias: Tensor | None) -> list[nn.Module]:
-        """The layer as modules whose outputs follow each other; ``bias`` is that of all of them.
+        """The layer as modules whose outputs follow each other; ``bias`` is that of all of them. Forgets the tensors.
 
         Raises:
             CheckpointError: a tensor did not come, or indices in the tensors are not sound.
@@ -168,6 +167,7 @@ class Shards:
             rows = sum(_out_features(piece) for piece in group)
             made.append(self._module(group, None if bias is None else bias[row : row + rows]))
             row += rows
+        self.sources.clear()  # an engine may keep what refers to this object
         return made
 
     def _module(self, group: list[Matrix | Tensor], bias: Tensor | None) -> nn.Module:

@@ -184,9 +184,9 @@ class PackedLinearMethod(LinearMethodBase):
             return
         for name in shards.tensor_names:
             delattr(layer, name)
-        dense = shards.all_dense()
-        if dense is not None:
-            layer.weight = nn.Parameter(dense, requires_grad=False)
+        if shards.all_dense():
+            (linear,) = shards.modules(None)
+            layer.weight = linear.weight
             layer.quant_method = UnquantizedLinearMethod()
             layer.quant_method.process_weights_after_loading(layer)
             return

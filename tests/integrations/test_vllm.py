@@ -164,6 +164,21 @@ def test_matrices_are_joined_where_they_can_be(packed, world):
     assert make(packed["w4a8"], "o_proj").packed_modules[0].act_bits == 8
 
 
+def test_nothing_is_kept_twice(packed, world):
+    """vLLM remembers the weight loaders of all parameters, for a later reload."""
+    layer = layers.RowParallelLinear(64, 64, quant_config=packed["spqr"].config(), prefix="model.layers.1.o_proj")
+    shards = layer.packed_shards
+    packed["spqr"].load(layer, *BLOCKS["o_proj"][:2])
+    assert shards.sources
+    layer.quant_method.process_weights_after_loading(layer)
+    assert not shards.sources
+
+
+def test_inputs_that_are_not_contiguous(packed, world):
+    layer, x = make(packed["spqr"], "qkv_proj"), torch.randn(5, 128)
+    assert torch.equal(layer(x[:, :64]), layer(x[:, :64].contiguous()))
+
+
 @pytest.mark.parametrize("which", BLOCKS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_make_the_whole(packed, world, kind, which):
