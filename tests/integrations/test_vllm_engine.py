@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -34,7 +39,7 @@ pytestmark = [
 ]
 
 
-def generate(folder: Path, ranks: int, mode: str, plugin: Path) -> list[dict[str, list]]:
+def environment(plugin: Path) -> dict[str, str]:
     """``plugin``: a folder for the entry points of this checkout, which vLLM's processes look up."""
     import tomllib
 
@@ -45,16 +50,44 @@ def generate(folder: Path, ranks: int, mode: str, plugin: Path) -> list[dict[str
     lines = "".join(f"{name} = {target}\n" for name, target in points.items())
     (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{lines}")
     path = os.pathsep.join([str(plugin), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    vllm = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {**os.environ, **vllm, "PYTHONPATH": path}
+
+
+def generate(folder: Path, ranks: int, mode: str, plugin: Path) -> list[dict[str, list]]:
     script, out = ROOT / "tests" / "integrations" / "vllm_generate.py", plugin / "out.json"
     run = subprocess.run(
         [sys.executable, script, folder, str(ranks), mode, out],
         input=json.dumps(PROMPTS),
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(plugin),
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(out.read_text())
+
+
+@contextmanager
+def server(folder: Path, plugin: Path) -> Iterator[str]:
+    """``vllm serve`` until the block ends; gives its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    command += "--host 127.0.0.1 --dtype float32 --max-model-len 128 --max-num-seqs 4 --enforce-eager".split()
+    log = plugin / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(plugin), cwd=plugin)
+    try:
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()[-3000:]
+            with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health"):
+                break
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +119,15 @@ def test_same_tokens_as_transformers(folders, tmp_path, method, ranks, mode):
             steps = model(whole).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
         expected = steps.gather(1, torch.tensor(output["tokens"])[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(output["logprobs"]), expected, rtol=0, atol=2e-3)
+
+
+def test_the_server_answers(folders, tmp_path):
+    model = quantized(folders["spqr"], CONFIGS["spqr"]())
+    ids = torch.tensor([PROMPTS[0]])
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0]
+    call = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+    with server(folders["spqr"], tmp_path) as address:
+        request = Request(f"{address}/v1/completions", json.dumps(call).encode(), {"Content-Type": "application/json"})
+        with urlopen(request) as answer:
+            tokens = json.load(answer)["choices"][0]["token_ids"]
+    assert tokens == expected[len(PROMPTS[0]) :].tolist()

@@ -1,12 +1,10 @@
 """Generates with vLLM: FOLDER, RANKS, "compiled" or "eager", file for tokens and log-probabilities; ids on stdin."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # vLLM's processes import this file again
-    os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     from vllm import LLM, SamplingParams
 
     folder, ranks, mode, out = sys.argv[1:]
