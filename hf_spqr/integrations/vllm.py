@@ -92,8 +92,8 @@ class PackedVllmConfig(QuantizationConfig):
             if self.config.excludes(prefix):
                 return None
             raise UnsupportedLayerError(
-                f"{prefix}: packed experts do not run in vLLM yet. Use Transformers, or write the model for vLLM with"
-                " `hf-spqr export --format compressed-tensors`."
+                f"{prefix}: packed experts do not run in vLLM yet. Use Transformers; OmniQuant models can also be"
+                " written for vLLM's own kernels, with `hf-spqr export --format compressed-tensors`."
             )
         if not isinstance(layer, LinearBase):
             return None

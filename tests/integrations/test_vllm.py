@@ -15,6 +15,7 @@ pytest.importorskip("vllm")
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear as layers
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.models.utils import WeightsMapper
@@ -62,9 +63,9 @@ class Packed:
             prefix = f"{block}.{name}."
             found = sorted(key for key in self.tensors if key.startswith(prefix))
             for key in reversed(found):  # not the order of the file: any must do
-                parameter = getattr(layer, key.removeprefix(prefix))
+                target = getattr(layer, key.removeprefix(prefix))
                 shard = (ids[name],) if name in ids else ()
-                parameter.weight_loader(parameter, self.tensors[key], *shard)
+                target.weight_loader(target, self.tensors[key], *shard)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ class World:
         self.monkeypatch = monkeypatch
 
     def __call__(self, rank: int, size: int) -> None:
-        for module in (layers, *(__import__(name, fromlist=["x"]) for name in ("vllm.model_executor.parameter",))):
+        for module in (layers, parameter):
             self.monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
             self.monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
 
