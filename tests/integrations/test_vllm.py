@@ -165,6 +165,20 @@ def test_matrices_are_joined_where_they_can_be(packed, world):
     assert make(packed["w4a8"], "o_proj").packed_modules[0].act_bits == 8
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["spqr", "w4", "w4a8"])
+def test_16_bit_inputs(packed, world, kind, dtype, monkeypatch):
+    block, names, width = BLOCKS["qkv_proj"]
+    x = torch.randn(5, width).to(dtype)
+    layer = make(packed[kind], "qkv_proj")
+    layer.to(dtype)
+    modules = [packed[kind].model.get_submodule(f"{block}.{name}") for name in names]
+    for module in modules:  # of one Transformers model, which other tests use in float32
+        monkeypatch.setitem(module._parameters, "bias", nn.Parameter(module.bias.to(dtype)))
+    assert layer(x).dtype == dtype
+    assert torch.equal(layer(x), torch.cat([module(x) for module in modules], -1))
+
+
 def test_nothing_is_kept_twice(packed, world):
     """vLLM remembers the weight loaders of all parameters, for a later reload."""
     layer = layers.RowParallelLinear(64, 64, quant_config=packed["spqr"].config(), prefix="model.layers.1.o_proj")
