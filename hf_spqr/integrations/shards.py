@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import CheckpointError, UnsupportedLayerError
+from hf_spqr.formats.columns import check_perm
 from hf_spqr.formats.parts import Matrix, join_rows, joinable, take_columns, take_rows
 from hf_spqr.integrations.checkpoint import check_order
 from hf_spqr.nn import PackedLinear
@@ -145,6 +146,21 @@ class Shards:
     def _narrow(self) -> bool:
         return self.columns != (0, self.in_features)
 
+    def inputs(self) -> Tensor | None:
+        """Which inputs of all devices this one's columns need, int64; None where it needs its own share in order.
+
+        A matrix with columns in an order of their own is split in that order, so that its columns need inputs from
+        anywhere. Raises CheckpointError unless the order holds each input once.
+        """
+        orders = [source.tensors["perm"] for source in self.sources.values() if "perm" in source.tensors]
+        if not self._narrow or not orders:
+            return None
+        try:
+            check_perm(orders[0], self.in_features)
+        except ValueError as error:
+            raise CheckpointError(f"{self.name}: damaged packed layer: {error}") from error
+        return orders[0][slice(*self.columns)].to(self.device, torch.int64)
+
     def all_dense(self) -> bool:
         """Whether none of the matrices is packed. Raises CheckpointError if a tensor did not come."""
         return all(isinstance(piece, Tensor) for piece in self._pieces())
@@ -202,12 +218,9 @@ class Shards:
                 continue
             layout, tensors = piece
             check_order(source.name, self.config.stores_order(*_names(source.name)), perm is not None)
-            if perm is not None and self._narrow:
-                raise UnsupportedLayerError(
-                    f"{source.name} has columns in an order of their own (act_order), which cannot be split over"
-                    " devices: quantize with act_order=False, or use no tensor parallelism."
-                )
-            yield layout, tensors if perm is None else {**tensors, "perm": perm.to(self.device)}
+            if perm is not None and not self._narrow:
+                tensors = {**tensors, "perm": perm.to(self.device)}
+            yield layout, tensors
 
 
 def _fit(above: Matrix | Tensor, below: Matrix | Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -190,6 +191,7 @@ class PackedLinearMethod(LinearMethodBase):
             layer.quant_method = UnquantizedLinearMethod()
             layer.quant_method.process_weights_after_loading(layer)
             return
+        layer.register_buffer("packed_inputs", shards.inputs(), persistent=False)
         later = layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0)
         modules = shards.modules(None if later else layer.bias)
         for module in modules:
@@ -199,6 +201,8 @@ class PackedLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in_features] -> [..., out_features] of this rank. The bias is in the modules where vLLM adds it."""
+        if layer.packed_inputs is not None:
+            x = tensor_model_parallel_all_gather(x).index_select(-1, layer.packed_inputs)
         outputs = [module(x) for module in layer.packed_modules]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 

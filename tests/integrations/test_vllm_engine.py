@@ -29,6 +29,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10], list(range(40, 80)), [3, 3]]
 DATA = {"dataset": str(ROOT / "examples" / "demo-calibration.jsonl"), "nsamples": 8, "seqlen": 128}
 CONFIGS = {
     "spqr": lambda: SpQRConfig(overrides={"k_proj": {"bits": 4}}, modules_to_not_convert=["layers.2.mlp"], **DATA),
+    "ordered": lambda: SpQRConfig(act_order=True, **DATA),
     "omniquant": lambda: OmniQuantConfig(bits=4, group_size=32, epochs=0, **DATA),
 }
 pytestmark = [
