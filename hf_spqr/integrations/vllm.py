@@ -32,6 +32,7 @@ from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.integrations.shards import Part, Shards
 from hf_spqr.nn import AffineLinear, PackedLinear, SpQRLinear
+from hf_spqr.ops.activation import fake_quantize_activation
 
 __all__ = ["OmniQuantVllmConfig", "PackedLinearMethod", "SpQRVllmConfig", "register"]
 
@@ -108,8 +109,10 @@ class PackedVllmConfig(QuantizationConfig):
         parent, dot, last = prefix.rpartition(".")
         return [f"{parent}{dot}{name}" for name in self.packed_modules_mapping.get(last, [last])]
 
-    def module_settings(self, module: nn.Module) -> None:
-        """Give a packed module what it needs beside its tensors."""
+    @property
+    def act_bits(self) -> int | None:
+        """Bits to which each token is quantized before it is multiplied; None leaves it alone."""
+        return getattr(self.config, "act_bits", None)
 
 
 @register_quantization_config(SpQRConfig.quant_method)
@@ -135,10 +138,6 @@ class OmniQuantVllmConfig(PackedVllmConfig):
                 " the model was also calibrated for, stay in full precision in vLLM.",
                 stacklevel=2,
             )
-
-    def module_settings(self, module: nn.Module) -> None:
-        if isinstance(module, AffineLinear):
-            module.act_bits = self.config.act_bits
 
 
 class PackedLinearMethod(LinearMethodBase):
@@ -191,20 +190,32 @@ class PackedLinearMethod(LinearMethodBase):
             layer.quant_method = UnquantizedLinearMethod()
             layer.quant_method.process_weights_after_loading(layer)
             return
-        layer.register_buffer("packed_inputs", shards.inputs(), persistent=False)
-        later = layer.skip_bias_add or (isinstance(layer, RowParallelLinear) and layer.tp_rank > 0)
+        split = isinstance(layer, RowParallelLinear) and layer.tp_size > 1
+        inputs, act_bits = shards.inputs(), self.quant_config.act_bits
+        if split and act_bits is not None and inputs is None:
+            inputs = torch.arange(*shards.columns, device=shards.device)
+        layer.register_buffer("packed_inputs", inputs, persistent=False)
+        later = layer.skip_bias_add or (split and layer.tp_rank > 0)
         modules = shards.modules(None if later else layer.bias)
         for module in modules:
-            self.quant_config.module_settings(module)
+            if isinstance(module, AffineLinear) and inputs is None:
+                module.act_bits = act_bits
         layer.packed_modules = nn.ModuleList(modules)
         layer.weight = nn.Parameter(torch.empty(0, dtype=shards.dtype, device=shards.device), requires_grad=False)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., in_features] -> [..., out_features] of this rank. The bias is in the modules where vLLM adds it."""
+        """x [..., in_features] -> [..., out_features] of this rank. The bias is in the modules where vLLM adds it.
+
+        ``packed_inputs``: the inputs of this rank among those of all ranks, where it must see all of them: to quantize
+        a token on the grid of all its values, or because its columns belong to inputs of other ranks.
+        """
+        dtype, act_bits = x.dtype, self.quant_config.act_bits
         if layer.packed_inputs is not None:
-            x = tensor_model_parallel_all_gather(x).index_select(-1, layer.packed_inputs)
+            x = tensor_model_parallel_all_gather(x)
+            x = x if act_bits is None else fake_quantize_activation(x.float(), act_bits)
+            x = x.index_select(-1, layer.packed_inputs)
         outputs = [module(x) for module in layer.packed_modules]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(dtype)
 
 
 def _load(shards: Shards, name: str, parameter: Tensor, loaded: Tensor, shard_id: Any = None) -> None:

@@ -31,6 +31,9 @@ CONFIGS = {
     "spqr": lambda: SpQRConfig(overrides={"k_proj": {"bits": 4}}, modules_to_not_convert=["layers.2.mlp"], **DATA),
     "ordered": lambda: SpQRConfig(act_order=True, **DATA),
     "omniquant": lambda: OmniQuantConfig(bits=4, group_size=32, epochs=0, **DATA),
+    "w8a8": lambda: OmniQuantConfig(
+        bits=8, group_size=-1, act_bits=8, epochs=0, learning={"quantize_attention": False}, **DATA
+    ),
 }
 pytestmark = [
     pytest.mark.slow,
