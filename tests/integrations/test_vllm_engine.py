@@ -35,6 +35,7 @@ CONFIGS = {
         bits=8, group_size=-1, act_bits=8, epochs=0, learning={"quantize_attention": False}, **DATA
     ),
 }
+CLOSE = {"w8a8": 0.03}  # an input between two of its 256 steps may fall on either side, by a last bit before
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -122,7 +123,7 @@ def test_same_tokens_as_transformers(folders, tmp_path, method, ranks, mode):
         with torch.no_grad():
             steps = model(whole).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
         expected = steps.gather(1, torch.tensor(output["tokens"])[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(output["logprobs"]), expected, rtol=0, atol=2e-3)
+        torch.testing.assert_close(torch.tensor(output["logprobs"]), expected, rtol=0, atol=CLOSE.get(method, 2e-3))
 
 
 def test_the_server_answers(folders, tmp_path):
