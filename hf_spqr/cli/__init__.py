@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(arguments)
+        app(arguments, prog_name="hf-spqr")
     except (HfSpqrError, OSError, ImportError) as error:
         if "--json" in arguments:
             print_json({"error": str(error), "type": type(error).__name__})

@@ -14,7 +14,7 @@ from hf_spqr.config import OmniQuantConfig
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear
 from hf_spqr.ops.activation import fake_quantize_activation
 
-__all__ = ["can_quantize_attention", "enforce", "register_attention", "release"]
+__all__ = ["enforce", "register_attention", "release"]
 
 SCHEMES = [(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
 
@@ -45,11 +45,6 @@ def register_attention() -> None:
         name = attention_name(bits, symmetric)
         AttentionInterface.register(name, partial(_attention, bits=bits, symmetric=symmetric))
         AttentionMaskInterface.register(name, sdpa_mask)
-
-
-def can_quantize_attention(model: nn.Module) -> bool:
-    """Whether the model computes attention through the registry in the way of sdpa (Gemma 2's soft cap does not)."""
-    return bool(getattr(model, "_supports_sdpa", False))
 
 
 def enforce(model: Any, config: OmniQuantConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import FORMAT_VERSION, OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from hf_spqr.integrations import activations, hub
-from hf_spqr.integrations.checkpoint import Contents, check_complete, read_contents
+from hf_spqr.integrations.checkpoint import Contents, check_complete, check_order, read_contents
 from hf_spqr.integrations.experts import (
     JoinExperts,
     default_conversions,
@@ -58,6 +59,7 @@ class PackedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.requested_device_map: Any = None
         self.loading: nn.Module | None = None
+        self.dtypes: dict[str, torch.dtype] = {}
 
     # -- before loading --------------------------------------------------------------------------------------------
 
@@ -98,6 +100,7 @@ class PackedQuantizer(HfQuantizer):
         for name, projections in contents.experts.items():
             model.set_submodule(name, self._empty_experts(model, name, projections))
         self.loading = model
+        self.dtypes = _wanted_dtypes(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         # Transformers 5.17 does not pass the model
@@ -109,12 +112,7 @@ class PackedQuantizer(HfQuantizer):
         specs = {key: spec for key, spec in tensors.items() if key not in ("weight", "bias")}
         names = (contents.modules[name], *_names(model, name))
         layout = config.layout(*dense.features(linear), *names)
-        order = config.stores_order(*names)
-        if order is not None and order != ("perm" in specs):
-            raise CheckpointError(
-                f"{name}: the config says that act_order is {order}, but the checkpoint has"
-                f" {'a' if 'perm' in specs else 'no'} tensor 'perm': it is incomplete or damaged."
-            )
+        check_order(name, config.stores_order(*names), "perm" in specs)
         try:
             bias: Any = linear.bias
             module = self.module_class.empty(layout, specs, bias, dense.matrix(linear).dtype, config.backend)
@@ -145,6 +143,7 @@ class PackedQuantizer(HfQuantizer):
         self.loading = None
         hub.install(model)
         if self.pre_quantized:
+            _cast(model, self.dtypes)
             self._check_loaded(model)
             _drop_conversions(model)
             return
@@ -274,6 +273,23 @@ def _names(model: nn.Module, name: str) -> set[str]:
     """The names that a layer goes by: overrides may be written for a model with a head or for one without it."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return {name, prefix + name, name.removeprefix(prefix)}
+
+
+def _wanted_dtypes(model: Any) -> dict[str, torch.dtype]:
+    """The dtypes that the float parameters of ``model``, still on meta, should have when they are loaded."""
+    parameters = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
+    plan = model._get_dtype_plan(model.dtype)  # modules that stay in float32
+    for pattern, dtype in plan.items():
+        parameters |= dict.fromkeys(filter(re.compile(pattern.replace("*", ".*")).search, parameters), dtype)
+    return parameters
+
+
+def _cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give parameters their dtypes. Transformers 5.17 leaves those whose names it changes in the dtype of the file."""
+    for name, parameter in model.named_parameters():
+        dtype = dtypes.get(name, parameter.dtype)
+        if parameter.dtype != dtype and not parameter.is_meta:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _calibration_device(device_map: Any) -> torch.device | None:

@@ -117,12 +117,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _settle_attention(model: nn.Module, config: OmniQuantConfig, report: QuantizationReport) -> None:
     """Leave q, k, v alone where inference could not quantize them: what is learned must be what runs."""
     quantizes = config.act_bits is not None and config.params().quantize_attention
-    if quantizes and not getattr(model, "_supports_sdpa", False):
+    if quantizes and not _attends_by_sdpa(model):
         config.learning["quantize_attention"] = False
         report.notes.append(
             f"{type(model).__name__} does not compute attention by scaled_dot_product_attention: q, k and v stay in"
             " full precision, the inputs of the layers are quantized."
         )
+
+
+def _attends_by_sdpa(model: Any) -> bool:
+    """Whether scaled_dot_product_attention is all of the model's attention: it knows no soft cap (Gemma 2).
+
+    Transformers 5.17 says that a model with a soft cap supports it, and drops the cap there.
+    """
+    config = model.config.get_text_config()
+    return getattr(model, "_supports_sdpa", False) and getattr(config, "attn_logit_softcapping", None) is None
 
 
 def _names_in_order(model: nn.Module, targets: Sequence[Target], experts: Sequence[ExpertsTarget]) -> list[str]:
