@@ -18,7 +18,7 @@ from hf_spqr.formats.panels import ceil_div
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
 from hf_spqr.formats.tiles import COLUMNS, ROWS
 
-__all__ = ["Matrix", "join_rows", "joinable", "take_columns", "take_rows"]
+__all__ = ["Matrix", "join_rows", "joinable", "shared_columns", "take_columns", "take_rows"]
 
 Layout = SpQRLayout | AffineLayout
 Matrix = tuple[Any, dict[str, Tensor]]
@@ -50,7 +50,7 @@ def take_columns(layout: Layout, tensors: Mapping[str, Tensor], start: int, stop
         ValueError: the cut goes through columns that share statistics, or the columns are in an order of their own.
     """
     columns = layout.in_features
-    shared = _shared_columns(layout)
+    shared = shared_columns(layout)
     if not 0 <= start < stop <= columns or start % shared or (stop % shared and stop != columns):
         raise ValueError(f"columns {start} to {stop} of {columns} cannot be cut out: use multiples of {shared}")
     if tensors.get("perm") is not None:
@@ -95,7 +95,7 @@ def join_rows(matrices: Sequence[Matrix]) -> Matrix:
     return replace(layout, out_features=sum(part.out_features for part, _ in matrices)), joined
 
 
-def _shared_columns(layout: Layout) -> int:
+def shared_columns(layout: Layout) -> int:
     """How many neighbouring columns share statistics."""
     if layout.per_channel:
         return 1

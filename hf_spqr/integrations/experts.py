@@ -33,15 +33,23 @@ __all__ = [
 
 
 class JoinExperts(ConversionOps):
-    """Fuses one tensor of all experts: stacked, or joined end to end where its length differs between them."""
+    """Fuses one tensor of all experts (of those that this rank holds): stacked, or joined end to end where its length
+    differs between them."""
 
     def __init__(self, ragged: bool) -> None:
         self.ragged = ragged
 
     def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        tensors = input_dict.pop(source_patterns[0])
+        experts = model.get_submodule(full_layer_name.rsplit(".packed.", 1)[0])
+        tensors = input_dict.pop(source_patterns[0])[slice(*experts.held) if experts.held else slice(None)]
         return {target_patterns[0]: torch.cat(tensors) if self.ragged else torch.stack(tensors)}
 
 
