@@ -54,7 +54,9 @@ def take_columns(layout: Layout, tensors: Mapping[str, Tensor], start: int, stop
     if not 0 <= start < stop <= columns or start % shared or (stop % shared and stop != columns):
         raise ValueError(f"columns {start} to {stop} of {columns} cannot be cut out: use multiples of {shared}")
     if tensors.get("perm") is not None:
-        raise ValueError("columns cannot be cut out of a matrix whose columns are in an order of their own (act_order)")
+        raise ValueError(
+            "columns cannot be cut out of a matrix whose columns are in an order of their own (act_order)"
+        )
     part_layout = replace(layout, in_features=stop - start)
     words = _panel_words(layout, start, stop)
     if words is None:
@@ -114,11 +116,15 @@ def _panel_words(layout: Layout, start: int, stop: int) -> slice | None:
 def _repack_columns(layout: Layout, part: Layout, tensors: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
     stop = start + part.in_features
     columns = slice(start, stop)
-    groups = slice(0, 1) if layout.per_channel else slice(start // layout.group_size, ceil_div(stop, layout.group_size))
+    groups = (
+        slice(0, 1) if layout.per_channel else slice(start // layout.group_size, ceil_div(stop, layout.group_size))
+    )
     if isinstance(layout, SpQRLayout):
         assert isinstance(part, SpQRLayout)
         whole = spqr.unpack(layout, dict(tensors))
-        counts, column, value = _outliers_within(whole.outlier_row, whole.outlier_col, whole.outlier_value, start, stop)
+        counts, column, value = _outliers_within(
+            whole.outlier_row, whole.outlier_col, whole.outlier_value, start, stop
+        )
         second = slice(groups.start // layout.groups_per_second, ceil_div(groups.stop, layout.groups_per_second))
         return spqr.pack(
             SpQRWeight(

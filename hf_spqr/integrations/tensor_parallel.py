@@ -28,7 +28,15 @@ from hf_spqr.errors import ConfigError, UnsupportedLayerError
 from hf_spqr.nn import PackedExperts, PackedLinear
 from hf_spqr.nn.share import ColumnShare, RowShare, Share, chunk
 
-__all__ = ["TakeShare", "adapt_plans", "finish", "is_distributed", "refuse_divided", "refuse_to_quantize", "share_converters"]
+__all__ = [
+    "TakeShare",
+    "adapt_plans",
+    "finish",
+    "is_distributed",
+    "refuse_divided",
+    "refuse_to_quantize",
+    "share_converters",
+]
 
 PREFIX = "hf_spqr_"
 EXPERTS = "moe_tp_experts"
@@ -66,12 +74,12 @@ class PackedStyle(TensorParallelLayer):
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if torch.is_grad_enabled() and hidden_states.requires_grad:
-                raise UnsupportedLayerError("No gradient passes through tensor-parallel experts: train in one process.")
+                raise UnsupportedLayerError("No gradient passes through divided experts: train in one process.")
             y = compute(hidden_states, *args, **kwargs)
             dist.all_reduce(y, group=group)
             return y
 
-        module.forward = forward
+        module.forward = forward  # type: ignore[method-assign]
         return module
 
 
@@ -88,8 +96,8 @@ class RefusedStyle(TensorParallelLayer):
 def adapt_plans(model: Any) -> None:
     """Add rules for the packed tensors to the parallel plans of ``model``, whose layers are packed already."""
     for style in [name for name in ALL_PARALLEL_STYLES if not name.startswith(PREFIX)]:
-        ALL_PARALLEL_STYLES.register(PREFIX + style, PackedStyle(style))
-    ALL_PARALLEL_STYLES.register(f"{PREFIX}refused", RefusedStyle())
+        ALL_PARALLEL_STYLES.register(PREFIX + style, PackedStyle(style))  # type: ignore[arg-type]
+    ALL_PARALLEL_STYLES.register(f"{PREFIX}refused", RefusedStyle())  # type: ignore[arg-type]
     plan, expert_plan = model._tp_plan or {}, model._ep_plan or {}
     for name, module in model.named_modules():
         key = replace_layer_number_by_wildcard(name)
