@@ -44,6 +44,13 @@ def divided(folder: Path, **arguments: object) -> torch.nn.Module:
     return load(folder, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"), **arguments)
 
 
+def expert_parallel() -> DistributedConfig:
+    """As this version of Transformers asks for it."""
+    if "ep_size" in DistributedConfig.__dataclass_fields__:
+        return DistributedConfig(tp_size=2, ep_size=2)
+    return DistributedConfig(tp_size=2, enable_expert_parallel=True)
+
+
 @torch.no_grad()
 def outputs(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = model.generate(IDS, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
@@ -61,6 +68,8 @@ def on_a_rank(folders: dict[str, Path]) -> dict[str, object]:
     for name, folder in folders.items():
         model = divided(folder)
         results[name] = (*outputs(model), packed_bytes(model))
+    experts = folders["spqr, experts"]
+    results["expert parallel"] = failure(lambda: load(experts, distributed_config=expert_parallel()))
     results["save"] = failure(lambda: model.save_pretrained(folder.parent / "again"))
     results["dequantize"] = failure(model.dequantize)
     config = SpQRConfig(**SPQR, dataset=IDS.repeat(8, 1))
@@ -131,5 +140,6 @@ def test_what_is_refused(ranks, folders):
     for rank in ranks:
         assert rank["save"][0] is UnsupportedLayerError and "cannot be saved" in rank["save"][1]
         assert rank["dequantize"][0] is UnsupportedLayerError and "cannot be dequantized" in rank["dequantize"][1]
+        assert rank["expert parallel"][0] is UnsupportedLayerError and "expert-parallel" in rank["expert parallel"][1]
         assert rank["quantize"][0] is ConfigError and "divided among ranks" in rank["quantize"][1]
     assert not list((folders["W8A8"].parent).glob("again/*.safetensors"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 from hf_spqr import CalibrationError, NonFiniteError, OmniQuantConfig, RankError, SpQRConfig
 from hf_spqr.nn import PackedExperts, PackedLinear
@@ -96,6 +98,23 @@ def test_omniquant_divides_the_samples_of_a_step():
     )
     assert len(losses) == 2
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=0.05, atol=0)
+
+
+def quantize_and_save(base: Path, out: Path) -> dict[str, torch.Tensor]:
+    config = SpQRConfig(**COMMON, dataset=texts(), tokenizer=byte_tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    model.save_pretrained(out)  # Transformers writes on rank 0 only
+    if dist.is_initialized():
+        dist.barrier()
+    return AutoModelForCausalLM.from_pretrained(out).state_dict()
+
+
+def test_inside_from_pretrained(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    alone = quantize_and_save(tmp_path / "base", tmp_path / "alone")
+    for got in run_ranks(quantize_and_save, tmp_path / "base", tmp_path / "together"):
+        assert got.keys() == alone.keys() and all(torch.equal(got[name], alone[name]) for name in alone)
+    assert {p.name for p in (tmp_path / "together").iterdir()} == {p.name for p in (tmp_path / "alone").iterdir()}
 
 
 def fail_on_one(what: str) -> tuple[type, str, bool]:
