@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,9 +55,7 @@ def take_columns(layout: Layout, tensors: Mapping[str, Tensor], start: int, stop
     if not 0 <= start < stop <= columns or start % shared or (stop % shared and stop != columns):
         raise ValueError(f"columns {start} to {stop} of {columns} cannot be cut out: use multiples of {shared}")
     if tensors.get("perm") is not None:
-        raise ValueError(
-            "columns cannot be cut out of a matrix whose columns are in an order of their own (act_order)"
-        )
+        raise ValueError("its columns are in an order of their own (act_order), none can be cut out")
     part_layout = replace(layout, in_features=stop - start)
     words = _panel_words(layout, start, stop)
     if words is None:
@@ -86,7 +85,7 @@ def join_rows(matrices: Sequence[Matrix]) -> Matrix:
     Raises:
         ValueError: neighbours are not :func:`joinable`.
     """
-    if not all(joinable(*pair) for pair in zip(matrices, matrices[1:], strict=False)):
+    if not all(joinable(*pair) for pair in pairwise(matrices)):
         raise ValueError("matrices of different layouts, column orders or parts of 16 rows cannot be joined")
     layout, tensors = matrices[0]
     joined = {**tensors, "packed": torch.cat([part["packed"] for _, part in matrices])}
@@ -116,15 +115,13 @@ def _panel_words(layout: Layout, start: int, stop: int) -> slice | None:
 def _repack_columns(layout: Layout, part: Layout, tensors: Mapping[str, Tensor], start: int) -> dict[str, Tensor]:
     stop = start + part.in_features
     columns = slice(start, stop)
-    groups = (
-        slice(0, 1) if layout.per_channel else slice(start // layout.group_size, ceil_div(stop, layout.group_size))
-    )
+    width = layout.in_features if layout.per_channel else layout.group_size
+    groups = slice(start // width, ceil_div(stop, width))
     if isinstance(layout, SpQRLayout):
         assert isinstance(part, SpQRLayout)
         whole = spqr.unpack(layout, dict(tensors))
-        counts, column, value = _outliers_within(
-            whole.outlier_row, whole.outlier_col, whole.outlier_value, start, stop
-        )
+        outliers = whole.outlier_row, whole.outlier_col, whole.outlier_value
+        counts, column, value = _outliers_within(*outliers, start, stop)
         second = slice(groups.start // layout.groups_per_second, ceil_div(groups.stop, layout.groups_per_second))
         return spqr.pack(
             SpQRWeight(

@@ -84,32 +84,44 @@ class PackedStyle(TensorParallelLayer):
 
 
 class RefusedStyle(TensorParallelLayer):
-    """Stops where expert parallelism would be applied to packed experts."""
+    """Stops where parameters would be divided that cannot be, before anything is loaded."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
 
     def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
-        raise UnsupportedLayerError(
-            f"{type(module).__name__}: packed experts are not divided by an expert-parallel plan (ep_size,"
-            " enable_expert_parallel). Use tp_plan='auto', which divides them among the ranks too."
-        )
+        raise UnsupportedLayerError(self.why)
+
+
+REFUSED = {
+    f"{PREFIX}refused_experts": "Packed experts are not divided by an expert-parallel plan (ep_size,"
+    " enable_expert_parallel). Use tp_plan='auto', which divides them among the ranks too.",
+    f"{PREFIX}refused_import": "Foreign checkpoints are rewritten while they are loaded and cannot be divided among"
+    " ranks meanwhile. Rewrite it once with `hf-spqr convert`, then load the result with tp_plan='auto'.",
+}
 
 
 def adapt_plans(model: Any) -> None:
-    """Add rules for the packed tensors to the parallel plans of ``model``, whose layers are packed already."""
+    """Add rules to the parallel plans of ``model``, whose layers are packed already, or stand ready to be imported."""
     for style in [name for name in ALL_PARALLEL_STYLES if not name.startswith(PREFIX)]:
         ALL_PARALLEL_STYLES.register(PREFIX + style, PackedStyle(style))  # type: ignore[arg-type]
-    ALL_PARALLEL_STYLES.register(f"{PREFIX}refused", RefusedStyle())  # type: ignore[arg-type]
+    for name, why in REFUSED.items():
+        ALL_PARALLEL_STYLES.register(name, RefusedStyle(why))  # type: ignore[arg-type]
     plan, expert_plan = model._tp_plan or {}, model._ep_plan or {}
     for name, module in model.named_modules():
         key = replace_layer_number_by_wildcard(name)
-        if isinstance(module, PackedLinear) and key in plan:
+        if getattr(module, "is_foreign", False) and key in plan:
+            leaves = {f"{key}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
+            plan.update(dict.fromkeys(leaves, f"{PREFIX}refused_import"))
+        elif isinstance(module, PackedLinear) and key in plan:
             plan.update({f"{key}.{leaf}": PREFIX + plan[key] for leaf in (*module.packed_tensors(), "weight")})
         elif isinstance(module, PackedExperts):
             leaves = {f"{key}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
+            expert_plan.update({leaf: f"{PREFIX}refused_experts" for leaf in leaves & expert_plan.keys()})
             if plan.get(key) == EXPERTS:
                 plan.setdefault(f"{key}.{module.kind.fused}", EXPERTS)
                 leaves.add(key)  # Transformers adds up the outputs only where it has divided the weights itself
             plan.update({leaf: PREFIX + plan[leaf].removeprefix(PREFIX) for leaf in leaves & plan.keys()})
-            expert_plan.update({leaf: f"{PREFIX}refused" for leaf in leaves & expert_plan.keys()})
 
 
 def _share(module: PackedLinear, style: str, mesh: Any) -> Share:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_spqr import ops
-from hf_spqr.errors import CheckpointError
+from hf_spqr.errors import CheckpointError, UnsupportedLayerError
 from hf_spqr.formats.columns import check_perm, nbytes
 from hf_spqr.nn.dense import make_dense
 
@@ -156,7 +156,12 @@ class PackedLinear(nn.Module):
         return ops.call_linear(type(self).linear, x, bias, *arguments)
 
     def dequantize_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix [out_features, in_features] in full, of ``dtype`` (the module's float dtype if not given)."""
+        """The matrix [out_features, in_features] in full, of ``dtype`` (the module's float dtype if not given).
+
+        Raises UnsupportedLayerError where this rank holds a part of it only.
+        """
+        if self.share is not None:
+            raise UnsupportedLayerError("this rank holds a part of the layer: load the model without tp_plan")
         dequantize = type(self).reference_dequantize if self.backend == "reference" else type(self).dequantize
         packed = [self._parameters[name] for name in self.tensor_names]
         return dequantize(

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from hf_spqr import ConfigError, OmniQuantConfig, SpQRConfig, UnsupportedLayerError, quantize_model
+from hf_spqr.integrations.export import export_model
+from hf_spqr.integrations.gptq import load_gptq_v2
 from hf_spqr.nn import PackedExperts, PackedLinear
 from tests.ranks import run_ranks
 from tests.tiny_models import byte_tokenizer, tiny_model
@@ -70,6 +72,8 @@ def on_a_rank(folders: dict[str, Path]) -> dict[str, object]:
         results[name] = (*outputs(model), packed_bytes(model))
     experts = folders["spqr, experts"]
     results["expert parallel"] = failure(lambda: load(experts, distributed_config=expert_parallel()))
+    foreign = folders["spqr"].parent / "gptq"
+    results["import"] = failure(lambda: load_gptq_v2(foreign, distributed_config=DistributedConfig(tp_size=2)))
     results["save"] = failure(lambda: model.save_pretrained(folder.parent / "again"))
     results["dequantize"] = failure(model.dequantize)
     config = SpQRConfig(**SPQR, dataset=IDS.repeat(8, 1))
@@ -95,6 +99,9 @@ def folders(tmp_path_factory, texts) -> dict[str, Path]:
         quantize_model(model, config, tokenizer=byte_tokenizer(), progress=False)
         made[name] = root / name.replace(", ", "_").replace(" ", "_")
         model.save_pretrained(made[name])
+    model = tiny_model("llama")
+    quantize_model(model, OmniQuantConfig(4, 32, dataset=texts, **OMNI), tokenizer=byte_tokenizer(), progress=False)
+    export_model(model, root / "gptq", "gptq_v2")
     return made
 
 
@@ -141,5 +148,6 @@ def test_what_is_refused(ranks, folders):
         assert rank["save"][0] is UnsupportedLayerError and "cannot be saved" in rank["save"][1]
         assert rank["dequantize"][0] is UnsupportedLayerError and "cannot be dequantized" in rank["dequantize"][1]
         assert rank["expert parallel"][0] is UnsupportedLayerError and "expert-parallel" in rank["expert parallel"][1]
+        assert rank["import"][0] is UnsupportedLayerError and "hf-spqr convert" in rank["import"][1]
         assert rank["quantize"][0] is ConfigError and "divided among ranks" in rank["quantize"][1]
     assert not list((folders["W8A8"].parent).glob("again/*.safetensors"))
