@@ -22,6 +22,12 @@ IDS = torch.arange(3, 23)[None]
 NEW_TOKENS = 8
 SPQR = {"bits": 3, "nsamples": 8, "seqlen": 64}
 OMNI = {"nsamples": 4, "seqlen": 32, "epochs": 1}
+MORE = (
+    "mistral", "qwen3", "gemma2", "gemma3_text", "cohere2", "olmo2", "granite", "starcoder2", "qwen2_moe", "qwen3_moe",
+    "olmoe", "llama4_text", "glm4", "glm4_moe", "exaone4", "smollm3", "phimoe", "minimax", "ernie4_5", "nemotron",
+    "helium",
+)  # fmt: skip
+"""Architectures, besides those of CASES, that have a plan."""
 # 104 = 6.5 blocks of rows and 6.5 groups of columns: the cut is not where statistics end
 CASES = {
     "spqr": ("llama", {"intermediate_size": 1024}, SpQRConfig(**SPQR, act_order=False)),
@@ -79,6 +85,17 @@ def on_a_rank(folders: dict[str, Path]) -> dict[str, object]:
     config = SpQRConfig(**SPQR, dataset=IDS.repeat(8, 1))
     results["quantize"] = failure(lambda: divided(folders["spqr"].parent / "base", quantization_config=config))
     return results
+
+
+def errors_on_a_rank(folders: dict[str, Path]) -> dict[str, float]:
+    """Distance of the logits to those of the whole model, relative to the largest."""
+    errors = {}
+    with torch.no_grad():
+        for kind, folder in folders.items():
+            expected = load(folder)(IDS).logits
+            got = load(folder, tp_plan="auto")(IDS).logits
+            errors[kind] = float((got - expected).abs().max() / expected.abs().max())
+    return errors
 
 
 def failure(call) -> tuple[type, str] | None:
@@ -151,3 +168,12 @@ def test_what_is_refused(ranks, folders):
         assert rank["import"][0] is UnsupportedLayerError and "hf-spqr convert" in rank["import"][1]
         assert rank["quantize"][0] is ConfigError and "divided among ranks" in rank["quantize"][1]
     assert not list((folders["W8A8"].parent).glob("again/*.safetensors"))
+
+
+def test_more_architectures(tmp_path, texts):
+    for kind in MORE:
+        model, config = tiny_model(kind), SpQRConfig(**SPQR, dataset=texts)
+        quantize_model(model, config, tokenizer=byte_tokenizer(), progress=False)
+        model.save_pretrained(tmp_path / kind)
+    for errors in run_ranks(errors_on_a_rank, {kind: tmp_path / kind for kind in MORE}):
+        assert {kind: error for kind, error in errors.items() if not error < 2e-4} == {}
