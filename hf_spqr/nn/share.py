@@ -139,14 +139,15 @@ class ColumnShare(Share):
             module.register_buffer("columns", perm.detach().long(), persistent=False)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
-        if (self.ordered or self.quantized) and torch.is_grad_enabled() and x.requires_grad:
+        learns = torch.is_grad_enabled() and x.requires_grad
+        if self.quantized and learns:
             raise UnsupportedLayerError(
-                "No gradient passes through a tensor-parallel layer whose columns are in an order of their own or"
-                " whose inputs are quantized: train in one process."
+                "No gradient passes through a tensor-parallel layer whose inputs are quantized: train in one process."
             )
         ends = self._extremes(x) if self.quantized else []
         if self.ordered:
-            x = self._gather(x).index_select(-1, module.columns)  # type: ignore[arg-type]
+            every = _Gather.apply(x, self) if learns else self._gather(x)
+            x = every.index_select(-1, module.columns)  # type: ignore[arg-type]
         else:
             x = F.pad(x, (self.start - self.first, self.last - self.stop))
         if self.quantized:
@@ -168,6 +169,21 @@ class ColumnShare(Share):
         every = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(every, mine, group=self.group)
         return torch.cat(every, dim=-1)[..., : self.whole.in_features]
+
+
+class _Gather(torch.autograd.Function):
+    """The inputs of all ranks. Every rank uses all of them, so what comes back to one is the sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: ColumnShare) -> Tensor:
+        ctx.share = share
+        return share._gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous()
+        dist.all_reduce(total, group=ctx.share.group)
+        return total[..., ctx.share.start : ctx.share.stop], None
 
 
 def _with_extremes(layout: AffineLayout) -> AffineLayout:

@@ -79,8 +79,8 @@ class Ranks:
         """The run of ``items`` that is this rank's. Raises CalibrationError where there are fewer than ranks."""
         if len(items) < self.size:
             raise CalibrationError(
-                f"{self.size} processes need at least as many calibration batches, and the data gives {len(items)}. Use"
-                " fewer processes, or more data (nsamples, seqlen)."
+                f"{self.size} processes need at least as many calibration batches, and the data gives {len(items)}."
+                " Use fewer processes, or more data (nsamples, seqlen)."
             )
         start, stop = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
         return list(items[start:stop])

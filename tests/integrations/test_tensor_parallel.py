@@ -87,6 +87,28 @@ def on_a_rank(folders: dict[str, Path]) -> dict[str, object]:
     return results
 
 
+def uses_on_a_rank(folders: dict[str, Path]) -> dict[str, dict[str, float | bool]]:
+    """How far gradients and the compiled model are from those of one process; whether the same tokens come out."""
+    found = {}
+    for name in ("spqr", "spqr, order"):
+        whole, part = load(folders[name]), divided(folders[name])
+        texts, cache = torch.cat([IDS, IDS + 7]), {"cache_implementation": "static"}
+        arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+        tokens = [model.generate(texts, **arguments, **cache) for model in (whole, part)]
+        embeddings = [model.get_input_embeddings()(IDS).detach().requires_grad_() for model in (whole, part)]
+        for model, x in zip((whole, part), embeddings, strict=True):
+            model(inputs_embeds=x).logits.square().sum().backward()
+        expected, got = (x.grad for x in embeddings)
+        with torch.no_grad():
+            compiled, logits = torch.compile(part, backend="aot_eager")(IDS).logits, whole(IDS).logits
+        found[name] = {
+            "same tokens": torch.equal(*tokens),
+            "gradient": float((got - expected).abs().max() / expected.abs().max()),
+            "compiled": float((compiled - logits).abs().max() / logits.abs().max()),
+        }
+    return found
+
+
 def errors_on_a_rank(folders: dict[str, Path]) -> dict[str, float]:
     """Distance of the logits to those of the whole model, relative to the largest."""
     errors = {}
@@ -168,6 +190,13 @@ def test_what_is_refused(ranks, folders):
         assert rank["import"][0] is UnsupportedLayerError and "hf-spqr convert" in rank["import"][1]
         assert rank["quantize"][0] is ConfigError and "divided among ranks" in rank["quantize"][1]
     assert not list((folders["W8A8"].parent).glob("again/*.safetensors"))
+
+
+def test_static_cache_gradients_and_compile(folders):
+    for found in run_ranks(uses_on_a_rank, folders):
+        for name in ("spqr", "spqr, order"):
+            assert found[name]["same tokens"]
+            assert found[name]["gradient"] < 1e-4 and found[name]["compiled"] < 1e-4
 
 
 def test_more_architectures(tmp_path, texts):
