@@ -242,7 +242,8 @@ def run(
     ranks: Ranks,
 ) -> QuantizationReport:
     """Quantize and, where there is a ``folder``, save into it; return the report."""
-    tokenizer = load_tokenizer(model)
+    with ranks.together():
+        tokenizer = load_tokenizer(model)
     config.tokenizer = tokenizer
     quantized: Any = load_model(model, dtype, device, quantization_config=config)
     report: QuantizationReport = quantized.quantization_report

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.tensor_parallel import (
     ALL_PARALLEL_STYLES,
@@ -102,7 +101,12 @@ REFUSED = {
 
 
 def adapt_plans(model: Any) -> None:
-    """Add rules to the parallel plans of ``model``, whose layers are packed already, or stand ready to be imported."""
+    """Add rules to the parallel plans of ``model``, whose layers are packed already, or stand ready to be imported.
+
+    Nothing is done outside of a process group.
+    """
+    if not is_distributed():
+        return
     for style in [name for name in ALL_PARALLEL_STYLES if not name.startswith(PREFIX)]:
         ALL_PARALLEL_STYLES.register(PREFIX + style, PackedStyle(style))  # type: ignore[arg-type]
     for name, why in REFUSED.items():
@@ -201,6 +205,10 @@ def finish(model: nn.Module) -> None:
 
     Raises ConfigError where a plan of the caller's divided packed tensors as if they were ordinary ones.
     """
+    if not is_distributed():
+        return
+    from torch.distributed.tensor import DTensor
+
     for name, module in model.named_modules():
         if not isinstance(module, PackedLinear):
             continue

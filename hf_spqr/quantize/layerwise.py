@@ -140,7 +140,7 @@ class SpQRRun(Run[SpQRConfig]):
                     for name in few:
                         threshold = None if self.budget is None else self.budget.threshold(mine[name].name)
                         if owners[name] == self.ranks.rank:
-                            done[name] = self._quantize_layer(mine[name], hessians[name], threshold)
+                            done[name] = self._quantize_layer(mine[name], hessians.pop(name), threshold)
                 for name, layer in self.ranks.exchange(done).items():
                     if name not in done:
                         _adopt(layers[name], layer.module)
