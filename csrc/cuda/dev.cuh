@@ -30,6 +30,16 @@ HF_DEVICE void sync_block() {
 HF_DEVICE void sync_warp() {
     __syncwarp();
 }
+// Some of a block's warps, `threads` in all, that name the same `group`, from 1 to 15.
+HF_DEVICE void sync_group(int group, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group), "r"(threads) : "memory");
+}
+HF_DEVICE int block_threads() {
+    return int(blockDim.x);
+}
+HF_DEVICE int grid_blocks() {
+    return int(gridDim.x);
+}
 
 // The block's dynamic shared memory, aligned to 1024 bytes.
 HF_DEVICE unsigned char* shared_memory() {
@@ -103,6 +113,14 @@ HF_DEVICE float fma(float a, float b, float c) {
 HF_DEVICE float shuffle_xor(float v, int mask) {
     return __shfl_xor_sync(0xffffffffu, v, mask);
 }
+// Of lane `from`.
+HF_DEVICE int shuffle(int v, int from) {
+    return __shfl_sync(0xffffffffu, v, from);
+}
+// How many lanes say yes.
+HF_DEVICE int count(bool yes) {
+    return __popc(__ballot_sync(0xffffffffu, yes));
+}
 // The largest value of the warp, in every lane.
 HF_DEVICE uint32_t max_of_warp(uint32_t v) {
     return __reduce_max_sync(0xffffffffu, v);
@@ -162,6 +180,19 @@ HF_DEVICE uint32_t shared_address() {
     return uint32_t(__cvta_generic_to_shared(shared_memory()));
 }
 template <int OFFSET>
+HF_DEVICE uint32_t load_shared(uint32_t at) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1+%2];" : "=r"(v) : "r"(at), "n"(OFFSET));
+    return v;
+}
+// 16 bits.
+template <int OFFSET>
+HF_DEVICE uint32_t load_shared_half(uint32_t at) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1+%2];" : "=h"(v) : "r"(at), "n"(OFFSET));
+    return v;
+}
+template <int OFFSET>
 HF_DEVICE uint2 load_shared2(uint32_t at) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2+%3];" : "=r"(v.x), "=r"(v.y) : "r"(at), "n"(OFFSET));
@@ -182,12 +213,32 @@ HF_DEVICE void store_shared(uint32_t at, uint2 v) {
     asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory");
 }
 
+HF_DEVICE void store_shared(uint32_t at, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // If wanted: 16 bytes from global to shared memory, asynchronously; the last 16 - bytes are zeros.
 template <int OFFSET>
 HF_DEVICE void copy_async(uint32_t to, const void* global, int bytes, bool wanted) {
     asm volatile("{.reg .pred p; setp.ne.u32 p, %4, 0; @p cp.async.cg.shared.global [%0+%3], [%1], 16, %2;}" ::"r"(to),
                  "l"(global), "r"(bytes), "n"(OFFSET), "r"(uint32_t(wanted))
                  : "memory");
+}
+// 16 bytes of what is read once, or zeros.
+template <int TO_OFFSET, int FROM_OFFSET>
+HF_DEVICE void copy_stream(uint32_t to, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0+%3], [%1+%4], 16, %2;" ::"r"(to), "l"(global),
+                 "r"(valid ? 16 : 0), "n"(TO_OFFSET), "n"(FROM_OFFSET)
+                 : "memory");
+}
+// Makes a group of the copies since the last one.
+HF_DEVICE void close_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for this thread's groups but the last N.
+template <int N>
+HF_DEVICE void wait_for_copies_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 // Waits for all copies of this thread.
 HF_DEVICE void wait_for_copies() {

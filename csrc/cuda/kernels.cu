@@ -3,6 +3,7 @@
 #include "cuda/activations.cuh"
 #include "cuda/dequantize.cuh"
 #include "cuda/linear_launch.cuh"
+#include "cuda/resident_plan.h"
 
 namespace hf_spqr {
 namespace {
@@ -36,6 +37,11 @@ int dequantize_format(const DequantizeArgs& a, void* stream) {
     }
 }
 
+// Whether stats_spqr16.cuh can read it: all vectors of codes also in the last panel.
+bool has_usual_statistics(const Matrix& m) {
+    return m.group == 16 && m.stat_bits == 3 && m.panels.last_code_words == m.panels.code_words;
+}
+
 }  // namespace
 
 extern "C" {
@@ -49,15 +55,28 @@ int hf_spqr_cuda_can_fuse(const Matrix* m, int tokens) {
 int hf_spqr_cuda_linear(const LinearArgs* a, void* stream) {
     const Matrix& m = a->weight;
     if (m.format == Format::spqr) {
-        const bool whole = m.panels.last_code_words == m.panels.code_words;  // also in the last panel
-        return m.group == 16 && m.stat_bits == 3 && whole ? linear_spqr16(*a, stream) : linear_spqr_any(*a, stream);
+        return has_usual_statistics(m) ? linear_spqr16(*a, stream) : linear_spqr_any(*a, stream);
     }
     if (m.group == kPerChannel) return linear_affine_channel(*a, stream);
     return m.group == 128 ? linear_affine128(*a, stream) : linear_affine_any(*a, stream);
 }
 
+int hf_spqr_cuda_linear_resident(const ResidentArgs* a, void* stream) {
+    const Matrix& m = a->weight;
+    if (a->tokens > kResidentTokens || !hf_spqr_cuda_can_fuse(&m, a->tokens)) return kNoKernel;
+    if (m.format == Format::spqr) return has_usual_statistics(m) ? resident_spqr16(*a, stream) : kNoKernel;
+    if (m.group == kPerChannel) return resident_affine_channel(*a, stream);
+    return m.group == 128 ? resident_affine128(*a, stream) : kNoKernel;
+}
+
 int hf_spqr_cuda_prepare(const PrepareArgs* a, void* stream) {
     return launch<prepare_kernel>({a->tokens, 1}, kPrepareThreads, kPrepareThreads / 32 * 4, stream, *a);
+}
+
+int hf_spqr_cuda_transpose(const TransposeArgs* a, void* stream) {
+    const int shared = kTransposeColumns * (kMaxFusedTokens + 2) * 2;
+    return launch<transpose_kernel>({ceil_div(a->columns, kTransposeColumns), 1}, kTransposeThreads, shared, stream,
+                                    *a);
 }
 
 int hf_spqr_cuda_finish(const FinishArgs* a, void* stream) {

@@ -4,6 +4,8 @@
 
 #ifdef HF_SPQR_EMU
 namespace hf_spqr {
+using emu::device_limits;
+using emu::DeviceLimits;
 using emu::launch;
 }
 #else
@@ -17,6 +19,19 @@ struct Grid {
 
 constexpr int kPlainShared = 48 * 1024;  // more than this must be asked for, once per kernel and device
 constexpr int kMaxGridY = 65535;
+
+struct DeviceLimits {
+    int multiprocessors, shared_bytes;  // of a block
+};
+
+inline int device_limits(DeviceLimits& limits) {
+    int device = 0;
+    if (const cudaError_t status = cudaGetDevice(&device)) return status;
+    if (const cudaError_t status =
+            cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device))
+        return status;
+    return cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
 
 template <auto KERNEL>
 cudaError_t allow_shared(int bytes) {

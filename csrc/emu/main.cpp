@@ -1,6 +1,6 @@
 // Runs cases written by tests/cuda/emulator.py through the kernels: emu IN OUT.
 //
-// IN: for each case 16 int64 (see Header), then its tensors, each as its size in bytes (int64) and the bytes; an empty
+// IN: for each case 18 int64 (see Header), then its tensors, each as its size in bytes (int64) and the bytes; an empty
 // tensor stands for a missing one. OUT: the result of each case, likewise. Every tensor has an allocation of its own,
 // so that AddressSanitizer guards both its ends.
 #include <cstdio>
@@ -18,7 +18,7 @@ enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2 };
 
 struct Header {
     int64_t job, format, bits, group, rows, columns, stat_bits, groups_per_second, symmetric, scale_bf16, tokens,
-        dtype, first_row, part_rows, wide, seed;
+        dtype, first_row, part_rows, wide, seed, multiprocessors, shared_bytes;
 };
 
 struct Bytes {
@@ -53,7 +53,10 @@ std::unique_ptr<Bytes> read_tensor(FILE* in) {
 void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     const auto perm = read_tensor(in), bias = read_tensor(in), x = read_tensor(in);
     const DType dtype = DType(h.dtype);
-    LinearArgs a{m, x->as<uint16_t>(), h.columns, nullptr, int(h.tokens), bias->data, y.data, dtype};
+    const ResidentArgs resident{m, x->data, perm->as<int32_t>(), bias->data, y.data, dtype, int(h.tokens), {}};
+    const int status = hf_spqr_cuda_linear_resident(&resident, nullptr);
+    if (status != kNoKernel) return expect(status == 0, "resident linear failed");
+    LinearArgs a{m, x->as<uint16_t>(), h.columns, nullptr, int(h.tokens), bias->data, y.data, dtype, nullptr, 0};
     Bytes half(h.tokens * prepared_stride(h.columns) * 2), scale(h.tokens * 4);
     if (needs_prepare(dtype, perm->data != nullptr, h.columns)) {
         a.x = half.as<uint16_t>();
@@ -68,6 +71,13 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
                             a.x_stride,
                             scale.as<float>()};
         expect(hf_spqr_cuda_prepare(&p, nullptr) == 0, "prepare failed");
+    }
+    a.x_columns_stride = ceil_div(a.tokens, kTransposedTokens) * kTransposedTokens;
+    const Bytes columns(m.columns * a.x_columns_stride * 2);
+    if (m.outlier) {
+        const TransposeArgs t{a.x, a.x_stride, a.tokens, m.columns, columns.as<uint16_t>(), a.x_columns_stride};
+        expect(hf_spqr_cuda_transpose(&t, nullptr) == 0, "transpose failed");
+        a.x_columns = columns.as<uint16_t>();
     }
     expect(hf_spqr_cuda_can_fuse(&m, a.tokens), "no kernel for this matrix");
     expect(hf_spqr_cuda_linear(&a, nullptr) == 0, "linear failed");
@@ -89,6 +99,7 @@ void run_finish(const Header& h, FILE* in, FILE* out) {
 
 void run_case(const Header& h, FILE* in, FILE* out) {
     emu::seed() = unsigned(h.seed);
+    emu::limits() = {int(h.multiprocessors), int(h.shared_bytes)};
     if (Job(h.job) == Job::finish) return run_finish(h, in, out);
     const DType dtype = DType(h.dtype);
     const int64_t element = dtype == DType::f32 ? 4 : 2;

@@ -73,16 +73,32 @@ bool aligned(const Tensor& t) {
 }
 
 void linear_few(const Call& c, const Tensor& x, Tensor& y) {
+    const ResidentArgs resident{c.matrix,  x.const_data_ptr(), c.perm,  c.bias, y.mutable_data_ptr(),
+                                c.dtype, c.tokens,           {}};
+    const int status = hf_spqr_cuda_linear_resident(&resident, c.stream);
+    if (status != kNoKernel) return check(c.op, "resident linear", status);
     const bool as_it_is = !needs_prepare(c.dtype, c.perm != nullptr, c.matrix.columns) && aligned(x);
     const PreparedX p = as_it_is ? PreparedX{x, c.matrix.columns, std::nullopt} : prepare(c, x);
-    const LinearArgs args{c.matrix,
-                          static_cast<const uint16_t*>(p.x.const_data_ptr()),
-                          p.stride,
-                          p.scale(),
-                          c.tokens,
-                          c.bias,
-                          y.mutable_data_ptr(),
-                          c.dtype};
+    const auto* half = static_cast<const uint16_t*>(p.x.const_data_ptr());
+    LinearArgs args{c.matrix,
+                    half,
+                    p.stride,
+                    p.scale(),
+                    c.tokens,
+                    c.bias,
+                    y.mutable_data_ptr(),
+                    c.dtype,
+                    nullptr,
+                    ceil_div(c.tokens, kTransposedTokens) * kTransposedTokens};
+    std::optional<Tensor> columns;
+    if (c.matrix.outlier) {
+        columns = stable::new_empty(x, {c.matrix.columns, args.x_columns_stride}, ScalarType::Half);
+        const TransposeArgs transpose{
+            half, p.stride, c.tokens, c.matrix.columns, static_cast<uint16_t*>(columns->mutable_data_ptr()),
+            args.x_columns_stride};
+        check(c.op, "transpose", hf_spqr_cuda_transpose(&transpose, c.stream));
+        args.x_columns = transpose.out;
+    }
     check(c.op, "linear", hf_spqr_cuda_linear(&args, c.stream));
 }
 

@@ -54,6 +54,10 @@ def build(folder: Path) -> Path:
     return program
 
 
+SMALLEST_DEVICE = (3, 99 << 10)
+"""Multiprocessors (few, so that each takes several row blocks) and bytes of shared memory a block may have."""
+
+
 @dataclass
 class Case:
     """One call of a kernel: a linear if ``x`` is given, otherwise a dequantize of rows [first_row, + part_rows)."""
@@ -65,6 +69,7 @@ class Case:
     first_row: int = 0
     part_rows: int | None = None
     seed: int = 1
+    device: tuple[int, int] = SMALLEST_DEVICE
 
     @property
     def rows(self) -> int:
@@ -91,9 +96,9 @@ class Case:
             wide = 0
         tokens = 0 if self.x is None else self.x.shape[0]
         header = struct.pack(
-            "16q", self.x is None, isinstance(self.weight, affine.AffineWeight), lay.bits, lay.group_size,
+            "18q", self.x is None, isinstance(self.weight, affine.AffineWeight), lay.bits, lay.group_size,
             lay.out_features, lay.in_features, *kind, tokens, DTYPES[self.out_dtype], self.first_row, self.rows, wide,
-            self.seed,
+            self.seed, *self.device,
         )  # fmt: skip
         tensors = [packed["packed"], packed.get("outlier_row"), packed.get("outlier"), packed.get("perm")]
         if self.x is not None:
@@ -122,8 +127,8 @@ class Finish:
     def encode(self) -> bytes:
         (tokens, rows), part = self.y.shape, self.product.shape[1]
         header = struct.pack(
-            "16q", 2, 0, 0, 0, rows, 0, 0, 0, 0, 0, tokens, DTYPES[self.y.dtype], self.first_row, part,
-            DTYPES[self.product.dtype], 1,
+            "18q", 2, 0, 0, 0, rows, 0, 0, 0, 0, 0, tokens, DTYPES[self.y.dtype], self.first_row, part,
+            DTYPES[self.product.dtype], 1, *SMALLEST_DEVICE,
         )  # fmt: skip
         return header + b"".join(_bytes(tensor) for tensor in (self.product, self.token_scale, self.bias, self.y))
 
