@@ -9,7 +9,7 @@ converter cuts that share out of each matrix, in host memory, while it is read. 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from transformers.integrations.tensor_parallel import (
 )
 
 from hf_spqr.errors import ConfigError, UnsupportedLayerError
+from hf_spqr.integrations.experts import split_experts
 from hf_spqr.nn import PackedExperts, PackedLinear
 from hf_spqr.nn.share import ColumnShare, RowShare, Share, chunk
 
@@ -32,10 +33,13 @@ __all__ = [
     "adapt_plans",
     "finish",
     "is_distributed",
-    "refuse_divided",
+    "refuse_to_dequantize",
     "refuse_to_quantize",
     "share_converters",
+    "whole_state",
 ]
+
+T = TypeVar("T")
 
 PREFIX = "hf_spqr_"
 EXPERTS = "moe_tp_experts"
@@ -62,7 +66,8 @@ class PackedStyle(TensorParallelLayer):
                 module.hold(_share(module, self.style, mesh))
         elif isinstance(module, PackedExperts):
             if param == module.kind.fused:
-                module.hold(*chunk(module.kind.experts, mesh.get_local_rank(), mesh.size()))
+                first, last = chunk(module.kind.experts, mesh.get_local_rank(), mesh.size())
+                module.hold(first, last, mesh.get_group())
         else:
             ALL_PARALLEL_STYLES[self.style].shard_param(module, param, mesh)
 
@@ -191,13 +196,38 @@ def is_divided(model: nn.Module) -> bool:
     )
 
 
-def refuse_divided(model: nn.Module, what: str) -> None:
-    """Raise UnsupportedLayerError where packed layers are divided among ranks; ``what`` cannot be done with them."""
+def refuse_to_dequantize(model: nn.Module) -> None:
+    """Raise UnsupportedLayerError where packed layers are divided among ranks."""
     if is_divided(model):
         raise UnsupportedLayerError(
-            f"A packed model whose layers are divided among ranks cannot be {what}: no rank holds all of it. Load it"
-            " in one process, without tp_plan; its weights are those of the folder that it was loaded from."
+            "A packed model whose layers are divided among ranks cannot be dequantized: no rank holds all of it. Load"
+            " it in one process, without tp_plan."
         )
+
+
+def whole_state(model: nn.Module) -> dict[str, Any] | None:
+    """The state of a model whose layers are divided, whole on the first rank, which writes it; None for any other.
+
+    All ranks have to call this. What is not packed is left to Transformers to gather.
+    """
+    if not is_divided(model):
+        return None
+    state = split_experts(model, gather) or model.state_dict()
+    for name, module in model.named_modules():
+        share = getattr(module, "share", None)
+        if share is None:
+            continue
+        held = gather({key: tensor.cpu() for key, tensor in share.tensors(module).items()}, share.group)
+        if held is not None:
+            state.update({f"{name}.{key}": tensor for key, tensor in share.rejoin(held).items()})
+    return state
+
+
+def gather(mine: T, group: Any) -> list[T] | None:
+    """What the ranks of ``group`` have, on the first of them; None on the others."""
+    every: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
+    dist.gather_object(mine, every, dst=dist.get_global_rank(group, 0), group=group)
+    return every
 
 
 def finish(model: nn.Module) -> None:

@@ -185,7 +185,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string there
-        tensor_parallel.refuse_divided(model, "dequantized")
+        tensor_parallel.refuse_to_dequantize(model)
         for name, module in list(model.named_modules()):
             if not isinstance(module, PackedLinear):
                 continue
@@ -202,8 +202,8 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[Any, dict[str, str]]:
-        tensor_parallel.refuse_divided(model, "saved")
-        return split_experts(model), {"hf_spqr_format_version": str(FORMAT_VERSION)}
+        state = tensor_parallel.whole_state(model) or split_experts(model)
+        return state, {"hf_spqr_format_version": str(FORMAT_VERSION)}
 
     def is_serializable(self) -> bool:
         return True

@@ -112,10 +112,12 @@ class PackedExperts(nn.Module):
     packed: nn.ModuleDict
     held: tuple[int, int] | None = None
     """The first expert that this rank holds under tensor parallelism and the one after the last; None for all."""
+    group: Any = None
+    """The process group that holds all of them together."""
 
-    def hold(self, first: int, last: int) -> None:
+    def hold(self, first: int, last: int, group: Any = None) -> None:
         """Hold some of the experts only: others give zeros. On the meta device, before the tensors are loaded."""
-        self.held = first, last
+        self.held, self.group = (first, last), group
         for linear in self.linears().values():
             for name in linear.packed_tensors():
                 old = linear.get_parameter(name)

@@ -8,7 +8,7 @@ ranks on both sides hold them, and each uses only what is its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from hf_spqr.errors import ConfigError, UnsupportedLayerError
 from hf_spqr.formats import affine
 from hf_spqr.formats.affine import AffineLayout, AffineWeight
 from hf_spqr.formats.panels import ceil_div
-from hf_spqr.formats.parts import shared_columns, take_columns, take_rows
+from hf_spqr.formats.parts import join_columns, join_rows, shared_columns, take_columns, take_rows
 from hf_spqr.formats.tiles import ROWS
 
 __all__ = ["ColumnShare", "RowShare", "Share", "chunk"]
@@ -60,12 +60,24 @@ class Share:
         """The tensors that are held, from those of the whole matrix."""
         raise NotImplementedError
 
+    def of(self, rank: int) -> Share:
+        """What another rank holds."""
+        raise NotImplementedError
+
+    def rejoin(self, held: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors of the whole matrix, in host memory, from those that the ranks hold: the inverse of `take`."""
+        raise NotImplementedError
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that are held, by name, as far as they do not depend on the data."""
         return {"packed": self.layout.packed_shape(), "outlier_row": (self.layout.out_features + 1,)}
 
     def finish(self, module: nn.Module) -> None:
         """Called once when the tensors of ``module`` are in place."""
+
+    def tensors(self, module: Any) -> dict[str, Tensor]:
+        """What :meth:`take` gave for ``module``."""
+        return module.packed_tensors()
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """The forward pass of ``module`` on this rank."""
@@ -83,6 +95,19 @@ class RowShare(Share):
 
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return take_rows(self.whole, tensors, self.first, self.last)[1]
+
+    def of(self, rank: int) -> RowShare:
+        return RowShare(self.whole, rank, self.size, self.group)
+
+    def rejoin(self, held: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        parts, done = [], 0
+        for rank, tensors in enumerate(held):
+            other = self.of(rank)
+            if done < other.last:  # a block of rows that two ranks hold is taken once
+                start, stop = max(done, other.first) - other.first, other.last - other.first
+                parts.append(take_rows(other.layout, tensors, start, stop))
+                done = other.last
+        return join_rows(parts)[1]
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         compute = type(module).forward
@@ -128,6 +153,22 @@ class ColumnShare(Share):
             part = _add_extremes(self.held, self.layout, part)
         return part if perm is None else {**part, "perm": perm[self.first : self.last].clone()}
 
+    def of(self, rank: int) -> ColumnShare:
+        bits = 0 if self.quantized else None  # which bits does not matter for what is held
+        return ColumnShare(self.whole, rank, self.size, self.group, ordered=self.ordered, act_bits=bits)
+
+    def rejoin(self, held: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        parts, done = [], 0
+        for rank, tensors in enumerate(held):
+            other = self.of(rank)
+            if done < other.last:
+                plain = {name: tensor for name, tensor in tensors.items() if name != "perm"}
+                start, stop = max(done, other.first) - other.first, other.last - other.first
+                parts.append(take_columns(other.layout, plain, start, stop))
+                done = other.last
+        whole = join_columns(parts)[1]
+        return {**whole, "perm": torch.cat([tensors["perm"] for tensors in held])} if self.ordered else whole
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {**super().shapes(), "perm": (self.last - self.first,)}
 
@@ -137,6 +178,10 @@ class ColumnShare(Share):
             assert perm is not None
             module._parameters["perm"] = None
             module.register_buffer("columns", perm.detach().long(), persistent=False)
+
+    def tensors(self, module: Any) -> dict[str, Tensor]:
+        held = super().tensors(module)
+        return {**held, "perm": module.columns.to(torch.int32)} if self.ordered else held
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         learns = torch.is_grad_enabled() and x.requires_grad

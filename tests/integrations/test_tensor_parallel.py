@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -76,11 +77,11 @@ def on_a_rank(folders: dict[str, Path]) -> dict[str, object]:
     for name, folder in folders.items():
         model = divided(folder)
         results[name] = (*outputs(model), packed_bytes(model))
+        model.save_pretrained(folder.parent / "again" / folder.name)
     experts = folders["spqr, experts"]
     results["expert parallel"] = failure(lambda: load(experts, distributed_config=expert_parallel()))
     foreign = folders["spqr"].parent / "gptq"
     results["import"] = failure(lambda: load_gptq_v2(foreign, distributed_config=DistributedConfig(tp_size=2)))
-    results["save"] = failure(lambda: model.save_pretrained(folder.parent / "again"))
     results["dequantize"] = failure(model.dequantize)
     config = SpQRConfig(**SPQR, dataset=IDS.repeat(8, 1))
     results["quantize"] = failure(lambda: divided(folders["spqr"].parent / "base", quantization_config=config))
@@ -182,14 +183,24 @@ def test_every_rank_holds_a_part(name, folders, ranks):
         assert sum(held) < 1.15 * whole
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_saved_again(name, folders, ranks):
+    """The ranks put their parts together: the same tensors, in one file."""
+    folder = folders[name]
+    again = folder.parent / "again" / folder.name
+    assert {path.name for path in again.iterdir()} == {path.name for path in folder.iterdir()}
+    expected, got = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
+    assert got.keys() == expected.keys()
+    assert [key for key, tensor in expected.items() if not torch.equal(got[key], tensor)] == []
+    assert torch.equal(outputs(load(again))[0], outputs(load(folder))[0])
+
+
 def test_what_is_refused(ranks, folders):
     for rank in ranks:
-        assert rank["save"][0] is UnsupportedLayerError and "cannot be saved" in rank["save"][1]
         assert rank["dequantize"][0] is UnsupportedLayerError and "cannot be dequantized" in rank["dequantize"][1]
         assert rank["expert parallel"][0] is UnsupportedLayerError and "expert-parallel" in rank["expert parallel"][1]
         assert rank["import"][0] is UnsupportedLayerError and "hf-spqr convert" in rank["import"][1]
         assert rank["quantize"][0] is ConfigError and "divided among ranks" in rank["quantize"][1]
-    assert not list((folders["W8A8"].parent).glob("again/*.safetensors"))
 
 
 def test_static_cache_gradients_and_compile(folders):

@@ -125,3 +125,17 @@ def test_outliers_go_to_their_rank():
         parts = [kind(layout, rank, 2, None).take(tensors) for rank in range(2)]
         assert sum(part["outlier"].numel() for part in parts) == weight.outlier_col.numel()
         assert all(part["outlier"].numel() > 0 for part in parts)
+
+
+@pytest.mark.parametrize("perm", [False, True], ids=["", "ordered"])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_put_together_again(layout, size, perm):
+    tensors = whole(layout, perm).packed_tensors()
+    shares = [RowShare(layout, 0, size, None), ColumnShare(layout, 0, size, None, ordered=perm)]
+    if layout.per_channel and isinstance(layout, AffineLayout):
+        shares.append(ColumnShare(layout, 0, size, None, ordered=perm, act_bits=8))
+    for share in shares:
+        again = share.rejoin([share.of(rank).take(tensors) for rank in range(size)])
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
