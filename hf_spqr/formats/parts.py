@@ -19,7 +19,7 @@ from hf_spqr.formats.panels import ceil_div
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
 from hf_spqr.formats.tiles import COLUMNS, ROWS
 
-__all__ = ["Matrix", "join_rows", "joinable", "take_columns", "take_rows"]
+__all__ = ["Matrix", "join_columns", "join_rows", "joinable", "shared_columns", "take_columns", "take_rows"]
 
 Layout = SpQRLayout | AffineLayout
 Matrix = tuple[Any, dict[str, Tensor]]
@@ -51,7 +51,7 @@ def take_columns(layout: Layout, tensors: Mapping[str, Tensor], start: int, stop
         ValueError: the cut goes through columns that share statistics, or the columns are in an order of their own.
     """
     columns = layout.in_features
-    shared = _shared_columns(layout)
+    shared = shared_columns(layout)
     if not 0 <= start < stop <= columns or start % shared or (stop % shared and stop != columns):
         raise ValueError(f"columns {start} to {stop} of {columns} cannot be cut out: use multiples of {shared}")
     if tensors.get("perm") is not None:
@@ -96,7 +96,53 @@ def join_rows(matrices: Sequence[Matrix]) -> Matrix:
     return replace(layout, out_features=sum(part.out_features for part, _ in matrices)), joined
 
 
-def _shared_columns(layout: Layout) -> int:
+def join_columns(matrices: Sequence[Matrix]) -> Matrix:
+    """The matrices side by side as one, packed anew: the inverse of cutting a matrix by :func:`take_columns`.
+
+    Raises:
+        ValueError: they differ in more than their columns, one that is not the last ends inside columns that share
+            statistics, or their columns are in orders of their own.
+    """
+    layout = matrices[0][0]
+    shared = shared_columns(layout)
+    alike = all(replace(part, in_features=1) == replace(layout, in_features=1) for part, _ in matrices)
+    ends = any(part.in_features % shared for part, _ in matrices[:-1])
+    if not alike or ends or any(tensors.get("perm") is not None for _, tensors in matrices):
+        raise ValueError("matrices of different layouts, orders or parts of shared statistics cannot be joined")
+    whole = replace(layout, in_features=sum(part.in_features for part, _ in matrices))
+    if not isinstance(layout, SpQRLayout):
+        affines = [affine.unpack(part, dict(tensors)) for part, tensors in matrices]
+        codes = torch.cat([part.codes for part in affines], dim=1)
+        if layout.per_channel:
+            return whole, affine.pack(AffineWeight(whole, codes, affines[0].scales, affines[0].zeros))
+        scales = torch.cat([part.scales for part in affines], dim=1)
+        zeros = [part.zeros for part in affines if part.zeros is not None]
+        return whole, affine.pack(AffineWeight(whole, codes, scales, torch.cat(zeros, dim=1) if zeros else None))
+    parts = [spqr.unpack(part, dict(tensors)) for part, tensors in matrices]
+    rows = [torch.arange(layout.out_features).repeat_interleave(part.outlier_row.diff().long()) for part in parts]
+    starts = torch.tensor([0, *(part.layout.in_features for part in parts)]).cumsum(0).tolist()
+    order = torch.cat(rows).argsort(stable=True)  # what a row has in one part stays before what it has in the next
+    columns = torch.cat([part.outlier_col + start for part, start in zip(parts, starts, strict=False)])
+
+    def side_by_side(name: str) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        return tensors[0] if layout.per_channel and name != "codes" else torch.cat(tensors, dim=1)
+
+    return whole, spqr.pack(
+        SpQRWeight(
+            layout=whole,
+            codes=side_by_side("codes"),
+            scale_codes=side_by_side("scale_codes"),
+            zero_codes=side_by_side("zero_codes"),
+            second=side_by_side("second"),
+            outlier_row=_from_counts(torch.bincount(torch.cat(rows), minlength=layout.out_features)),
+            outlier_col=columns[order],
+            outlier_value=torch.cat([part.outlier_value for part in parts])[order],
+        )
+    )
+
+
+def shared_columns(layout: Layout) -> int:
     """How many neighbouring columns share statistics."""
     if layout.per_channel:
         return 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineLayout
-from hf_spqr.formats.parts import join_rows, joinable, take_columns, take_rows
+from hf_spqr.formats.parts import join_columns, join_rows, joinable, take_columns, take_rows
 from hf_spqr.formats.spqr import SpQRLayout
 from tests.weights import random_affine, random_spqr
 
@@ -111,3 +112,23 @@ def test_bad_cuts():
             take_columns(*matrix, *columns)
     with pytest.raises(ValueError, match="act_order"):
         take_columns(*whole(SpQRLayout(72, 640), perm=True), 0, 256)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("cuts", [(256,), (128, 384)], ids=str)
+def test_columns_joined_again(layout, cuts):
+    unit = 128 if layout.in_features > 640 else 1
+    matrix = whole(layout)
+    edges = [0, *(unit * cut for cut in cuts), layout.in_features]
+    parts = [take_columns(*matrix, start, stop) for start, stop in pairwise(edges)]
+    joined, tensors = join_columns(parts)
+    assert joined == layout and all(torch.equal(tensors[name], tensor) for name, tensor in matrix[1].items())
+
+
+def test_columns_that_cannot_be_joined():
+    matrix = whole(SpQRLayout(32, 640, second_group=32))
+    for other in (whole(SpQRLayout(32, 640, bits=4)), whole(SpQRLayout(48, 640, second_group=32))):
+        with pytest.raises(ValueError, match="cannot be joined"):
+            join_columns([matrix, other])
+    with pytest.raises(ValueError, match="cannot be joined"):  # the first ends inside a group
+        join_columns([whole(SpQRLayout(32, 72)), whole(SpQRLayout(32, 640))])
