@@ -4,7 +4,8 @@
 
 Each time is the median over replays of a CUDA graph, per call. Within a graph every call takes another copy of the
 weights, together more than the L2 cache holds, because a decoding model too comes back to a layer only after all the
-others. The byte limit is what a call must read and write, at the bandwidth that this run measured for an elementwise kernel.
+others. The byte limit is what a call must read and write, at the bandwidth that this run measured for an elementwise
+kernel.
 Writes benchmarks/results/kernels_cuda-<gpu>.json.
 """
 

@@ -242,7 +242,7 @@ linear_resident_kernel(const ResidentArgs a) {
                 if (row_block >= row_blocks) break;
                 sums.begin(row_block, round - batch, chunk == 0);
                 stats.begin(m.packed + int64_t(row_block) * m.panels.words);
-                uint32_t x_at[4], x_sums = x.sums_at(slice, t);
+                uint32_t x_at[4], x_sums = x.sums_at(slice, 2 * t < a.tokens ? t : 0);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     x_at[i] = shared + (slice * a.tokens + token) * kTokenBytes + 16 * x_place(4 * t + i, token);
