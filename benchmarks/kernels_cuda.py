@@ -1,10 +1,11 @@
 """Times the CUDA kernels beside torch's dense matrix product, from GPU memory.
 
-    python benchmarks/kernels_cuda.py [--quick]
+    python benchmarks/kernels_cuda.py [--quick] [--tokens 1 8 64]
 
 Each time is the median over replays of a CUDA graph, per call. Within a graph every call takes another copy of the
 weights, together more than the L2 cache holds, because a decoding model too comes back to a layer only after all the
-others. The byte limit is what a call must read and write, at the bandwidth that this run measured for a plain copy.
+others. The byte limit is what a call must read and write, at the bandwidth that this run measured for an elementwise
+kernel.
 Writes benchmarks/results/kernels_cuda-<gpu>.json.
 """
 
@@ -30,11 +31,12 @@ ROTATE_BYTES = 240 << 20  # at least twice the L2 cache of the largest GPUs
 OUTLIERS = 0.01
 
 
-def seconds_of_copy() -> float:
-    """Per byte moved, of a copy much larger than the cache."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+def seconds_per_byte() -> float:
+    """Of bytes read and written by an elementwise kernel over much more than the cache. (A copy inside of a graph is a
+    memcpy, which reached only two thirds of this on an H200.)"""
+    source = torch.empty(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    return time_graph([lambda: target.copy_(source)]) / (2 * source.numel())
+    return time_graph([lambda: torch.add(source, 1.0, out=target)]) / (8 * source.numel())
 
 
 def time_graph(calls: list[Callable[[], Any]], replays: int = 20) -> float:
@@ -93,6 +95,48 @@ def dense_calls(rows: int, columns: int, x: Tensor) -> tuple[list[Callable], int
     return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights], nbytes
 
 
+def integer_calls(
+    rows: int, x: Tensor, layout: AffineLayout, act_bits: int, quantize: bool
+) -> tuple[list[Callable], int]:
+    """The linear on integers, with or without the quantization of ``x`` before it."""
+    nbytes = 4 * layout.row_blocks * layout.words
+    numbers = (layout.bits, layout.group_size, layout.symmetric, False, x.dtype)
+    weights = [random_words(layout.packed_shape()) for _ in range(copies_of(nbytes))]
+    codes = ops.quantize_activation(x, None, act_bits, False)
+
+    def call(weight: Tensor) -> Tensor:
+        given = ops.quantize_activation(x, None, act_bits, False) if quantize else codes
+        return ops.w_int8_linear(*given, weight, None, rows, *numbers)
+
+    return [lambda w=w: call(w) for w in weights], nbytes
+
+
+def int_mm_calls(rows: int, columns: int, tokens: int) -> tuple[list[Callable], int]:
+    """torch's product of int8 matrices, which gives int32: neither scales nor zero points."""
+    x = torch.randint(-128, 128, (tokens, columns), dtype=torch.int8, device="cuda")
+    weights = [
+        torch.randint(-128, 128, (rows, columns), dtype=torch.int8, device="cuda")
+        for _ in range(copies_of(rows * columns))
+    ]
+    return [lambda w=w: torch._int_mm(x, w.T) for w in weights], rows * columns
+
+
+def integer_kinds(rows: int, columns: int, x: Tensor) -> dict[str, Callable[[], tuple[list[Callable], int]]]:
+    def maker(bits: int, act_bits: int, group: int, quantize: bool) -> Callable:
+        return lambda: integer_calls(rows, x, AffineLayout(rows, columns, bits, group), act_bits, quantize)
+
+    found = {
+        "W8A8, linear only": maker(8, 8, -1, False),
+        "W8A8": maker(8, 8, -1, True),
+        "W6A6": maker(6, 6, -1, True),
+        "W4A4 (as int8)": maker(4, 4, -1, True),
+        "W4A8 g128": maker(4, 8, 128, True),
+    }
+    if x.shape[0] > 16:  # torch's takes no fewer
+        found["torch int8 (_int_mm)"] = lambda: int_mm_calls(rows, columns, x.shape[0])
+    return found
+
+
 def kinds(rows: int, columns: int, x: Tensor, x_half: Tensor) -> dict[str, Callable[[], tuple[list[Callable], int]]]:
     """Name -> maker of calls, so that only one set of weights lives at a time."""
     return {
@@ -104,21 +148,30 @@ def kinds(rows: int, columns: int, x: Tensor, x_half: Tensor) -> dict[str, Calla
         "affine 4 bit g128, bf16": lambda: affine_calls(rows, x, AffineLayout(rows, columns, 4, 128)),
         "affine 3 bit g128, fp16": lambda: affine_calls(rows, x_half, AffineLayout(rows, columns, 3, 128)),
         "affine 2 bit g64, fp16": lambda: affine_calls(rows, x_half, AffineLayout(rows, columns, 2, 64)),
+        **integer_kinds(rows, columns, x),
     }
+
+
+def save_results(gpu: str, per_byte: float, rows_of_table: list[dict[str, Any]]) -> Any:
+    name = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower()
+    result = {"gpu": gpu, "cuda": torch.version.cuda, "bytes_per_second": 1 / per_byte, "results": rows_of_table}
+    return save(f"kernels_cuda-{name}", result)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes, few batch sizes")
-    quick = parser.parse_args().quick
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"default {' '.join(map(str, TOKENS))}")
+    given = parser.parse_args()
+    quick = given.quick
     if not ops.COMPILED_CUDA:
         raise SystemExit(f"the CUDA extension is not there: {ops.WHY_NOT.get('_C_cuda')}")
     gpu = torch.cuda.get_device_name()
-    per_byte = seconds_of_copy()
-    print(f"{gpu}: a copy moves {1e-12 / per_byte:.2f} TB/s")
+    per_byte = seconds_per_byte()
+    print(f"{gpu}: memory moves {1e-12 / per_byte:.2f} TB/s")
     rows_of_table = []
     for rows, columns in SHAPES[:2] if quick else SHAPES:
-        for tokens in (1, 8, 16, 64, 2048) if quick else TOKENS:
+        for tokens in given.tokens or ((1, 8, 16, 64, 2048) if quick else TOKENS):
             x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
             for name, make in kinds(rows, columns, x, x.half()).items():
                 calls, nbytes = make()
@@ -130,9 +183,8 @@ def main() -> None:
                 print(f"{rows:6} x {columns:6}, {tokens:5} tokens, {name:26} {1e6 * seconds:9.2f} us "
                       f"{100 * limit / seconds:5.1f} % of the byte limit", flush=True)  # fmt: skip
                 del calls, make
-    name = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower()
-    result = {"gpu": gpu, "cuda": torch.version.cuda, "copy_bytes_per_second": 1 / per_byte, "results": rows_of_table}
-    print(save(f"kernels_cuda-{name}", result))
+            save_results(gpu, per_byte, rows_of_table)  # what there is, should the rest not be reached
+    print(save_results(gpu, per_byte, rows_of_table))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def run(model: nn.Module, calib: Tensor, held: Tensor, params: OmniQuantParams) 
         samples = range(len(held))
         with torch.no_grad():
             held_fp = runner(held_fp, samples)
-            held_q = runner(held_q, samples, tensors, params.act_bits, attention)
+            held_q = runner(held_q, samples, tensors, params.act_bits, attention, params.act_sym)
         fp, quant = result.outputs_fp, result.outputs_q
         rows.append({
             "error": float(F.mse_loss(held_q, held_fp)), "nearest": result.loss_nearest,

@@ -17,6 +17,7 @@ from hf_spqr.errors import (
     ConfigError,
     HfSpqrError,
     NonFiniteError,
+    RankError,
     UnsupportedLayerError,
 )
 from hf_spqr.integrations import legacy
@@ -32,6 +33,7 @@ __all__ = [
     "HfSpqrError",
     "NonFiniteError",
     "OmniQuantConfig",
+    "RankError",
     "SpQRConfig",
     "UnsupportedLayerError",
     "quantize_model",

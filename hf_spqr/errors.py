@@ -1,7 +1,7 @@
 """Exceptions of hf_spqr. Each says what was found and what to do about it.
 
-Every class is an :class:`HfSpqrError` and a :class:`ValueError`, so both ``except hf_spqr.HfSpqrError`` and the
-``ValueError`` that Transformers' own quantizers raise will catch it.
+Every class is an :class:`HfSpqrError` and, but for :class:`RankError`, a :class:`ValueError`, so both ``except
+hf_spqr.HfSpqrError`` and the ``ValueError`` that Transformers' own quantizers raise will catch it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ __all__ = [
     "ConfigError",
     "HfSpqrError",
     "NonFiniteError",
+    "RankError",
     "UnsupportedLayerError",
 ]
 
 
 class HfSpqrError(Exception):
-    """Base class of everything that hf_spqr raises on purpose."""
+    """Base class of everything that hf_spqr raises on purpose.
+
+    everywhere: it is raised by every process of a group, of which it is enough that one shows it.
+    """
+
+    everywhere = False
 
 
 class ConfigError(HfSpqrError, ValueError):
@@ -38,3 +44,7 @@ class CalibrationError(HfSpqrError, ValueError):
 
 class NonFiniteError(HfSpqrError, ValueError):
     """A weight, an activation or a Hessian contains NaN or infinity."""
+
+
+class RankError(HfSpqrError, RuntimeError):
+    """Another process of the group has failed; the message says which and why."""

@@ -149,13 +149,26 @@ def test_overrides_in_order_and_layout():
     assert layout == SpQRLayout(48, 64, bits=5, group_size=16, stat_bits=4, second_group=16)
 
 
+@pytest.mark.parametrize(("fields", "order", "damping"), [
+    ({}, False, 0.03),
+    ({"mode": "reference"}, True, 1.0),
+    ({"mode": "reference", "act_order": False}, False, 1.0),
+    ({"act_order": True, "percdamp": 0.1}, True, 0.1),
+])  # fmt: skip
+def test_what_the_mode_decides_is_stored(fields, order, damping):
+    config = SpQRConfig(**fields)
+    before = config.params()
+    config.settle()
+    stored = config.to_dict()
+    assert (stored["act_order"], stored["percdamp"]) == (order, damping)
+    assert config.stores_order("model.layers.0.mlp.up_proj") is order
+    assert (config.params().permutes, config.params().damping) == (before.permutes, before.damping)
+
+
 def test_params_take_the_defaults_of_the_method():
     from hf_spqr.methods.base import SpQRParams
 
     assert SpQRConfig().params("x") == SpQRParams()
-    settled = SpQRConfig()
-    settled.settle()
-    assert (settled.act_order, settled.percdamp) == (SpQRParams().act_order, SpQRParams().percdamp)
     params = SpQRConfig(percdamp=0.5, act_order=True, mode="reference").params("x")
     assert (params.percdamp, params.act_order, params.mode) == (0.5, True, "reference")
 

@@ -1,29 +1,12 @@
 // Dense rows out of a packed matrix. Internal linkage (see vec.h).
 #pragma once
 #include <type_traits>
+#include "cpu/round.h"
 #include "cpu/row_block.h"
 #include "cpu/transpose.h"
 
 namespace hf_spqr {
 namespace {
-
-// 16-bit rounding of a vector, in the low halves of its words.
-inline VecU bf16_bits(VecF v) {
-    const VecU u = (VecU)v, nan = (VecU)(v != v);
-    return (((u + 0x7fff + (u >> 16 & 1)) >> 16) & ~nan) | (nan & 0x7fc0);
-}
-
-inline VecU f16_bits(VecF v) {
-#if defined(__AVX512F__)
-    return (VecU)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__)
-    return (VecU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-    VecU bits;
-    for (int i = 0; i < kLanes; ++i) bits[i] = to_f16(v[i]);
-    return bits;
-#endif
-}
 
 // w[column][row] in fp32 to words[half][16][row]: row r of the tile is words[0][0..15][r], then words[1][0..15][r] in
 // fp32; words[0] alone, two columns to a word, in 16 bits.

@@ -1,5 +1,6 @@
 // The kernels of one instruction set, and the choice between them.
 #pragma once
+#include "cpu/integer.h"
 #include "cpu/matrix.h"
 
 namespace hf_spqr {
@@ -34,6 +35,7 @@ struct Kernels {
     void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last);
     // Exclusive or over words (a multiple of 64 of them): what a plain read of memory costs.
     uint32_t (*read)(const uint32_t*, int64_t words);
+    const IntegerKernels& integers;
 };
 
 extern const Kernels kScalarKernels;

@@ -32,7 +32,8 @@ void linear(const LinearArgs& a, int64_t first, int64_t last) {
 }  // namespace
 
 const Kernels& bf16_kernels() {
-    static const Kernels kernels = {planes_bytes, any_tokens, prepare, linear, dequantize_bf16, kVnniKernels.read};
+    static const Kernels kernels = {planes_bytes,      any_tokens,           prepare, linear, dequantize_bf16,
+                                    kVnniKernels.read, kVnniKernels.integers};
     return kernels;
 }
 

@@ -101,6 +101,29 @@ inline DecodeStatistics decode_statistics_of(int bits) {
     return kTable[bits - 1];
 }
 
+// Scale and zero point of an affine panel, both [group][row].
+inline void load_affine(const Matrix& m, const Panel& panel, DecodeStatistics decode_codes, float* scale,
+                        float* zero) {
+    const auto to_f32 = m.scale_bf16 ? from_bf16 : from_f16;
+    const float middle = float(1 << (m.bits - 1));
+    if (m.group == kPerChannel) {
+        for (int r = 0; r < kRows; ++r) {
+            const uint32_t word = panel.statistics[r];
+            scale[r] = to_f32(uint16_t(word));
+            zero[r] = m.symmetric ? middle : float(word >> 16);
+        }
+        return;
+    }
+    if (!m.symmetric) decode_codes(panel.statistics + (panel.groups + 1) / 2 * kRows, 0, zero);
+    for (int g = 0; g < panel.groups; ++g) {
+        for (int r = 0; r < kRows; ++r) {
+            const uint32_t word = panel.statistics[g / 2 * kRows + r];
+            scale[g * kRows + r] = to_f32(uint16_t(g & 1 ? word >> 16 : word));
+            if (m.symmetric) zero[g * kRows + r] = middle;
+        }
+    }
+}
+
 // A panel's statistics as fp32: weight = scale * code + shift, both [group][row].
 struct Statistics {
     alignas(64) float scale[kMaxGroups * kRows];
@@ -135,26 +158,8 @@ struct Statistics {
     }
 
     void decode_affine(const Matrix& m, const Panel& panel, DecodeStatistics decode_codes) {
-        const auto to_f32 = m.scale_bf16 ? from_bf16 : from_f16;
-        const float middle = float(1 << (m.bits - 1));
-        if (m.group == kPerChannel) {
-            for (int r = 0; r < kRows; ++r) {
-                const uint32_t word = panel.statistics[r];
-                scale[r] = to_f32(uint16_t(word));
-                shift[r] = -scale[r] * (m.symmetric ? middle : float(word >> 16));
-            }
-            return;
-        }
-        const uint32_t* zeros = panel.statistics + (panel.groups + 1) / 2 * kRows;
-        if (!m.symmetric) decode_codes(zeros, 0, shift);
-        for (int g = 0; g < panel.groups; ++g) {
-            for (int r = 0; r < kRows; ++r) {
-                const uint32_t word = panel.statistics[g / 2 * kRows + r];
-                const float s = to_f32(uint16_t(g & 1 ? word >> 16 : word));
-                scale[g * kRows + r] = s;
-                shift[g * kRows + r] = -s * (m.symmetric ? middle : shift[g * kRows + r]);
-            }
-        }
+        load_affine(m, panel, decode_codes, scale, shift);
+        for (int i = 0; i < panel.groups * kRows; ++i) shift[i] *= -scale[i];
     }
 };
 

@@ -35,6 +35,25 @@ static HF_KERNEL(kPrepareThreads, 1) prepare_kernel(const PrepareArgs a) {
     }
 }
 
+constexpr int kTransposeColumns = 64, kTransposeThreads = 256;
+
+// Grid: x = stretches of 64 columns.
+static HF_KERNEL(kTransposeThreads, 1) transpose_kernel(const TransposeArgs a) {
+    constexpr int kRow = kMaxFusedTokens + 2;  // halves of a column in shared memory: columns meet in no bank
+    uint16_t* tile = reinterpret_cast<uint16_t*>(dev::shared_memory());
+    const int64_t first = dev::block_x() * kTransposeColumns;
+    for (int i = dev::thread(); i < kTransposeColumns * int(a.out_stride); i += kTransposeThreads) {
+        const int column = i % kTransposeColumns, token = i / kTransposeColumns;
+        const bool there = token < a.tokens && first + column < a.columns;
+        tile[column * kRow + token] = there ? a.x[token * a.x_stride + first + column] : uint16_t(0);
+    }
+    dev::sync_block();
+    for (int i = dev::thread(); i < kTransposeColumns * int(a.out_stride); i += kTransposeThreads) {
+        const int column = i / int(a.out_stride), token = i % int(a.out_stride);
+        if (first + column < a.columns) a.out[(first + column) * a.out_stride + token] = tile[column * kRow + token];
+    }
+}
+
 // Grid: x = tokens, y = stretches of kFinishThreads rows of the part.
 static HF_KERNEL(kFinishThreads, 1) finish_kernel(const FinishArgs a) {
     const int64_t token = dev::block_x(), r = dev::block_y() * kFinishThreads + dev::thread();

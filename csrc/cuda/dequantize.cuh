@@ -58,12 +58,6 @@ HF_DEVICE void put_quarter(unsigned char* row, const uint32_t* w, ScaleZero sz, 
     }
 }
 
-HF_DEVICE int tile_offset(const Matrix& m, int tile) {
-    const int panel = tile >> m.panels.tile_shift;
-    const int stats = panel == m.panels.last_panel ? m.panels.last_stat_words : m.panels.stat_words;
-    return panel * m.panels.panel_words + stats + (tile - (panel << m.panels.tile_shift)) * m.bits * kRows;
-}
-
 // Row `row` of the block's part of the matrix, columns [first, first + count), from shared memory.
 HF_DEVICE void copy_row(const DequantizeArgs& a, const unsigned char* from, int64_t row, int first, int count,
                         int lane) {

@@ -30,6 +30,33 @@ HF_DEVICE void sync_block() {
 HF_DEVICE void sync_warp() {
     __syncwarp();
 }
+// Some of a block's warps, `threads` in all, that name the same `group`, from 1 to 15.
+HF_DEVICE void sync_group(int group, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group), "r"(threads) : "memory");
+}
+HF_DEVICE int block_threads() {
+    return int(blockDim.x);
+}
+HF_DEVICE int grid_blocks() {
+    return int(gridDim.x);
+}
+
+// Kernels that overlap in a stream, where the device can: the next one may start when all blocks of this one have said
+// so or ended; it waits before it touches what this one may write, and nobody sees a difference.
+HF_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+HF_DEVICE void wait_for_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Asks for the line of 128 bytes to come into the L2 cache; reads nothing.
+HF_DEVICE void prefetch(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
 
 // The block's dynamic shared memory, aligned to 1024 bytes.
 HF_DEVICE unsigned char* shared_memory() {
@@ -103,6 +130,17 @@ HF_DEVICE float fma(float a, float b, float c) {
 HF_DEVICE float shuffle_xor(float v, int mask) {
     return __shfl_xor_sync(0xffffffffu, v, mask);
 }
+HF_DEVICE int shuffle_xor(int v, int mask) {
+    return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+// Of lane `from`.
+HF_DEVICE int shuffle(int v, int from) {
+    return __shfl_sync(0xffffffffu, v, from);
+}
+// How many lanes say yes.
+HF_DEVICE int count(bool yes) {
+    return __popc(__ballot_sync(0xffffffffu, yes));
+}
 // The largest value of the warp, in every lane.
 HF_DEVICE uint32_t max_of_warp(uint32_t v) {
     return __reduce_max_sync(0xffffffffu, v);
@@ -115,6 +153,35 @@ HF_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c += a b: a 16 x 32 unsigned bytes (row), b 32 x 8 signed bytes (column), c int32 modulo 2^32.
+HF_DEVICE void mma_u8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// c + the sum of the four bytes of a.
+HF_DEVICE int add_signed_bytes(uint32_t a, int c) {
+    return __dp4a(int(a), 0x01010101, c);
+}
+HF_DEVICE int add_unsigned_bytes(uint32_t a, int c) {
+    return int(__dp4a(a, 0x01010101u, uint32_t(c)));
+}
+// Byte i of the result is byte (i-th hexadecimal digit of SELECT, lowest first) of the eight bytes b:a.
+template <uint32_t SELECT>
+HF_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, SELECT);
+}
+// Of floats: a / b, rounded; the nearest integer, ties to even, as float; and the float nearest to an integer.
+HF_DEVICE float div(float a, float b) {
+    return __fdiv_rn(a, b);
+}
+HF_DEVICE float round_even(float a) {
+    return rintf(a);
+}
+HF_DEVICE float float_of(int a) {
+    return __int2float_rn(a);
+}
+
 // A value that is the same in the whole warp, told to the compiler.
 HF_DEVICE int uniform(int v) {
     return __shfl_sync(0xffffffffu, v, 0);
@@ -123,6 +190,10 @@ HF_DEVICE int uniform(int v) {
 HF_DEVICE uint32_t keep(uint32_t v) {
     asm("" : "+r"(v));
     return v;
+}
+// Likewise, of the whole warp and also against ptxas, which computes again what it can: costs an instruction.
+HF_DEVICE uint32_t pin(uint32_t v) {
+    return __shfl_sync(0xffffffffu, v, threadIdx.x & 31);
 }
 template <class T>
 HF_DEVICE T* keep(T* p) {
@@ -162,6 +233,19 @@ HF_DEVICE uint32_t shared_address() {
     return uint32_t(__cvta_generic_to_shared(shared_memory()));
 }
 template <int OFFSET>
+HF_DEVICE uint32_t load_shared(uint32_t at) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1+%2];" : "=r"(v) : "r"(at), "n"(OFFSET));
+    return v;
+}
+// 16 bits.
+template <int OFFSET>
+HF_DEVICE uint32_t load_shared_half(uint32_t at) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1+%2];" : "=h"(v) : "r"(at), "n"(OFFSET));
+    return v;
+}
+template <int OFFSET>
 HF_DEVICE uint2 load_shared2(uint32_t at) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2+%3];" : "=r"(v.x), "=r"(v.y) : "r"(at), "n"(OFFSET));
@@ -182,12 +266,39 @@ HF_DEVICE void store_shared(uint32_t at, uint2 v) {
     asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory");
 }
 
+HF_DEVICE void store_shared(uint32_t at, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+// Four matrices of 8 rows x 16 bytes. Lane 8 i + r gives the address of row r of matrix i; lane 4 r + t gets bytes
+// 4 t to 4 t + 3 of row r of each.
+HF_DEVICE void load_matrices(uint32_t (&m)[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(at));
+}
+
 // If wanted: 16 bytes from global to shared memory, asynchronously; the last 16 - bytes are zeros.
 template <int OFFSET>
 HF_DEVICE void copy_async(uint32_t to, const void* global, int bytes, bool wanted) {
     asm volatile("{.reg .pred p; setp.ne.u32 p, %4, 0; @p cp.async.cg.shared.global [%0+%3], [%1], 16, %2;}" ::"r"(to),
                  "l"(global), "r"(bytes), "n"(OFFSET), "r"(uint32_t(wanted))
                  : "memory");
+}
+// 16 bytes of what is read once, or zeros.
+template <int TO_OFFSET, int FROM_OFFSET>
+HF_DEVICE void copy_stream(uint32_t to, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0+%3], [%1+%4], 16, %2;" ::"r"(to), "l"(global),
+                 "r"(valid ? 16 : 0), "n"(TO_OFFSET), "n"(FROM_OFFSET)
+                 : "memory");
+}
+// Makes a group of the copies since the last one.
+HF_DEVICE void close_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for this thread's groups but the last N.
+template <int N>
+HF_DEVICE void wait_for_copies_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 // Waits for all copies of this thread.
 HF_DEVICE void wait_for_copies() {

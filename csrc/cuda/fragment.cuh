@@ -40,6 +40,15 @@ HF_DEVICE uint32_t weight_pair(const uint32_t (&w)[BITS], const Quarter& s, int 
     }
 }
 
+// Column pairs PAIR and PAIR + 1 of a lane's two rows: what an mma takes.
+template <int BITS, int PAIR>
+HF_DEVICE void weight_operand(uint32_t (&a)[4], const uint32_t (&w)[2][BITS], const Quarter& q) {
+    a[0] = weight_pair<BITS, PAIR>(w[0], q, 0);
+    a[1] = weight_pair<BITS, PAIR>(w[1], q, 1);
+    a[2] = weight_pair<BITS, PAIR + 1>(w[0], q, 0);
+    a[3] = weight_pair<BITS, PAIR + 1>(w[1], q, 1);
+}
+
 template <int NT, int J, int H>
 HF_DEVICE void multiply_tokens(float (&acc)[NT][4], const uint32_t (&first)[4], const uint32_t (&second)[4],
                                uint32_t x) {
@@ -53,10 +62,9 @@ HF_DEVICE void multiply_tokens(float (&acc)[NT][4], const uint32_t (&first)[4], 
 // g lie in shared memory at x + 256 H, those of tokens 8 j + g j * 4096 bytes further.
 template <int BITS, int NT, int I, int H>
 HF_DEVICE void multiply_quarter(float (&acc)[NT][4], const uint32_t (&w)[2][BITS], const Quarter& q, uint32_t x) {
-    const uint32_t first[4] = {weight_pair<BITS, 4 * I>(w[0], q, 0), weight_pair<BITS, 4 * I>(w[1], q, 1),
-                               weight_pair<BITS, 4 * I + 1>(w[0], q, 0), weight_pair<BITS, 4 * I + 1>(w[1], q, 1)};
-    const uint32_t second[4] = {weight_pair<BITS, 4 * I + 2>(w[0], q, 0), weight_pair<BITS, 4 * I + 2>(w[1], q, 1),
-                                weight_pair<BITS, 4 * I + 3>(w[0], q, 0), weight_pair<BITS, 4 * I + 3>(w[1], q, 1)};
+    uint32_t first[4], second[4];
+    weight_operand<BITS, 4 * I>(first, w, q);
+    weight_operand<BITS, 4 * I + 2>(second, w, q);
     multiply_tokens<NT, 0, H>(acc, first, second, x);
 }
 

@@ -2,7 +2,11 @@
 #include "cuda/kernels.h"
 #include "cuda/activations.cuh"
 #include "cuda/dequantize.cuh"
+#include "cuda/int8_files.h"
+#include "cuda/int8_wide.cuh"
 #include "cuda/linear_launch.cuh"
+#include "cuda/quantize.cuh"
+#include "cuda/resident_plan.h"
 
 namespace hf_spqr {
 namespace {
@@ -36,6 +40,11 @@ int dequantize_format(const DequantizeArgs& a, void* stream) {
     }
 }
 
+// Whether stats_spqr16.cuh can read it: all vectors of codes also in the last panel.
+bool has_usual_statistics(const Matrix& m) {
+    return m.group == 16 && m.stat_bits == 3 && m.panels.last_code_words == m.panels.code_words;
+}
+
 }  // namespace
 
 extern "C" {
@@ -49,15 +58,28 @@ int hf_spqr_cuda_can_fuse(const Matrix* m, int tokens) {
 int hf_spqr_cuda_linear(const LinearArgs* a, void* stream) {
     const Matrix& m = a->weight;
     if (m.format == Format::spqr) {
-        const bool whole = m.panels.last_code_words == m.panels.code_words;  // also in the last panel
-        return m.group == 16 && m.stat_bits == 3 && whole ? linear_spqr16(*a, stream) : linear_spqr_any(*a, stream);
+        return has_usual_statistics(m) ? linear_spqr16(*a, stream) : linear_spqr_any(*a, stream);
     }
     if (m.group == kPerChannel) return linear_affine_channel(*a, stream);
     return m.group == 128 ? linear_affine128(*a, stream) : linear_affine_any(*a, stream);
 }
 
+int hf_spqr_cuda_linear_resident(const ResidentArgs* a, void* stream) {
+    const Matrix& m = a->weight;
+    if (a->tokens > kResidentTokens || !hf_spqr_cuda_can_fuse(&m, a->tokens)) return kNoKernel;
+    if (m.format == Format::spqr) return has_usual_statistics(m) ? resident_spqr16(*a, stream) : kNoKernel;
+    if (m.group == kPerChannel) return resident_affine_channel(*a, stream);
+    return m.group == 128 ? resident_affine128(*a, stream) : kNoKernel;
+}
+
 int hf_spqr_cuda_prepare(const PrepareArgs* a, void* stream) {
     return launch<prepare_kernel>({a->tokens, 1}, kPrepareThreads, kPrepareThreads / 32 * 4, stream, *a);
+}
+
+int hf_spqr_cuda_transpose(const TransposeArgs* a, void* stream) {
+    const int shared = kTransposeColumns * (kMaxFusedTokens + 2) * 2;
+    return launch<transpose_kernel>({ceil_div(a->columns, kTransposeColumns), 1}, kTransposeThreads, shared, stream,
+                                    *a);
 }
 
 int hf_spqr_cuda_finish(const FinishArgs* a, void* stream) {
@@ -70,6 +92,32 @@ int hf_spqr_cuda_dequantize(const DequantizeArgs* a, void* stream) {
         spqr ? dequantize_format<Format::spqr>(*a, stream) : dequantize_format<Format::affine>(*a, stream);
     if (status != 0 || !spqr || !(a->weight.outlier || a->weight.outlier_wide)) return status;
     return launch<add_outliers_kernel>({a->part_rows, 1}, 128, 0, stream, *a);
+}
+
+int hf_spqr_cuda_quantize(const QuantizeArgs* a, void* stream) {
+    constexpr int shared = 2 * 32 * 4;  // two words of each warp
+    const Grid grid{a->tokens, 1};
+    const bool aligned = reinterpret_cast<uintptr_t>(a->x) % 16 == 0 && reinterpret_cast<uintptr_t>(a->code) % 8 == 0;
+    if (!aligned || a->perm || a->columns % kQuantizeVector != 0) {
+        return launch<quantize_kernel>(grid, kQuantizeThreads, shared, stream, *a);
+    }
+    if (a->tokens <= kMaxFusedTokens && a->columns > kQuantizeThreads * kQuantizeVector) {
+        return launch<quantize_vectors_kernel<kQuantizeThreadsOfFew>>(grid, kQuantizeThreadsOfFew, shared, stream, *a);
+    }
+    return launch<quantize_vectors_kernel<kQuantizeThreads>>(grid, kQuantizeThreads, shared, stream, *a);
+}
+
+int hf_spqr_cuda_pad(const PadArgs* a, void* stream) {
+    return launch<pad_kernel>({a->tokens, 1}, kPadThreads, 0, stream, *a);
+}
+
+int hf_spqr_cuda_int8_linear(const Int8Args* a, void* stream) {
+    if (a->weight.group == kPerChannel && a->weight.columns > kTermColumns) {
+        const Grid grid{ceil_div(a->weight.rows, kRows), ceil_div(a->tokens, kWideTokens)};
+        return launch<int8_wide_kernel>(grid, kRows * kWideTokens, 0, stream, *a);
+    }
+    if (a->weight.bits < 5) return int8_few_bits(*a, stream);
+    return a->weight.bits < 8 ? int8_planes(*a, stream) : int8_bytes(*a, stream);
 }
 
 const char* hf_spqr_cuda_error(int status) {

@@ -17,7 +17,29 @@ struct LinearArgs {
     const void* bias;  // [rows] of dtype, or null
     void* y;           // [tokens, rows] of dtype
     DType dtype;
+    const uint16_t* x_columns;  // x by columns for the outliers, as `transpose` writes it; null without outliers
+    int64_t x_columns_stride;
 };
+
+// How x goes through shared memory in the kernel for few tokens; filled in by its launch.
+struct ResidentPlan {
+    int chunk_columns;  // of x in shared memory at a time, a multiple of 256
+    bool vectors;       // x can be read 16 bytes at a time, in order
+};
+
+// The same product for few tokens, from x as it was given.
+struct ResidentArgs {
+    Matrix weight;
+    const void* x;        // [tokens, columns] of dtype
+    const int32_t* perm;  // stored column j is column perm[j] of x; or null
+    const void* bias;     // [rows] of dtype, or null
+    void* y;              // [tokens, rows] of dtype
+    DType dtype;
+    int tokens;
+    ResidentPlan plan;
+};
+
+constexpr int kNoKernel = -1;  // instead of an error: this matrix, number of tokens or device is not served
 
 // x [tokens, columns] of any dtype to fp16 in stored order; rows padded with zeros to x_stride. bf16 and fp32 are
 // scaled per token by a power of two so that nothing overflows.
@@ -29,6 +51,17 @@ struct PrepareArgs {
     uint16_t* out;
     int64_t x_stride;
     float* token_scale;  // [tokens]; not written for fp16
+};
+
+constexpr int kTransposedTokens = 32;  // tokens are padded to a multiple of this
+
+// x [tokens, columns] fp16 to out [columns, out_stride], zeros past the tokens. At most kMaxFusedTokens.
+struct TransposeArgs {
+    const uint16_t* x;
+    int64_t x_stride;
+    int tokens, columns;
+    uint16_t* out;
+    int64_t out_stride;  // a multiple of kTransposedTokens
 };
 
 // y[token, first_row + r] = product[token, r] * token_scale[token] + bias[first_row + r]
@@ -53,13 +86,52 @@ struct DequantizeArgs {
     DType dtype;
 };
 
+// Codes of x [tokens, columns], one grid per token: x ~ scale * (code - zero).
+struct QuantizeArgs {
+    const void* x;
+    DType dtype;
+    const int32_t* perm;  // stored column j is original column perm[j]; or null
+    int tokens, columns, bits;
+    bool symmetric;
+    int8_t* code;  // [tokens, columns]
+    float* scale;  // [tokens]
+    int32_t* zero;
+};
+
+// y[tokens, rows] = x W^T + bias in integers, x given by its codes.
+struct Int8Args {
+    Matrix weight;       // affine
+    const int8_t* x;     // [tokens, x_stride], 16-byte aligned rows, zeros past the end
+    int64_t x_stride;    // a multiple of 16, at least columns
+    const float* scale;  // [tokens]
+    const int32_t* zero;
+    int tokens;
+    const void* bias;  // [rows] of dtype, or null
+    void* y;           // [tokens, rows] of dtype
+    DType dtype;
+};
+
+// Rows of `columns` bytes to rows of `stride`, filled up with zeros.
+struct PadArgs {
+    const int8_t* x;
+    int tokens, columns;
+    int8_t* out;
+    int64_t stride;
+};
+
 extern "C" {
 // 1 when `hf_spqr_cuda_linear` has a kernel for this matrix and number of tokens; by shape only.
 int hf_spqr_cuda_can_fuse(const Matrix*, int tokens);
 int hf_spqr_cuda_linear(const LinearArgs*, void* stream);
+// The fastest way for up to 8 tokens of most matrices; kNoKernel where it is not to be had. Leaves `plan` alone.
+int hf_spqr_cuda_linear_resident(const ResidentArgs*, void* stream);
 int hf_spqr_cuda_prepare(const PrepareArgs*, void* stream);
+int hf_spqr_cuda_transpose(const TransposeArgs*, void* stream);
 int hf_spqr_cuda_finish(const FinishArgs*, void* stream);
 int hf_spqr_cuda_dequantize(const DequantizeArgs*, void* stream);
+int hf_spqr_cuda_quantize(const QuantizeArgs*, void* stream);
+int hf_spqr_cuda_pad(const PadArgs*, void* stream);
+int hf_spqr_cuda_int8_linear(const Int8Args*, void* stream);
 const char* hf_spqr_cuda_error(int status);
 // 0, or the version of the driver if it is of an older generation than the CUDA runtime that is linked in.
 int hf_spqr_cuda_old_driver(void);

@@ -4,8 +4,10 @@
 
 #ifdef HF_SPQR_EMU
 namespace hf_spqr {
+using emu::device_limits;
+using emu::DeviceLimits;
 using emu::launch;
-}
+}  // namespace hf_spqr
 #else
 #include <atomic>
 
@@ -17,6 +19,26 @@ struct Grid {
 
 constexpr int kPlainShared = 48 * 1024;  // more than this must be asked for, once per kernel and device
 constexpr int kMaxGridY = 65535;
+
+struct DeviceLimits {
+    int multiprocessors, shared_bytes;  // of a block
+};
+
+// Whether kernels can overlap (dev::wait_for_kernel).
+inline bool can_overlap() {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+}
+
+inline int device_limits(DeviceLimits& limits) {
+    int device = 0;
+    if (const cudaError_t status = cudaGetDevice(&device)) return status;
+    if (const cudaError_t status =
+            cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device))
+        return status;
+    return cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
 
 template <auto KERNEL>
 cudaError_t allow_shared(int bytes) {
@@ -34,16 +56,25 @@ cudaError_t allow_shared(int bytes) {
     return status;
 }
 
-template <auto KERNEL, class Args>
+// OVERLAP: the kernel calls dev::wait_for_kernel, so it may start before the one before it has ended.
+template <auto KERNEL, bool OVERLAP = false, class Args>
 int launch(Grid grid, int threads, int shared_bytes, void* stream, const Args& args) {
     if (grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
     if (shared_bytes > kPlainShared) {
         if (const cudaError_t status = allow_shared<KERNEL>(shared_bytes)) return status;
     }
     void* arguments[] = {const_cast<Args*>(&args)};
-    return cudaLaunchKernel(reinterpret_cast<const void*>(KERNEL), dim3(unsigned(grid.x), unsigned(grid.y)),
-                            dim3(unsigned(threads)), arguments, size_t(shared_bytes),
-                            static_cast<cudaStream_t>(stream));
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(grid.x), unsigned(grid.y));
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap;
+    config.numAttrs = OVERLAP && can_overlap() ? 1 : 0;
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(KERNEL), arguments);
 }
 
 }  // namespace hf_spqr

@@ -11,6 +11,7 @@
 #include "cuda/kernels.h"
 #include "cuda/outliers.cuh"
 #include "cuda/store.cuh"
+#include "cuda/x_place.cuh"
 
 namespace hf_spqr {
 
@@ -31,14 +32,7 @@ struct LinearShape {
     }
 };
 
-// A slice's x: per token 32 chunks of 8 columns, permuted so that neither writing a row nor reading four tiles
-// collides. Chunk c of token b lies at chunk x_place(c, b) of its row.
-HF_DEVICE int x_place(int chunk, int token) {
-    return chunk ^ (chunk >> 3 & 1) ^ (token & 1) << 1;
-}
-
 constexpr uint32_t kOnes = half2_power(0);
-constexpr int kTokenBytes = kStepColumns * 2;
 
 // Fetches x for the warps of a slice, step by step: this warp every WIDTH-th token, each lane 8 columns of it.
 template <int NT, int WIDTH, int SLICES>
@@ -220,7 +214,7 @@ HF_DEVICE void multiply_integer_set(float (&total)[R][NT][4], RowBlock<Stats, BI
     }
 }
 
-// Adds up the slices, adds outliers and bias, scales and writes. One warp per row and 8 tokens.
+// Adds up the slices, adds outliers and bias, scales and writes. One warp per row.
 template <int NT, int R, int WIDTH, int SLICES>
 HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[R][NT][4], float factor, float* sums,
                            int64_t first_token) {
@@ -239,27 +233,23 @@ HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[R][NT][4], 
         }
     }
     dev::sync_block();
-    const int token = token_of(lane);
+    constexpr int kLanes = Shape::kTokens / kLaneTokens;
+    const int64_t first = first_token + lane % kLanes * kLaneTokens;
     for (int r = warp; r < kBlockRows; r += Shape::kWarps) {
         const int64_t row = dev::block_x() * kBlockRows + r;
         if (row >= a.weight.rows) break;
-        for (int j = 0; j < NT && first_token + 8 * j < a.tokens; ++j) {
-            float v[8] = {};
-            if (a.weight.outlier) {
-                multiply_outliers(v, a, int(row), first_token + 8 * j, lane);
-                sum_tokens(v, lane);
-            }
-            const int64_t b = first_token + 8 * j + token;
-            if ((lane & 3) == 0 && b < a.tokens) {
-                float y = v[0];
+        float v[kLaneTokens] = {};
+        if (a.weight.outlier) multiply_outliers<Shape::kTokens>(v, a, int(row), first_token, lane);
+        if (lane >= kLanes) continue;
+        const float bias = a.bias ? read_as(a.bias, row, a.dtype) : 0.f;
+        for (int b = 0; b < kLaneTokens && first + b < a.tokens; ++b) {
+            float y = v[b];
 #pragma unroll
-                for (int s = 0; s < SLICES; ++s) {
-                    y = dev::fma(sums[(s * kBlockRows + r) * Shape::kTokens + 8 * j + token], factor, y);
-                }
-                if (a.token_scale) y = dev::mul(y, a.token_scale[b]);
-                if (a.bias) y = dev::add(y, read_as(a.bias, row, a.dtype));
-                write_as(a.y, b * a.weight.rows + row, a.dtype, y);
+            for (int s = 0; s < SLICES; ++s) {
+                y = dev::fma(sums[(s * kBlockRows + r) * Shape::kTokens + lane * kLaneTokens + b], factor, y);
             }
+            if (a.token_scale) y = dev::mul(y, a.token_scale[first + b]);
+            write_as(a.y, (first + b) * a.weight.rows + row, a.dtype, dev::add(y, bias));
         }
     }
 }

@@ -51,6 +51,31 @@ class StatsAffine128 {
         }
     }
 
+    // --- for resident.cuh: statistics of a step are in a slot, scales first ---
+
+    static constexpr int kZeroVectors = BITS == 3 ? 3 : 1;
+    static constexpr int kRingBytes = (1 + kZeroVectors) * kRows * 4;
+
+    static HF_DEVICE void fetch(const Matrix& m, const uint32_t* stream, uint32_t panel, int stat_words, int step,
+                                uint32_t to, int lane_words) {
+        const int pair = step & 15, scale_words = stat_words - (m.symmetric ? 0 : BITS * kRows);
+        const int vector = BITS == 3 ? 0 : pair / (16 / BITS);
+        const int in_panel = lane_words < kRows ? pair * kRows : scale_words + vector * kRows - kRows;
+        if (lane_words >= (m.symmetric ? kRows : kRingBytes / 4)) return;
+        dev::copy_stream<0, 0>(to + 4 * lane_words, stream + (panel + uint32_t(in_panel + lane_words)), true);
+    }
+    HF_DEVICE void begin(const uint32_t*) {}
+    HF_DEVICE void take(uint32_t slot, int step) {
+        pair_ = step & 15;
+        slot += 8 * (dev::thread() >> 2 & 7);
+        scales_ = dev::load_shared2<0>(slot);
+        zeros_[0] = dev::load_shared2<4 * kRows>(slot);
+        if constexpr (kZeroVectors > 1) {
+            zeros_[1] = dev::load_shared2<8 * kRows>(slot);
+            zeros_[2] = dev::load_shared2<12 * kRows>(slot);
+        }
+    }
+
     // Of set 0, then of set 1.
     template <int H>
     HF_DEVICE SetScales set() {
@@ -76,8 +101,6 @@ class StatsAffine128 {
         return zero << IntegerFields<BITS>::kFirst;
     }
 
-    static constexpr int kZeroVectors = BITS == 3 ? 3 : 1;
-
     const Matrix& m_;
     const uint32_t* stream_;
     int last_scale_words_, pair_;
@@ -100,6 +123,16 @@ class StatsAffineChannel {
 
     HF_DEVICE void prefetch(int) {}
     HF_DEVICE void decode(int) {}
+
+    // --- for resident.cuh: nothing in slots ---
+
+    static constexpr int kRingBytes = 0;
+
+    static HF_DEVICE void fetch(const Matrix&, const uint32_t*, uint32_t, int, int, uint32_t, int) {}
+    HF_DEVICE void begin(const uint32_t* stream) {
+        words_ = dev::load_stream(reinterpret_cast<const uint2*>(stream) + (dev::thread() >> 2 & 7));
+    }
+    HF_DEVICE void take(uint32_t, int) {}
 
     template <int H>
     HF_DEVICE SetScales set() const {

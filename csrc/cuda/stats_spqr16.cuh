@@ -33,11 +33,13 @@ class StatsSpqr16 {
         // Lane l < 16 has group l of the panel, the others have none and write their constants where nobody looks.
         left_ = lane < 16 ? m.panels.groups - 16 * first_step - lane : INT32_MIN / 2;
         step_groups_ = 16 * stride;
-        shift_ = 6 * h;
+        shift_ = int(dev::pin(6 * h));
         upper_ = h;
         const uint32_t constants = shared + 9 * kTileWords * 4;
         constants_out_ = dev::keep(constants + h * 144 + place(row >> 1) * 16 + (row & 1) * 8);
         constants_in_ = dev::keep(constants + h * 16);
+        slot_codes_ = dev::pin(4 * row);
+        slot_second_ = dev::pin(8 * (m.groups_per_second == 2 ? row >> 1 : row));
         eighth_ = dev::as_float(dev::keep(dev::as_bits(row & 1 ? 0.125f : 1.f)));
         out_ = dev::keep(shared + h * (kTileWords * 4) + row * 8);
         in_[0] = dev::keep(shared + place(t) * (kTileWords * 4) + 16 * g);
@@ -65,6 +67,25 @@ class StatsSpqr16 {
         slot<1>(w1 >> shift_, w1 >> shift_);
         slot<2>(w2 >> shift_, w2 >> shift_);
         slot<3>((upper_ ? w2 : w0) >> 12, upper_ ? spare : w1 >> 9);
+    }
+
+    // --- for resident.cuh: statistics of a step are in a slot ---
+
+    static constexpr int kRingBytes = (3 + 2) * kRows * 4;
+
+    // To the slot's place at `to`; what the panel at `panel` of the row block does not have becomes zero. lane_words =
+    // 4 * lane.
+    static HF_DEVICE void fetch(const Matrix&, const uint32_t* stream, uint32_t panel, int stat_words, int,
+                                uint32_t to, int lane_words) {
+        if (4 * lane_words >= kRingBytes) return;
+        dev::copy_stream<0, 0>(to + 4 * lane_words, stream + (panel + lane_words), lane_words < stat_words);
+    }
+    HF_DEVICE void begin(const uint32_t*) {}
+    HF_DEVICE void take(uint32_t slot, int) {
+        codes_[0] = dev::load_shared<0>(slot + slot_codes_);
+        codes_[1] = dev::load_shared<4 * kRows>(slot + slot_codes_);
+        codes_[2] = dev::load_shared<8 * kRows>(slot + slot_codes_);
+        second_ = dev::load_shared2<12 * kRows>(slot + slot_second_);
     }
 
     // Of the lane's rows 2g, 2g + 1 in its tile 4 H + t.
@@ -128,6 +149,7 @@ class StatsSpqr16 {
     const uint32_t *codes_at_, *second_at_;
     int step_words_, step_groups_, left_, shift_;
     bool upper_;
+    uint32_t slot_codes_, slot_second_;
     float eighth_;
     uint32_t constants_out_, constants_in_, out_, in_[2], bias_;
     uint32_t codes_[3] = {};

@@ -6,6 +6,7 @@
 // multiplies them.
 #pragma once
 #include "cuda/dev.cuh"
+#include "cuda/matrix.h"
 
 namespace hf_spqr {
 
@@ -84,6 +85,13 @@ HF_DEVICE uint32_t code_pair(int bits, int pair, Word word) {
 // Row `row` of the tile at `tile`.
 HF_DEVICE uint32_t code_pair(int bits, int pair, const uint32_t* tile, int row) {
     return code_pair(bits, pair, [=](int v) { return tile[v * kRows + row]; });
+}
+
+// Where a tile begins in its row block, in words.
+HF_DEVICE int tile_offset(const Matrix& m, int tile) {
+    const int panel = tile >> m.panels.tile_shift;
+    const int stats = panel == m.panels.last_panel ? m.panels.last_stat_words : m.panels.stat_words;
+    return panel * m.panels.panel_words + stats + (tile - (panel << m.panels.tile_shift)) * m.bits * kRows;
 }
 
 }  // namespace hf_spqr

@@ -46,6 +46,19 @@ struct Grid {
 namespace emu {
 
 constexpr int kMaxShared = 99 * 1024;  // per block, on the architecture that has least
+
+struct DeviceLimits {
+    int multiprocessors, shared_bytes;
+};
+
+inline DeviceLimits& limits() {
+    static DeviceLimits l{3, kMaxShared};
+    return l;
+}
+inline int device_limits(DeviceLimits& l) {
+    l = limits();
+    return 0;
+}
 constexpr size_t kStack = 256 * 1024;
 constexpr int kWords = 8;  // that a lane can show to its warp at once
 
@@ -68,7 +81,7 @@ struct Fiber {
     bool done = false;
     const Meeting* waits_for = nullptr;
     uint64_t round = 0;
-    std::vector<Copy> copies;
+    std::vector<std::vector<Copy>> copies;  // groups; the last one is not closed
 };
 
 struct Warp {
@@ -79,11 +92,11 @@ struct Warp {
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
-    Meeting all;
+    Meeting all, groups[16];
     ucontext_t scheduler;
     Fiber* current = nullptr;
     unsigned char* shared = nullptr;
-    int64_t x = 0, y = 0;
+    int64_t x = 0, y = 0, grid_x = 0;
     std::function<void()> body;
 };
 
@@ -131,6 +144,7 @@ inline void fiber_main() {
 inline void run_block(int threads, std::mt19937& random) {
     Block& b = block();
     b.all = {threads};
+    for (Meeting& group : b.groups) group = {};
     b.warps.assign((threads + 31) / 32, {});
     for (int w = 0; w < int(b.warps.size()); ++w) b.warps[w].meeting.expected = std::min(32, threads - 32 * w);
     if (int(b.fibers.size()) < threads) b.fibers.resize(threads);
@@ -140,7 +154,7 @@ inline void run_block(int threads, std::mt19937& random) {
         f.thread = t;
         f.done = false;
         f.waits_for = nullptr;
-        f.copies.clear();
+        f.copies.assign(1, {});
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.data();
         f.context.uc_stack.ss_size = f.stack.size();
@@ -167,12 +181,13 @@ inline void run_block(int threads, std::mt19937& random) {
     }
 }
 
-template <auto KERNEL, class Args>
+template <auto KERNEL, bool OVERLAP = false, class Args>
 int launch(Grid grid, int threads, int shared_bytes, void*, const Args& args) {
-    if (shared_bytes > kMaxShared || grid.y > 65535) return 1;
+    if (shared_bytes > limits().shared_bytes || grid.y > 65535) return 1;
     Block& b = block();
     std::mt19937 random(seed());
     b.body = [args] { KERNEL(args); };
+    b.grid_x = grid.x;
     for (b.y = 0; b.y < grid.y; ++b.y) {
         for (b.x = 0; b.x < grid.x; ++b.x) {
             void* shared = nullptr;
@@ -204,6 +219,20 @@ HF_EMU_CALL void sync_block() {
 }
 HF_EMU_CALL void sync_warp() {
     emu::meet(emu::block().warps[thread() / 32].meeting);
+}
+HF_EMU_CALL void sync_group(int group, int threads) {
+    emu::Meeting& m = emu::block().groups[group];
+    m.expected = threads;
+    emu::meet(m);
+}
+inline void let_next_kernel_start() {}
+inline void wait_for_kernel() {}
+inline void prefetch(const void*) {}
+inline int block_threads() {
+    return emu::block().all.expected;
+}
+inline int grid_blocks() {
+    return int(emu::block().grid_x);
 }
 inline unsigned char* shared_memory() {
     return emu::block().shared;
@@ -276,6 +305,18 @@ inline float fma(float a, float b, float c) {
 HF_EMU_CALL float shuffle_xor(float v, int mask) {
     return as_float(emu::show({as_bits(v)})[(thread() & 31) ^ mask][0]);
 }
+HF_EMU_CALL int shuffle_xor(int v, int mask) {
+    return int(emu::show({uint32_t(v)})[(thread() & 31) ^ mask][0]);
+}
+HF_EMU_CALL int shuffle(int v, int from) {
+    return int(emu::show({uint32_t(v)})[from][0]);
+}
+HF_EMU_CALL int count(bool yes) {
+    const auto shown = emu::show({uint32_t(yes)});
+    int sum = 0;
+    for (int lane = 0; lane < 32; ++lane) sum += int(shown[lane][0]);
+    return sum;
+}
 HF_EMU_CALL uint32_t max_of_warp(uint32_t v) {
     const auto shown = emu::show({v});
     uint32_t most = 0;
@@ -299,6 +340,50 @@ HF_EMU_CALL void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
     }
 }
 
+// Byte i of four in a word.
+inline int unsigned_byte(uint32_t a, int i) {
+    return int(a >> 8 * i & 255);
+}
+inline int signed_byte(uint32_t a, int i) {
+    return int8_t(a >> 8 * i);
+}
+HF_EMU_CALL void mma_u8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const auto shown = emu::show({a[0], a[1], a[2], a[3], b0, b1});
+    const int g = (thread() & 31) >> 2, t = thread() & 3;
+    for (int e = 0; e < 4; ++e) {
+        const int row_half = e >> 1, column = 2 * t + (e & 1);
+        uint32_t sum = uint32_t(c[e]);
+        for (int k = 0; k < 32; ++k) {
+            const uint32_t left = shown[4 * g + k % 16 / 4][row_half + 2 * (k / 16)];
+            const uint32_t right = shown[4 * column + k % 16 / 4][4 + k / 16];
+            sum += uint32_t(unsigned_byte(left, k % 4) * signed_byte(right, k % 4));
+        }
+        c[e] = int(sum);
+    }
+}
+inline int add_signed_bytes(uint32_t a, int c) {
+    return c + signed_byte(a, 0) + signed_byte(a, 1) + signed_byte(a, 2) + signed_byte(a, 3);
+}
+inline int add_unsigned_bytes(uint32_t a, int c) {
+    return c + unsigned_byte(a, 0) + unsigned_byte(a, 1) + unsigned_byte(a, 2) + unsigned_byte(a, 3);
+}
+template <uint32_t SELECT>
+uint32_t select_bytes(uint32_t a, uint32_t b) {
+    const uint64_t both = uint64_t(b) << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= uint32_t(both >> 8 * (SELECT >> 4 * i & 7) & 255) << 8 * i;
+    return result;
+}
+inline float div(float a, float b) {
+    return a / b;
+}
+inline float round_even(float a) {
+    return std::nearbyintf(a);
+}
+inline float float_of(int a) {
+    return float(a);
+}
+
 HF_EMU_CALL uint2 load_stream(const uint2* p) {
     return *p;
 }
@@ -310,6 +395,9 @@ inline int uniform(int v) {
     return v;
 }
 inline uint32_t keep(uint32_t v) {
+    return v;
+}
+inline uint32_t pin(uint32_t v) {
     return v;
 }
 template <class T>
@@ -335,6 +423,14 @@ T& shared_at(uint32_t at) {
     return *reinterpret_cast<T*>(shared_memory() + at);
 }
 template <int OFFSET>
+uint32_t load_shared(uint32_t at) {
+    return shared_at<uint32_t>(at + OFFSET);
+}
+template <int OFFSET>
+uint32_t load_shared_half(uint32_t at) {
+    return shared_at<uint16_t>(at + OFFSET);
+}
+template <int OFFSET>
 uint2 load_shared2(uint32_t at) {
     return shared_at<uint2>(at + OFFSET);
 }
@@ -349,22 +445,49 @@ inline void store_shared(uint32_t at, uint2 v) {
     shared_at<uint2>(at) = v;
 }
 
+inline void store_shared(uint32_t at, uint4 v) {
+    shared_at<uint4>(at) = v;
+}
+HF_EMU_CALL void load_matrices(uint32_t (&m)[4], uint32_t at) {
+    const auto shown = emu::show({at});
+    const int r = (thread() & 31) >> 2, t = thread() & 3;
+    for (int i = 0; i < 4; ++i) m[i] = shared_at<uint32_t>(shown[8 * i + r][0] + 4 * t);
+}
+
 HF_EMU_CALL void start_copy(uint32_t to, const void* global, bool valid) {
     unsigned char* shared = shared_memory() + to;
     memset(shared, 0xCD, 16);
-    emu::block().current->copies.push_back({shared, global, valid});
+    emu::block().current->copies.back().push_back({shared, global, valid});
 }
 template <int OFFSET>
 void copy_async(uint32_t to, const void* global, int bytes, bool wanted) {
     if (wanted) start_copy(to + OFFSET, global, bytes != 0);
 }
-inline void wait_for_copies() {
-    for (const emu::Copy& c : emu::block().current->copies) {
-        uint4 v{};
-        if (c.valid) v = *static_cast<const uint4*>(c.from);
-        *static_cast<uint4*>(c.to) = v;
+template <int TO_OFFSET, int FROM_OFFSET>
+void copy_stream(uint32_t to, const void* global, bool valid) {
+    start_copy(to + TO_OFFSET, static_cast<const char*>(global) + FROM_OFFSET, valid);
+}
+inline void close_copies() {
+    emu::block().current->copies.emplace_back();
+}
+HF_EMU_CALL void finish_copies(size_t but) {
+    auto& groups = emu::block().current->copies;
+    while (groups.size() > but) {
+        for (const emu::Copy& c : groups.front()) {
+            uint4 v{};
+            if (c.valid) v = *static_cast<const uint4*>(c.from);
+            *static_cast<uint4*>(c.to) = v;
+        }
+        groups.erase(groups.begin());
     }
-    emu::block().current->copies.clear();
+}
+template <int N>
+void wait_for_copies_but() {
+    finish_copies(N + 1);
+}
+inline void wait_for_copies() {
+    finish_copies(0);
+    close_copies();
 }
 
 }  // namespace dev

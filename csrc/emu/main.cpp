@@ -1,6 +1,6 @@
 // Runs cases written by tests/cuda/emulator.py through the kernels: emu IN OUT.
 //
-// IN: for each case 16 int64 (see Header), then its tensors, each as its size in bytes (int64) and the bytes; an empty
+// IN: for each case 18 int64 (see Header), then its tensors, each as its size in bytes (int64) and the bytes; an empty
 // tensor stands for a missing one. OUT: the result of each case, likewise. Every tensor has an allocation of its own,
 // so that AddressSanitizer guards both its ends.
 #include <cstdio>
@@ -14,11 +14,11 @@
 namespace hf_spqr {
 namespace {
 
-enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2 };
+enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2, quantize = 3, int8_linear = 4 };
 
 struct Header {
     int64_t job, format, bits, group, rows, columns, stat_bits, groups_per_second, symmetric, scale_bf16, tokens,
-        dtype, first_row, part_rows, wide, seed;
+        dtype, first_row, part_rows, wide, seed, multiprocessors, shared_bytes;
 };
 
 struct Bytes {
@@ -53,7 +53,10 @@ std::unique_ptr<Bytes> read_tensor(FILE* in) {
 void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     const auto perm = read_tensor(in), bias = read_tensor(in), x = read_tensor(in);
     const DType dtype = DType(h.dtype);
-    LinearArgs a{m, x->as<uint16_t>(), h.columns, nullptr, int(h.tokens), bias->data, y.data, dtype};
+    const ResidentArgs resident{m, x->data, perm->as<int32_t>(), bias->data, y.data, dtype, int(h.tokens), {}};
+    const int status = hf_spqr_cuda_linear_resident(&resident, nullptr);
+    if (status != kNoKernel) return expect(status == 0, "resident linear failed");
+    LinearArgs a{m, x->as<uint16_t>(), h.columns, nullptr, int(h.tokens), bias->data, y.data, dtype, nullptr, 0};
     Bytes half(h.tokens * prepared_stride(h.columns) * 2), scale(h.tokens * 4);
     if (needs_prepare(dtype, perm->data != nullptr, h.columns)) {
         a.x = half.as<uint16_t>();
@@ -68,6 +71,13 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
                             a.x_stride,
                             scale.as<float>()};
         expect(hf_spqr_cuda_prepare(&p, nullptr) == 0, "prepare failed");
+    }
+    a.x_columns_stride = ceil_div(a.tokens, kTransposedTokens) * kTransposedTokens;
+    const Bytes columns(m.columns * a.x_columns_stride * 2);
+    if (m.outlier) {
+        const TransposeArgs t{a.x, a.x_stride, a.tokens, m.columns, columns.as<uint16_t>(), a.x_columns_stride};
+        expect(hf_spqr_cuda_transpose(&t, nullptr) == 0, "transpose failed");
+        a.x_columns = columns.as<uint16_t>();
     }
     expect(hf_spqr_cuda_can_fuse(&m, a.tokens), "no kernel for this matrix");
     expect(hf_spqr_cuda_linear(&a, nullptr) == 0, "linear failed");
@@ -87,12 +97,43 @@ void run_finish(const Header& h, FILE* in, FILE* out) {
     write_result(*y, out);
 }
 
+// Codes, scales and zero points of x; `wide` = how far x lies from a 16-byte boundary.
+void run_quantize(const Header& h, FILE* in, FILE* out) {
+    const auto x = read_tensor(in), perm = read_tensor(in);
+    const Bytes shifted(x->size + 16), code(h.tokens * h.columns), scale(h.tokens * 4), zero(h.tokens * 4);
+    char* at = shifted.as<char>() + h.wide;
+    memcpy(at, x->data, size_t(x->size));
+    const QuantizeArgs a{at,          DType(h.dtype),   perm->as<int32_t>(), int(h.tokens),     int(h.columns),
+                         int(h.bits), h.symmetric != 0, code.as<int8_t>(),   scale.as<float>(), zero.as<int32_t>()};
+    expect(hf_spqr_cuda_quantize(&a, nullptr) == 0, "quantize failed");
+    write_result(code, out);
+    write_result(scale, out);
+    write_result(zero, out);
+}
+
+void run_int8_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
+    const auto bias = read_tensor(in), code = read_tensor(in), scale = read_tensor(in), zero = read_tensor(in);
+    Int8Args a{
+        m,      code->as<int8_t>(), h.columns, scale->as<float>(), zero->as<int32_t>(), int(h.tokens), bias->data,
+        y.data, DType(h.dtype)};
+    const Bytes padded(h.tokens * padded_stride(h.columns));
+    if (needs_pad(h.columns)) {
+        const PadArgs p{a.x, a.tokens, m.columns, padded.as<int8_t>(), padded_stride(h.columns)};
+        expect(hf_spqr_cuda_pad(&p, nullptr) == 0, "pad failed");
+        a.x = p.out;
+        a.x_stride = p.stride;
+    }
+    expect(hf_spqr_cuda_int8_linear(&a, nullptr) == 0, "int8_linear failed");
+}
+
 void run_case(const Header& h, FILE* in, FILE* out) {
     emu::seed() = unsigned(h.seed);
-    if (Job(h.job) == Job::finish) return run_finish(h, in, out);
+    emu::limits() = {int(h.multiprocessors), int(h.shared_bytes)};
+    const Job job = Job(h.job);
+    if (job == Job::finish) return run_finish(h, in, out);
+    if (job == Job::quantize) return run_quantize(h, in, out);
     const DType dtype = DType(h.dtype);
     const int64_t element = dtype == DType::f32 ? 4 : 2;
-    const Job job = Job(h.job);
     const auto packed = read_tensor(in), outlier_row = read_tensor(in), outlier = read_tensor(in);
     Matrix m{};
     m.format = Format(h.format);
@@ -111,11 +152,13 @@ void run_case(const Header& h, FILE* in, FILE* out) {
     m.panels = panels_of(m);
     expect(packed->size == int64_t(ceil_div(m.rows, 16)) * m.panels.words * 4,
            "packed has another size than the layout");
-    const int64_t count = job == Job::linear ? h.tokens * h.rows : h.part_rows * h.columns;
+    const int64_t count = job == Job::dequantize ? h.part_rows * h.columns : h.tokens * h.rows;
     const Bytes result(count * element);
     memset(result.data, 0xEE, size_t(result.size));
     if (job == Job::linear) {
         run_linear(h, m, in, result);
+    } else if (job == Job::int8_linear) {
+        run_int8_linear(h, m, in, result);
     } else {
         const auto perm = read_tensor(in);
         const DequantizeArgs a{m,    perm->as<int32_t>(), int(h.first_row), int(h.part_rows), result.data, h.columns,

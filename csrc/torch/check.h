@@ -27,6 +27,10 @@ Matrix affine_matrix(const char* op, const Tensor& packed, int64_t in_features, 
 // Pointer to an int32 permutation of in_features columns, null where there is none.
 const int32_t* permutation(const char* op, const std::optional<Tensor>& perm, int64_t in_features);
 
+// Pointer to the bias of the rows, null where there is none. `named` says what its dtype must be.
+const void* bias_pointer(const char* op, const std::optional<Tensor>& bias, int64_t rows, ScalarType,
+                         const char* named);
+
 // Throws unless dtype is float32, bfloat16 or float16.
 DType float_dtype(const char* op, const char* argument, ScalarType);
 

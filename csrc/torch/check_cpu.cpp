@@ -97,6 +97,16 @@ const int32_t* permutation(const char* op, const std::optional<Tensor>& perm, in
     return static_cast<const int32_t*>(perm->const_data_ptr());
 }
 
+const void* bias_pointer(const char* op, const std::optional<Tensor>& bias, int64_t rows, ScalarType dtype,
+                         const char* named) {
+    if (!bias) return nullptr;
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == rows, op, ": bias must have shape [out_features] = [", rows,
+                    "]");
+    STD_TORCH_CHECK(bias->scalar_type() == dtype, op, ": bias must have ", named);
+    STD_TORCH_CHECK(bias->is_cpu() && bias->is_contiguous(), op, ": bias must be contiguous and on the CPU");
+    return bias->const_data_ptr();
+}
+
 DType float_dtype(const char* op, const char* argument, ScalarType dtype) {
     if (dtype == ScalarType::Float) return DType::f32;
     if (dtype == ScalarType::BFloat16) return DType::bf16;

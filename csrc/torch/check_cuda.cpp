@@ -1,24 +1,15 @@
 #include "torch/check_cuda.h"
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include "cuda/kernels.h"
 
 namespace hf_spqr {
 namespace {
 
-void check_tensor(const char* op, const char* name, int device, const Tensor& t, ScalarType dtype,
-                  const char* dtype_name) {
-    STD_TORCH_CHECK(t.is_cuda(), op, ": ", name, " is not on a GPU but other arguments are on cuda:", device,
-                    "; move the module to that device");
-    STD_TORCH_CHECK(t.get_device_index() == device, op, ": ", name, " is on cuda:", int(t.get_device_index()),
-                    " but other arguments are on cuda:", device, "; all must be on one device");
-    STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have dtype ", dtype_name);
-    STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
-}
-
 void check_shape(const char* op, int64_t out_features, int64_t in_features, int64_t bits, int64_t least_bits,
                  int64_t group) {
-    constexpr int64_t kMost = int64_t(1) << 26;
-    STD_TORCH_CHECK(out_features > 0 && out_features < kMost, op, ": out_features must be in 1 .. 2^26, got ",
+    STD_TORCH_CHECK(out_features > 0 && out_features < kMostFeatures, op, ": out_features must be in 1 .. 2^26, got ",
                     out_features);
-    STD_TORCH_CHECK(in_features > 0 && in_features < kMost, op, ": in_features must be in 1 .. 2^26, got ",
+    STD_TORCH_CHECK(in_features > 0 && in_features < kMostFeatures, op, ": in_features must be in 1 .. 2^26, got ",
                     in_features);
     STD_TORCH_CHECK(bits >= least_bits && bits <= 8, op, ": bits must be ", least_bits, " to 8, got ", bits);
     STD_TORCH_CHECK(group == kPerChannel || group == 8 || group == 16 || group == 32 || group == 64 || group == 128,
@@ -37,6 +28,16 @@ void check_packed(const char* op, int device, const Tensor& packed, Matrix& m) {
 }
 
 }  // namespace
+
+void check_tensor(const char* op, const char* name, int device, const Tensor& t, ScalarType dtype,
+                  const char* dtype_name) {
+    STD_TORCH_CHECK(t.is_cuda(), op, ": ", name, " is not on a GPU but other arguments are on cuda:", device,
+                    "; move the module to that device");
+    STD_TORCH_CHECK(t.get_device_index() == device, op, ": ", name, " is on cuda:", int(t.get_device_index()),
+                    " but other arguments are on cuda:", device, "; all must be on one device");
+    STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have dtype ", dtype_name);
+    STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+}
 
 Matrix spqr_matrix(const char* op, int device, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
                    int64_t in_features, const SpqrLayout& layout) {
@@ -92,12 +93,30 @@ const int32_t* permutation(const char* op, int device, const OptionalTensor& per
     return static_cast<const int32_t*>(perm->const_data_ptr());
 }
 
-const void* bias_of(const char* op, int device, const OptionalTensor& bias, int64_t out_features, ScalarType dtype) {
+const void* bias_of(const char* op, int device, const OptionalTensor& bias, int64_t out_features, ScalarType dtype,
+                    const char* dtype_name) {
     if (!bias) return nullptr;
-    check_tensor(op, "bias", device, *bias, dtype, "that of x");
+    check_tensor(op, "bias", device, *bias, dtype, dtype_name);
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must have shape [out_features] = [",
                     out_features, "]");
     return bias->const_data_ptr();
+}
+
+int64_t token_count(const char* op, int64_t numel, int64_t columns) {
+    constexpr int64_t kMostTokens = int64_t(1) << 28;
+    const int64_t tokens = numel / columns;
+    STD_TORCH_CHECK(tokens < kMostTokens, op, ": too many tokens in one call: ", tokens);
+    return tokens;
+}
+
+void* current_stream(int device) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return stream;
+}
+
+void check_launch(const char* op, const char* kernel, int status) {
+    STD_TORCH_CHECK(status == 0, op, ": launch of the ", kernel, " kernel failed: ", hf_spqr_cuda_error(status));
 }
 
 int device_of(const char* op, const char* name, const Tensor& t) {

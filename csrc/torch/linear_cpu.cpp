@@ -5,50 +5,14 @@
 #include <torch/csrc/stable/ops.h>
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
+#include "torch/split_cpu.h"
 
 namespace hf_spqr {
 namespace {
 
 namespace stable = torch::stable;
 
-constexpr int64_t kBytesPerTask = 64 << 10;  // less is not worth a thread
-constexpr int64_t kScratchBytes = 8 << 20;   // of dequantized weights
-
-// Bytes of the row blocks before `block`. Outlier-heavy rows count for what they are.
-int64_t bytes_before(const Matrix& m, int64_t block) {
-    int64_t bytes = block * m.words * 4;
-    if (m.outlier_row) bytes += int64_t(m.outlier_row[std::min(block * kRows, m.rows)]) * (m.outlier ? 4 : 8);
-    return bytes;
-}
-
-// The first row block of part `part` of `parts` parts with equal bytes.
-int64_t part_begin(const Matrix& m, int64_t part, int64_t parts) {
-    const int64_t blocks = ceil_div(m.rows, kRows);
-    if (part >= parts) return blocks;
-    const int64_t wanted = bytes_before(m, blocks) / parts * part;
-    int64_t low = 0, high = blocks;
-    while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        if (bytes_before(m, middle) < wanted) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    return low;
-}
-
-// Runs work(first, last) on row blocks [begin, end) cut into one part per thread.
-template <class Work>
-void over_row_blocks(const Matrix& m, const Work& work) {
-    const int64_t blocks = ceil_div(m.rows, kRows);
-    const int64_t wanted = std::max<int64_t>(1, bytes_before(m, blocks) / kBytesPerTask);
-    const int64_t parts = std::min({wanted, int64_t(stable::get_num_threads()), blocks});
-    stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-        const int64_t first = part_begin(m, begin, parts), last = part_begin(m, end, parts);
-        if (first < last) work(first, last);
-    });
-}
+constexpr int64_t kScratchBytes = 8 << 20;  // of dequantized weights
 
 int64_t element_size(DType dtype) {
     return dtype == DType::f32 ? 4 : 2;
@@ -158,12 +122,7 @@ Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::o
                   const std::optional<Tensor>& bias) {
     const DType dtype = float_dtype(op, "x", x.scalar_type());
     const int32_t* order = permutation(op, perm, m.columns);
-    if (bias) {
-        STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == m.rows, op, ": bias must have shape [out_features] = [",
-                        m.rows, "]");
-        STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type(), op, ": bias must have the dtype of x");
-        STD_TORCH_CHECK(bias->is_cpu() && bias->is_contiguous(), op, ": bias must be contiguous and on the CPU");
-    }
+    const void* bias_data = bias_pointer(op, bias, m.rows, x.scalar_type(), "the dtype of x");
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = m.rows;
     const int64_t tokens = x.numel() / m.columns;
@@ -174,7 +133,7 @@ Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::o
         return stable::reshape(linear_dense(flat, m, perm, bias, dtype), shape);
     }
     Tensor y = stable::new_empty(x, shape);
-    linear_packed(flat, tokens, m, order, bias ? bias->const_data_ptr() : nullptr, y, dtype);
+    linear_packed(flat, tokens, m, order, bias_data, y, dtype);
     return y;
 }
 

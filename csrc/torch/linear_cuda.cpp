@@ -1,7 +1,6 @@
 #include "torch/linear_cuda.h"
 #include <algorithm>
 #include <vector>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include "cuda/kernels.h"
@@ -13,17 +12,6 @@ namespace {
 namespace stable = torch::stable;
 
 constexpr int64_t kScratchBytes = 64 << 20;  // of dequantized weights
-constexpr int64_t kMostTokens = int64_t(1) << 28;
-
-void* current_stream(int device) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    return stream;
-}
-
-void check(const char* op, const char* kernel, int status) {
-    STD_TORCH_CHECK(status == 0, op, ": launch of the ", kernel, " kernel failed: ", hf_spqr_cuda_error(status));
-}
 
 // One call of a linear op.
 struct Call {
@@ -64,7 +52,7 @@ PreparedX prepare(const Call& c, const Tensor& x) {
                            static_cast<uint16_t*>(p.x.mutable_data_ptr()),
                            stride,
                            scale};
-    check(c.op, "prepare", hf_spqr_cuda_prepare(&args, c.stream));
+    check_launch(c.op, "prepare", hf_spqr_cuda_prepare(&args, c.stream));
     return p;
 }
 
@@ -73,17 +61,36 @@ bool aligned(const Tensor& t) {
 }
 
 void linear_few(const Call& c, const Tensor& x, Tensor& y) {
+    const ResidentArgs resident{c.matrix, x.const_data_ptr(), c.perm, c.bias, y.mutable_data_ptr(),
+                                c.dtype,  c.tokens,           {}};
+    const int status = hf_spqr_cuda_linear_resident(&resident, c.stream);
+    if (status != kNoKernel) return check_launch(c.op, "resident linear", status);
     const bool as_it_is = !needs_prepare(c.dtype, c.perm != nullptr, c.matrix.columns) && aligned(x);
     const PreparedX p = as_it_is ? PreparedX{x, c.matrix.columns, std::nullopt} : prepare(c, x);
-    const LinearArgs args{c.matrix,
-                          static_cast<const uint16_t*>(p.x.const_data_ptr()),
-                          p.stride,
-                          p.scale(),
-                          c.tokens,
-                          c.bias,
-                          y.mutable_data_ptr(),
-                          c.dtype};
-    check(c.op, "linear", hf_spqr_cuda_linear(&args, c.stream));
+    const auto* half = static_cast<const uint16_t*>(p.x.const_data_ptr());
+    LinearArgs args{c.matrix,
+                    half,
+                    p.stride,
+                    p.scale(),
+                    c.tokens,
+                    c.bias,
+                    y.mutable_data_ptr(),
+                    c.dtype,
+                    nullptr,
+                    ceil_div(c.tokens, kTransposedTokens) * kTransposedTokens};
+    std::optional<Tensor> columns;
+    if (c.matrix.outlier) {
+        columns = stable::new_empty(x, {c.matrix.columns, args.x_columns_stride}, ScalarType::Half);
+        const TransposeArgs transpose{half,
+                                      p.stride,
+                                      c.tokens,
+                                      c.matrix.columns,
+                                      static_cast<uint16_t*>(columns->mutable_data_ptr()),
+                                      args.x_columns_stride};
+        check_launch(c.op, "transpose", hf_spqr_cuda_transpose(&transpose, c.stream));
+        args.x_columns = transpose.out;
+    }
+    check_launch(c.op, "linear", hf_spqr_cuda_linear(&args, c.stream));
 }
 
 // Through dense weights: fp32 for fp32, else fp16 (weights are never rounded to bfloat16).
@@ -104,7 +111,7 @@ void linear_many(const Call& c, const Tensor& x, Tensor& y) {
         const DequantizeArgs dequantize{
             m,         full ? c.perm : nullptr,       int(first), int(rows), weight.mutable_data_ptr(),
             m.columns, full ? DType::f32 : DType::f16};
-        check(c.op, "dequantize", hf_spqr_cuda_dequantize(&dequantize, c.stream));
+        check_launch(c.op, "dequantize", hf_spqr_cuda_dequantize(&dequantize, c.stream));
         const Tensor product = stable::matmul(left, stable::transpose(weight, 0, 1));
         STD_TORCH_CHECK(product.is_contiguous(), c.op, ": torch returned a product that is not contiguous");
         const FinishArgs finish{product.const_data_ptr(),
@@ -117,7 +124,7 @@ void linear_many(const Call& c, const Tensor& x, Tensor& y) {
                                 c.bias,
                                 y.mutable_data_ptr(),
                                 c.dtype};
-        check(c.op, "finish", hf_spqr_cuda_finish(&finish, c.stream));
+        check_launch(c.op, "finish", hf_spqr_cuda_finish(&finish, c.stream));
     }
 }
 
@@ -132,14 +139,13 @@ Tensor linear_cuda(const char* op, const Tensor& x, const Matrix& m, const Optio
            current_stream(device),
            m,
            permutation(op, device, perm, m.columns),
-           bias_of(op, device, bias, m.rows, x.scalar_type()),
+           bias_of(op, device, bias, m.rows, x.scalar_type(), "that of x"),
            float_dtype(op, "x", x.scalar_type()),
            0};
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-    const int64_t tokens = x.numel() / m.columns;
+    const int64_t tokens = token_count(op, x.numel(), m.columns);
     shape.back() = m.rows;
     Tensor y = stable::new_empty(x, {tokens, m.rows});
-    STD_TORCH_CHECK(tokens < kMostTokens, op, ": too many tokens in one call: ", tokens);
     c.tokens = int(tokens);
     if (tokens > 0) {
         const Tensor flat = stable::reshape(stable::contiguous(x), {tokens, m.columns});
@@ -160,7 +166,7 @@ Tensor dequantize_cuda(const char* op, const Tensor& like, const Matrix& m, cons
     Tensor out = stable::new_empty(like, {m.rows, m.columns}, dtype);
     const DequantizeArgs args{
         m, permutation(op, device, perm, m.columns), 0, m.rows, out.mutable_data_ptr(), m.columns, kind};
-    check(op, "dequantize", hf_spqr_cuda_dequantize(&args, current_stream(device)));
+    check_launch(op, "dequantize", hf_spqr_cuda_dequantize(&args, current_stream(device)));
     return out;
 }
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include "cpu/kernels.h"
+#include "torch/integer_cpu.h"
 #include "torch/linear_cpu.h"
 
 namespace hf_spqr {
@@ -98,6 +99,12 @@ STABLE_TORCH_LIBRARY(hf_spqr, m) {
     m.def(
         "affine_dequantize(Tensor packed, Tensor? perm, int out_features, int in_features, int bits, "
         "int group_size, bool symmetric, bool scale_bf16, ScalarType dtype) -> Tensor");
+    m.def(
+        "quantize_activation(Tensor x, Tensor? perm, int bits, bool symmetric) -> (Tensor code, Tensor scale, "
+        "Tensor zero)");
+    m.def(
+        "w_int8_linear(Tensor code, Tensor scale, Tensor zero, Tensor packed, Tensor? bias, int out_features, "
+        "int bits, int group_size, bool symmetric, bool scale_bf16, ScalarType dtype) -> Tensor");
     m.def("cpu_isa() -> str");
     m.def("set_cpu_isa(str name) -> str");
     m.def("read_memory(Tensor data) -> int");
@@ -108,6 +115,8 @@ STABLE_TORCH_LIBRARY_IMPL(hf_spqr, CPU, m) {
     m.impl("spqr_dequantize", TORCH_BOX(&spqr_dequantize));
     m.impl("affine_linear", TORCH_BOX(&affine_linear));
     m.impl("affine_dequantize", TORCH_BOX(&affine_dequantize));
+    m.impl("quantize_activation", TORCH_BOX(&quantize_activation));
+    m.impl("w_int8_linear", TORCH_BOX(&w_int8_linear));
     m.impl("read_memory", TORCH_BOX(&read_memory));
 }
 

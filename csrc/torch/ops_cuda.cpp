@@ -4,6 +4,7 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include "cuda/kernels.h"
+#include "torch/int8_cuda.h"
 #include "torch/linear_cuda.h"
 
 namespace hf_spqr {
@@ -45,6 +46,23 @@ Tensor affine_dequantize(const Tensor& packed, const OptionalTensor& perm, int64
     return dequantize_cuda(kOp, packed, m, perm, dtype);
 }
 
+std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, const OptionalTensor& perm, int64_t bits,
+                                                       bool symmetric) {
+    constexpr const char* kOp = "quantize_activation";
+    STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x must have at least one dimension");
+    return quantize_cuda(kOp, x, perm, bits, symmetric);
+}
+
+Tensor w_int8_linear(const Tensor& code, const Tensor& scale, const Tensor& zero, const Tensor& packed,
+                     const OptionalTensor& bias, int64_t out_features, int64_t bits, int64_t group_size,
+                     bool symmetric, bool scale_bf16, ScalarType dtype) {
+    constexpr const char* kOp = "w_int8_linear";
+    STD_TORCH_CHECK(code.dim() >= 1, kOp, ": code must have at least one dimension");
+    const Matrix m = affine_matrix(kOp, device_of(kOp, "code", code), packed, code.size(-1),
+                                   {out_features, bits, group_size, symmetric, scale_bf16});
+    return int8_linear_cuda(kOp, code, scale, zero, m, bias, dtype);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(hf_spqr, CUDA, m) {
@@ -52,6 +70,8 @@ STABLE_TORCH_LIBRARY_IMPL(hf_spqr, CUDA, m) {
     m.impl("spqr_dequantize", TORCH_BOX(&spqr_dequantize));
     m.impl("affine_linear", TORCH_BOX(&affine_linear));
     m.impl("affine_dequantize", TORCH_BOX(&affine_dequantize));
+    m.impl("quantize_activation", TORCH_BOX(&quantize_activation));
+    m.impl("w_int8_linear", TORCH_BOX(&w_int8_linear));
 }
 
 }  // namespace hf_spqr

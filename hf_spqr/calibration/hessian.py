@@ -7,19 +7,17 @@ from torch import Tensor
 
 from hf_spqr.errors import CalibrationError, NonFiniteError
 
-_WIDEST_FLOAT64 = 4096
-
 
 class HessianAccumulator:
     """H = 2 / T * sum over T tokens of x x^T, for one input that any number of layers share.
 
-    The products of a batch are formed in float32; batches are summed in float64 up to K = 4096 (128 MB), in float32
-    beyond, where a few hundred additions lose no more than the products themselves. `hessian()` is float32.
+    The products of a batch are formed in float32 and summed in float64, ``sum``. Such a sum of n terms is
+    exact, whatever its order, as long as the terms of an element differ by less than 2^29 / n in size: so it does not
+    matter which process of a group adds what. `hessian()` is float32.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        dtype = torch.float64 if in_features <= _WIDEST_FLOAT64 else torch.float32
-        self._sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        self.sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self.in_features = in_features
         self.tokens = 0
 
@@ -30,7 +28,7 @@ class HessianAccumulator:
         """
         if inputs.shape[-1] != self.in_features:
             raise CalibrationError(f"Expected inputs of width {self.in_features}, got shape {tuple(inputs.shape)}")
-        x = inputs.detach().reshape(-1, self.in_features).to(self._sum.device, torch.float32)
+        x = inputs.detach().reshape(-1, self.in_features).to(self.sum.device, torch.float32)
         if x.shape[0] == 0:
             return
         product = x.T @ x
@@ -40,12 +38,12 @@ class HessianAccumulator:
                 f"The calibration inputs of this layer hold {kind}. Run the model in bfloat16 or float32 instead of"
                 " float16, and check its weights and the calibration texts."
             )
-        self._sum += product
+        self.sum += product
         self.tokens += x.shape[0]
 
     @property
     def device(self) -> torch.device:
-        return self._sum.device
+        return self.sum.device
 
     def hessian(self) -> Tensor:
         """H [K, K], float32, exactly symmetric. Raises CalibrationError when no token has been added."""
@@ -53,5 +51,5 @@ class HessianAccumulator:
             raise CalibrationError(
                 "No calibration input has reached this layer: there is no Hessian to quantize with."
             )
-        mean = self._sum.to(torch.float32, copy=True).mul_(2.0 / self.tokens)
+        mean = self.sum.to(torch.float32, copy=True).mul_(2.0 / self.tokens)
         return (mean + mean.T).mul_(0.5)  # few and narrow temporaries: K x K is the largest thing in memory

@@ -13,6 +13,7 @@ from hf_spqr.cli.doctor import doctor_command
 from hf_spqr.cli.eval import eval_command
 from hf_spqr.cli.export import export_command
 from hf_spqr.cli.inspect import inspect_command
+from hf_spqr.cli.processes import is_shown_elsewhere
 from hf_spqr.cli.push import push_command
 from hf_spqr.cli.quantize import quantize_command
 from hf_spqr.errors import HfSpqrError
@@ -45,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(arguments)
+        app(arguments, prog_name="hf-spqr")
     except (HfSpqrError, OSError, ImportError) as error:
+        if is_shown_elsewhere(error):
+            raise SystemExit(1) from None
         if "--json" in arguments:
             print_json({"error": str(error), "type": type(error).__name__})
         err_console().print("[red]error:[/red]", str(error), markup=True, soft_wrap=True)

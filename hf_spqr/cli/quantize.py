@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,9 +29,11 @@ from hf_spqr.cli.common import (
     size_of,
 )
 from hf_spqr.cli.folder import check_output, complete_folder
+from hf_spqr.cli.processes import local_device, process_group
 
 if TYPE_CHECKING:
     from hf_spqr.config import PackedConfig
+    from hf_spqr.quantize.ranks import Ranks
     from hf_spqr.report.records import QuantizationReport
 
 MOST_SEQLEN = 2048
@@ -73,6 +76,9 @@ def quantize_command(
     ] = None,
     act_bits: Annotated[
         int | None, typer.Option("--act-bits", help="OmniQuant: bits of the activations, 2 to 8. Default: none.")
+    ] = None,
+    act_sym: Annotated[
+        bool | None, typer.Option("--act-sym/--act-asym", help="OmniQuant: symmetric activations. Default: no.")
     ] = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", help="OmniQuant: passes over the calibration data for each block.")
@@ -139,38 +145,45 @@ def quantize_command(
       hf-spqr quantize MODEL OUT -d wikitext:wikitext-2-raw-v1:train --mode reference --percdamp 1.0
 
       hf-spqr quantize MODEL OUT -d c4.jsonl --method omniquant --preset W3A16g128
+
+      torchrun --nproc-per-node 4 --no-python hf-spqr quantize MODEL OUT -d c4.jsonl --device cuda
     """
-    check_model(model)
-    check_device(device)
-    check_output(out, overwrite, inputs=(model,))
-    positions = check_base(model)
-    config = build_config(
-        method,
-        preset=preset,
-        mode=None if mode is None else mode.value,
-        bits=bits,
-        group_size=group_size,
-        act_bits=act_bits,
-        epochs=epochs,
-        batch_size=batch_size,
-        scale_bits=scale_bits,
-        zero_bits=zero_bits,
-        second_group=second_group,
-        outlier_threshold=None if outlier_threshold is None else parse_threshold(outlier_threshold),
-        target_bits=target_bits,
-        act_order=act_order,
-        percdamp=percdamp,
-        true_sequential=true_sequential,
-        dataset=dataset,
-        nsamples=nsamples,
-        seqlen=min(MOST_SEQLEN, positions) if seqlen is None else seqlen,
-        seed=seed,
-        modules_to_not_convert=skip,
-        overrides=parse_json_object("--overrides", overrides),
-    )
     start = time.monotonic()
-    with complete_folder(out) as partial:
-        report = run(model, config, partial, dtype, device, max_shard_size)
+    with process_group() as ranks:
+        with ranks.together():
+            check_model(model)
+            check_device(device)
+            check_output(out, overwrite, inputs=(model,))
+            positions = check_base(model)
+            config = build_config(
+                method,
+                preset=preset,
+                mode=None if mode is None else mode.value,
+                bits=bits,
+                group_size=group_size,
+                act_bits=act_bits,
+                act_sym=act_sym,
+                epochs=epochs,
+                batch_size=batch_size,
+                scale_bits=scale_bits,
+                zero_bits=zero_bits,
+                second_group=second_group,
+                outlier_threshold=None if outlier_threshold is None else parse_threshold(outlier_threshold),
+                target_bits=target_bits,
+                act_order=act_order,
+                percdamp=percdamp,
+                true_sequential=true_sequential,
+                dataset=dataset,
+                nsamples=nsamples,
+                seqlen=min(MOST_SEQLEN, positions) if seqlen is None else seqlen,
+                seed=seed,
+                modules_to_not_convert=skip,
+                overrides=parse_json_object("--overrides", overrides),
+            )
+        with complete_folder(out) if ranks.first else nullcontext() as partial:
+            report = run(model, config, partial, dtype, local_device(device), max_shard_size, ranks)
+    if not ranks.first:
+        return
     seconds = time.monotonic() - start
     if json:
         print_json({"out": str(out), "seconds": seconds, **report.to_dict()})
@@ -224,16 +237,25 @@ def check_base(model: str) -> int:
 
 
 def run(
-    model: str, config: PackedConfig, folder: Path, dtype: Dtype, device: str | None, max_shard_size: str
+    model: str,
+    config: PackedConfig,
+    folder: Path | None,
+    dtype: Dtype,
+    device: str | None,
+    max_shard_size: str,
+    ranks: Ranks,
 ) -> QuantizationReport:
-    """Quantize and save into ``folder``; return the report."""
-    tokenizer = load_tokenizer(model)
+    """Quantize and, where there is a ``folder``, save into it; return the report."""
+    with ranks.together():
+        tokenizer = load_tokenizer(model)
     config.tokenizer = tokenizer
     quantized: Any = load_model(model, dtype, device, quantization_config=config)
     report: QuantizationReport = quantized.quantization_report
-    quantized.save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
-    report.save(folder)
+    with ranks.together():
+        if folder is not None:
+            quantized.save_pretrained(folder, max_shard_size=max_shard_size)
+            tokenizer.save_pretrained(folder)
+            report.save(folder)
     return report
 
 

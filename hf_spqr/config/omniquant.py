@@ -41,6 +41,7 @@ class OmniQuantConfig(PackedConfig):
         epochs, batch_size, lwc_lr, let_lr, rounding_lr: the training of a block; ``None`` takes the method's default.
         learning: further fields of :class:`hf_spqr.methods.omniquant.OmniQuantParams`, by name.
         scale_dtype: ``"float16"`` or ``"bfloat16"``, in which scales are stored.
+        act_sym: symmetric activations (zero point 0); else the grid of a token spans its minimum and maximum.
         dataset, tokenizer, nsamples, seqlen, seed, modules_to_not_convert, backend, format_version: as in
             :class:`~hf_spqr.config.SpQRConfig`. All layers of a model share the fields above, there are no overrides.
 
@@ -67,6 +68,7 @@ class OmniQuantConfig(PackedConfig):
         rounding_lr: float | None = None,
         learning: Mapping[str, Any] | None = None,
         scale_dtype: str = "float16",
+        act_sym: bool = False,
         dataset: Any = None,
         tokenizer: Any = None,
         nsamples: int = 128,
@@ -79,6 +81,7 @@ class OmniQuantConfig(PackedConfig):
         **unknown: Any,
     ) -> None:
         self.bits, self.group_size, self.act_bits, self.sym = bits, group_size, act_bits, sym
+        self.act_sym = act_sym
         self.lwc, self.let, self.rounding = lwc, let, rounding
         self.epochs, self.batch_size = epochs, batch_size
         self.lwc_lr, self.let_lr, self.rounding_lr = lwc_lr, let_lr, rounding_lr
@@ -114,8 +117,8 @@ class OmniQuantConfig(PackedConfig):
     @staticmethod
     def _own_fields() -> set[str]:
         return {
-            "bits", "group_size", "act_bits", "sym", "lwc", "let", "rounding", "epochs", "batch_size", "lwc_lr",
-            "let_lr", "rounding_lr", "scale_dtype",
+            "bits", "group_size", "act_bits", "act_sym", "sym", "lwc", "let", "rounding", "epochs", "batch_size",
+            "lwc_lr", "let_lr", "rounding_lr", "scale_dtype",
         }  # fmt: skip
 
     def validate(self) -> None:
@@ -131,7 +134,7 @@ class OmniQuantConfig(PackedConfig):
         check_choice("group_size", self.group_size, GROUP_SIZES)
         if self.act_bits is not None:
             check_int("act_bits", self.act_bits, 2, 8)
-        for name in ("sym", "lwc", "rounding"):
+        for name in ("sym", "act_sym", "lwc", "rounding"):
             check_flag(name, getattr(self, name))
         if self.let is not None:
             check_flag("let", self.let)

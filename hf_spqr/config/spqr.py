@@ -130,7 +130,7 @@ class SpQRConfig(PackedConfig):
 
     def settle(self) -> None:
         params = self.params()
-        self.act_order, self.percdamp = params.act_order, params.percdamp
+        self.act_order, self.percdamp = params.permutes, params.damping
 
     def stores_order(self, *names: str) -> bool | None:
         order: bool | None = self.layer_fields(*names)["act_order"]

@@ -222,6 +222,8 @@ def split_outliers(outlier: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_outliers(layout: SpQRLayout, outlier_row: Tensor, outlier: Tensor) -> None:
     """Raise ValueError unless the outliers are a well-formed CSR matrix of the layout's shape (kernels trust them)."""
+    if outlier_row.shape != (layout.out_features + 1,):
+        raise ValueError(f"outlier_row must have {layout.out_features + 1} numbers, got {list(outlier_row.shape)}")
     if int(outlier_row[0]) != 0 or int(outlier_row[-1]) != outlier.numel() or bool((outlier_row.diff() < 0).any()):
         raise ValueError(f"outlier_row must rise from 0 to the number of outliers, {outlier.numel()}")
     if outlier.dtype != layout.outlier_dtype:

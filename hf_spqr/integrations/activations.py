@@ -14,34 +14,37 @@ from hf_spqr.config import OmniQuantConfig
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear
 from hf_spqr.ops.activation import fake_quantize_activation
 
-__all__ = ["can_quantize_attention", "enforce", "register_attention", "release"]
+__all__ = ["enforce", "register_attention", "release"]
 
-BITS = range(2, 9)
+SCHEMES = [(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
 
 
-def attention_name(bits: int) -> str:
+def attention_name(bits: int, symmetric: bool) -> str:
     """Name of the attention function whose q, k and v have ``bits`` bits."""
-    return f"hf_spqr_a{bits}"
+    return f"hf_spqr_a{bits}_sym" if symmetric else f"hf_spqr_a{bits}"
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, bits: int, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    bits: int,
+    symmetric: bool,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """sdpa attention on q, k, v [batch, heads, tokens, size] quantized per token and head, after rotary embeddings."""
-    q, k, v = (fake_quantize_activation(x, bits) for x in (query, key, value))
+    q, k, v = (fake_quantize_activation(x, bits, symmetric) for x in (query, key, value))
     return sdpa_attention_forward(module, q, k, v, *args, **kwargs)
 
 
 def register_attention() -> None:
     """Make the attention functions known to Transformers."""
-    for bits in BITS:
-        AttentionInterface.register(attention_name(bits), partial(_attention, bits=bits))
-        AttentionMaskInterface.register(attention_name(bits), sdpa_mask)
-
-
-def can_quantize_attention(model: nn.Module) -> bool:
-    """Whether the model computes attention through the registry in the way of sdpa (Gemma 2's soft cap does not)."""
-    return bool(getattr(model, "_supports_sdpa", False))
+    for bits, symmetric in SCHEMES:
+        name = attention_name(bits, symmetric)
+        AttentionInterface.register(name, partial(_attention, bits=bits, symmetric=symmetric))
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def enforce(model: Any, config: OmniQuantConfig) -> None:
@@ -50,13 +53,13 @@ def enforce(model: Any, config: OmniQuantConfig) -> None:
         return
     for module in model.modules():
         if isinstance(module, AffineLinear | AffineGroupedLinear):
-            module.act_bits = config.act_bits
+            module.act_bits, module.act_sym = config.act_bits, config.act_sym
     if config.params().quantize_attention:
-        model.set_attn_implementation(attention_name(config.act_bits))
+        model.set_attn_implementation(attention_name(config.act_bits, config.act_sym))
 
 
 def release(model: Any) -> None:
     """Undo :func:`enforce` on the attention, for a model whose layers are packed no more."""
-    names = {attention_name(bits) for bits in BITS}
+    names = {attention_name(*scheme) for scheme in SCHEMES}
     if model.config._attn_implementation in names:
         model.set_attn_implementation("sdpa")

@@ -22,7 +22,7 @@ from hf_spqr.integrations.experts import ExpertFinder, check_experts
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
 
-__all__ = ["Contents", "Renamer", "Spec", "check_complete", "read_contents", "read_headers"]
+__all__ = ["Contents", "Renamer", "Spec", "check_complete", "check_order", "read_contents", "read_headers"]
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a stored tensor."""
@@ -153,6 +153,15 @@ def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], 
         inside = name.startswith(starts) and name.rpartition(".")[0] not in contents.packed
         if inside and name not in contents.dense and not _ignored(name, model, "_keys_to_ignore_on_load_missing"):
             raise CheckpointError(f"The checkpoint lacks {name}: it is incomplete or damaged.")
+
+
+def check_order(name: str, expected: bool | None, found: bool) -> None:
+    """Raise CheckpointError unless layer ``name`` has a column order exactly if the config says so (None: unknown)."""
+    if expected is not None and expected != found:
+        raise CheckpointError(
+            f"{name}: the config says that act_order is {expected}, but the checkpoint has"
+            f" {'a' if found else 'no'} tensor 'perm': it is incomplete or damaged."
+        )
 
 
 class Renamer:

@@ -33,15 +33,23 @@ __all__ = [
 
 
 class JoinExperts(ConversionOps):
-    """Fuses one tensor of all experts: stacked, or joined end to end where its length differs between them."""
+    """Fuses one tensor of all experts (of those that this rank holds): stacked, or joined end to end where its length
+    differs between them."""
 
     def __init__(self, ragged: bool) -> None:
         self.ragged = ragged
 
     def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        tensors = input_dict.pop(source_patterns[0])
+        experts = model.get_submodule(full_layer_name.rsplit(".packed.", 1)[0])
+        tensors = input_dict.pop(source_patterns[0])[slice(*experts.held) if experts.held else slice(None)]
         return {target_patterns[0]: torch.cat(tensors) if self.ragged else torch.stack(tensors)}
 
 
@@ -158,8 +166,12 @@ def restore_converters(model: Any) -> None:
     model._weight_conversions = before + [c for c in default_conversions(model) if isinstance(c, WeightConverter)]
 
 
-def split_experts(model: nn.Module) -> dict[str, Tensor] | None:
+def split_experts(
+    model: nn.Module, gather: Callable[[Any, Any], list[Any] | None] | None = None
+) -> dict[str, Tensor] | None:
     """The state of ``model`` as it is written to a file, experts one by one; None where it has no packed experts.
+
+    ``gather``: what joins the experts that the ranks of a group hold, on the first of them.
 
     Raises:
         CheckpointError: experts are offloaded.
@@ -175,7 +187,11 @@ def split_experts(model: nn.Module) -> dict[str, Tensor] | None:
                 raise CheckpointError(f"{name} is offloaded: load the model without offload to save it.")
             for tensor in linear.packed_tensors():
                 del state[f"{name}.packed.{projection}.{tensor}"]
-            for expert, tensors in enumerate(linear.split()):
+            experts_here = linear.split()
+            if module.held is not None and gather is not None:
+                parts = gather([{k: v.cpu() for k, v in one.items()} for one in experts_here], module.group)
+                experts_here = [one for part in parts or [] for one in part]
+            for expert, tensors in enumerate(experts_here):
                 for tensor, value in tensors.items():
                     state[f"{name}.{expert}.{stored[projection]}.{tensor}"] = value.clone()
     return state

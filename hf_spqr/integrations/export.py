@@ -212,7 +212,8 @@ def _activations(model: nn.Module) -> dict[str, Any] | None:
             " exported model leaves them in full precision and is a little better than this one.",
             stacklevel=2,
         )
-    return {"num_bits": config.act_bits, "type": "int", "symmetric": False, "strategy": "token", "dynamic": True}
+    symmetric = config.act_sym
+    return {"num_bits": config.act_bits, "type": "int", "symmetric": symmetric, "strategy": "token", "dynamic": True}
 
 
 def _refuse_activations(model: nn.Module, format: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
+from hf_spqr.integrations import tensor_parallel
 from hf_spqr.integrations.checkpoint import Renamer, Spec, read_headers
 from hf_spqr.integrations.transformers import PackedQuantizer, attach
 from hf_spqr.nn import PackedLinear
@@ -27,6 +28,7 @@ class StoredLinear(nn.Module):
     """Holds the foreign tensors of a layer while a checkpoint is loaded."""
 
     bias: Tensor | None
+    is_foreign = True
 
     def __init__(self, linear: nn.Linear, specs: Mapping[str, Spec]) -> None:
         super().__init__()
@@ -95,6 +97,7 @@ class ImportingQuantizer(PackedQuantizer):
             raise CheckpointError(f"The config says that this is one of {self.title}, but it has no packed layer.")
         for name, specs in stored.items():
             model.set_submodule(name, self._holder(model, name, specs))
+        tensor_parallel.adapt_plans(model)
         for name, _ in model.named_parameters():
             module, _, leaf = name.rpartition(".")
             if name.startswith(starts) and name not in dense and leaf not in stored.get(module, ()):

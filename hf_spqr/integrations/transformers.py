@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -14,8 +15,8 @@ from hf_spqr import quantize
 from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import FORMAT_VERSION, OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
-from hf_spqr.integrations import activations, hub
-from hf_spqr.integrations.checkpoint import Contents, check_complete, read_contents
+from hf_spqr.integrations import activations, hub, tensor_parallel
+from hf_spqr.integrations.checkpoint import Contents, check_complete, check_order, read_contents
 from hf_spqr.integrations.experts import (
     JoinExperts,
     default_conversions,
@@ -58,6 +59,7 @@ class PackedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.requested_device_map: Any = None
         self.loading: nn.Module | None = None
+        self.dtypes: dict[str, torch.dtype] = {}
 
     # -- before loading --------------------------------------------------------------------------------------------
 
@@ -97,24 +99,30 @@ class PackedQuantizer(HfQuantizer):
             model.set_submodule(name, self._empty_module(model, name, tensors, contents))
         for name, projections in contents.experts.items():
             model.set_submodule(name, self._empty_experts(model, name, projections))
+        tensor_parallel.adapt_plans(model)
         self.loading = model
+        self.dtypes = _wanted_dtypes(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         # Transformers 5.17 does not pass the model
         conversions = super().update_weight_conversions(weight_conversions, *model)
-        return (experts_converters(self.loading) if self.loading is not None else []) + conversions
+        if self.loading is None:
+            return conversions
+        shares = tensor_parallel.share_converters(self.module_class.tensor_names)
+        return experts_converters(self.loading) + shares + conversions
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        # asked of a tensor of another shape than expected: how many outliers a rank holds is known once they are read
+        if not tensor_parallel.is_distributed() or not param_name.endswith(".outlier"):
+            return False
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), PackedLinear | GroupedLinear)
 
     def _empty_module(self, model: nn.Module, name: str, tensors: dict[str, Any], contents: Contents) -> PackedLinear:
         config, linear = self.quantization_config, model.get_submodule(name)
         specs = {key: spec for key, spec in tensors.items() if key not in ("weight", "bias")}
         names = (contents.modules[name], *_names(model, name))
         layout = config.layout(*dense.features(linear), *names)
-        order = config.stores_order(*names)
-        if order is not None and order != ("perm" in specs):
-            raise CheckpointError(
-                f"{name}: the config says that act_order is {order}, but the checkpoint has"
-                f" {'a' if 'perm' in specs else 'no'} tensor 'perm': it is incomplete or damaged."
-            )
+        check_order(name, config.stores_order(*names), "perm" in specs)
         try:
             bias: Any = linear.bias
             module = self.module_class.empty(layout, specs, bias, dense.matrix(linear).dtype, config.backend)
@@ -145,9 +153,12 @@ class PackedQuantizer(HfQuantizer):
         self.loading = None
         hub.install(model)
         if self.pre_quantized:
+            _cast(model, self.dtypes)
+            tensor_parallel.finish(model)
             self._check_loaded(model)
             _drop_conversions(model)
             return
+        tensor_parallel.refuse_to_quantize(model)
         config = self.quantization_config
         quantize.quantize_model(model, config, device=_calibration_device(self.requested_device_map))
         config.forget_data()
@@ -173,6 +184,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string there
+        tensor_parallel.refuse_to_dequantize(model)
         for name, module in list(model.named_modules()):
             if not isinstance(module, PackedLinear):
                 continue
@@ -189,7 +201,8 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[Any, dict[str, str]]:
-        return split_experts(model), {"hf_spqr_format_version": str(FORMAT_VERSION)}
+        state = tensor_parallel.whole_state(model) or split_experts(model)
+        return state, {"hf_spqr_format_version": str(FORMAT_VERSION)}
 
     def is_serializable(self) -> bool:
         return True
@@ -217,6 +230,11 @@ class OmniQuantQuantizer(PackedQuantizer):
     module_class = AffineLinear
     grouped_class = AffineGroupedLinear
     config_class = OmniQuantConfig
+
+    def _empty_module(self, model: nn.Module, name: str, tensors: dict[str, Any], contents: Contents) -> PackedLinear:
+        module = super()._empty_module(model, name, tensors, contents)
+        module.act_bits = self.quantization_config.act_bits  # how a layer is divided among ranks depends on it
+        return module
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         super()._process_model_after_weight_loading(model, **kwargs)
@@ -276,6 +294,23 @@ def _names(model: nn.Module, name: str) -> set[str]:
     return {name, prefix + name, name.removeprefix(prefix)}
 
 
+def _wanted_dtypes(model: Any) -> dict[str, torch.dtype]:
+    """The dtypes that the float parameters of ``model``, still on meta, should have when they are loaded."""
+    parameters = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
+    plan = model._get_dtype_plan(model.dtype)  # modules that stay in float32
+    for pattern, dtype in plan.items():
+        parameters |= dict.fromkeys(filter(re.compile(pattern.replace("*", ".*")).search, parameters), dtype)
+    return parameters
+
+
+def _cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give parameters their dtypes. Transformers 5.17 leaves those whose names it changes in the dtype of the file."""
+    for name, parameter in model.named_parameters():
+        dtype = dtypes.get(name, parameter.dtype)
+        if parameter.dtype != dtype and not parameter.is_meta:
+            parameter.data = parameter.data.to(dtype)
+
+
 def _calibration_device(device_map: Any) -> torch.device | None:
     """The first accelerator that ``device_map`` names; None for the CPU."""
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -303,7 +338,7 @@ def _drop_conversions(model: nn.Module) -> None:
         conversions = default_conversions(model)
 
     def touches(converter: WeightConverter) -> bool:
-        if isinstance(converter.operations[0], JoinExperts):
+        if isinstance(converter.operations[0], JoinExperts | tensor_parallel.TakeShare):
             return True
         back = converter.reverse_transform()
         return any(back.rename_source_key(name)[1] is not None for name in packed)

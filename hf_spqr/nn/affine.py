@@ -10,13 +10,18 @@ from hf_spqr.formats import affine
 from hf_spqr.formats.affine import AffineLayout, AffineWeight
 from hf_spqr.nn.packed import PackedLinear
 from hf_spqr.ops import reference
-from hf_spqr.ops.activation import fake_quantize_activation
+
+
+def describe_activations(act_bits: int | None, act_sym: bool) -> str:
+    """What a layer's ``repr`` says of its activations, beginning with a comma."""
+    return "" if act_bits is None else f", act_bits={act_bits}" + (", act_sym=True" if act_sym else "")
 
 
 class AffineLinear(PackedLinear):
     """A linear layer whose matrix is in the format of :mod:`hf_spqr.formats.affine`.
 
-    ``act_bits``: bits to which each token of the input is quantized first (dynamic, asymmetric); None leaves it alone.
+    ``act_bits``: bits to which each token of the input is quantized first (dynamic; symmetric with ``act_sym``). The
+    product is then one of integers (:func:`hf_spqr.ops.integer_linear`). None leaves the input alone.
     """
 
     tensor_names = affine.TENSORS
@@ -24,6 +29,7 @@ class AffineLinear(PackedLinear):
     dequantize, reference_dequantize = ops.affine_dequantize, reference.affine_dequantize
     layout: AffineLayout
     act_bits: int | None = None
+    act_sym: bool = False
 
     @classmethod
     def from_weight(cls, weight: AffineWeight, bias: Tensor | None, dtype: torch.dtype) -> AffineLinear:
@@ -33,11 +39,16 @@ class AffineLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.act_bits is None:
             return super().forward(x)
-        # in float32: 16 bits could not hold scale * code, and the product is that of the integers
-        return super().forward(fake_quantize_activation(x.float(), self.act_bits)).to(x.dtype)
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return ops.integer_linear(
+            x, self.packed, self.perm, bias, self.layout.out_features, self._numbers,
+            self.act_bits, self.act_sym, self.backend == "reference",
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", act_bits={self.act_bits}" if self.act_bits is not None else "")
+        return super().extra_repr() + describe_activations(self.act_bits, self.act_sym)
 
     @staticmethod
     def layout_numbers(layout: AffineLayout) -> tuple[int | bool, ...]:

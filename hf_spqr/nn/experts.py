@@ -110,6 +110,19 @@ class PackedExperts(nn.Module):
     post_expert_norm: nn.Module
     original_class: type[nn.Module]
     packed: nn.ModuleDict
+    held: tuple[int, int] | None = None
+    """The first expert that this rank holds under tensor parallelism and the one after the last; None for all."""
+    group: Any = None
+    """The process group that holds all of them together."""
+
+    def hold(self, first: int, last: int, group: Any = None) -> None:
+        """Hold some of the experts only: others give zeros. On the meta device, before the tensors are loaded."""
+        self.held, self.group = (first, last), group
+        for linear in self.linears().values():
+            for name in linear.packed_tensors():
+                old = linear.get_parameter(name)
+                if name not in linear.ragged:
+                    setattr(linear, name, nn.Parameter(old.detach()[first:last], requires_grad=False))
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -136,13 +149,15 @@ class PackedExperts(nn.Module):
 
     def _experts(self, x: Tensor, expert: Tensor) -> Tensor:
         """Row i of x [S, hidden] through expert ``expert[i]``; rows of expert E and beyond give zeros."""
+        first, last = self.held or (0, self.kind.experts)
+        if self.held is not None:
+            expert = (expert - first).masked_fill((expert < first) | (expert >= last), last - first)
         order = expert.argsort(stable=True)
         expert = expert[order]
-        ends = torch.searchsorted(expert, torch.arange(self.kind.experts, device=x.device), right=True)
+        ends = torch.searchsorted(expert, torch.arange(last - first, device=x.device), right=True)
         x = x[order]
-        first = [self.packed[name](x, ends) for name in list(self.kind.projections)[:-1]]
-        nobody = (expert >= self.kind.experts)[:, None]
-        y = self._join_gate(first)
+        y = self._join_gate([self.packed[name](x, ends) for name in list(self.kind.projections)[:-1]])
+        nobody, expert = (expert >= last - first)[:, None], expert + first
         if self.kind.biased:
             y = y + self._biases(self.kind.fused, expert, y.dtype)
         y = self._activate(y)

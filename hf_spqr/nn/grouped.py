@@ -14,11 +14,10 @@ from hf_spqr.formats import spqr
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.columns import check_perm, nbytes
 from hf_spqr.formats.spqr import SpQRLayout
-from hf_spqr.nn.affine import AffineLinear
+from hf_spqr.nn.affine import AffineLinear, describe_activations
 from hf_spqr.nn.packed import Backend, PackedLinear, Spec
 from hf_spqr.nn.spqr import SpQRLinear
 from hf_spqr.ops import grouped
-from hf_spqr.ops.activation import fake_quantize_activation
 
 __all__ = ["AffineGroupedLinear", "GroupedLinear", "SpQRGroupedLinear"]
 
@@ -174,17 +173,24 @@ class SpQRGroupedLinear(GroupedLinear):
 class AffineGroupedLinear(GroupedLinear):
     """Experts in the format of :mod:`hf_spqr.formats.affine`.
 
-    ``act_bits``: bits to which each token of the input is quantized first, as in
-    :class:`~hf_spqr.nn.affine.AffineLinear`; None leaves it alone.
+    ``act_bits``, ``act_sym``: the input is quantized first, as in :class:`~hf_spqr.nn.affine.AffineLinear`.
     """
 
     act_bits: int | None = None
+    act_sym: bool = False
     linear_class = AffineLinear
     linear, reference_linear = ops.affine_grouped_linear, grouped.reference_affine_grouped_linear
     layout: AffineLayout
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        return super().forward(x if self.act_bits is None else fake_quantize_activation(x, self.act_bits), ends)
+        if self.act_bits is None:
+            return super().forward(x, ends)
+        integers = (
+            grouped.reference_integer_grouped_linear if self.backend == "reference" else ops.integer_grouped_linear
+        )
+        shape = (self.out_features, self.in_features)
+        held = self._parameters
+        return integers(x, ends, held["packed"], held["perm"], *shape, *self._numbers, self.act_bits, self.act_sym)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", act_bits={self.act_bits}" if self.act_bits is not None else "")
+        return super().extra_repr() + describe_activations(self.act_bits, self.act_sym)

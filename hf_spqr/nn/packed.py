@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hf_spqr import ops
-from hf_spqr.errors import CheckpointError
+from hf_spqr.errors import CheckpointError, UnsupportedLayerError
 from hf_spqr.formats.columns import check_perm, nbytes
 from hf_spqr.nn.dense import make_dense
+
+if TYPE_CHECKING:
+    from hf_spqr.nn.share import Share
 
 Backend = Literal["auto", "reference"]
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -37,6 +41,8 @@ class PackedLinear(nn.Module):
     packed: Tensor
     perm: Tensor | None
     bias: Tensor | None
+    share: Share | None = None
+    """What this rank holds of the layer under tensor parallelism; None where it holds all of it."""
 
     _hf_quantized_needs_local_tp = True  # tensor parallel: run on this rank's plain tensors
 
@@ -87,13 +93,25 @@ class PackedLinear(nn.Module):
         tensors = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in specs.items()}
         return cls(layout, tensors, bias, dtype, backend)
 
+    def hold(self, share: Share) -> None:
+        """Become what one rank holds of the layer. To be called on the meta device, before the tensors are loaded."""
+        self.share, self.layout = share, share.layout
+        self.forward = partial(share.forward, self)  # type: ignore[method-assign]
+        for name, shape in share.shapes().items():
+            old = self._parameters.get(name)
+            if old is not None:
+                empty = torch.empty(shape, dtype=old.dtype, device="meta")
+                self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
     @property
     def in_features(self) -> int:
-        return self.layout.in_features
+        """Inputs of the whole layer."""
+        return (self.layout if self.share is None else self.share.whole).in_features
 
     @property
     def out_features(self) -> int:
-        return self.layout.out_features
+        """Outputs of the whole layer."""
+        return (self.layout if self.share is None else self.share.whole).out_features
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The tensors of the packed matrix by name, as :mod:`hf_spqr.formats` packs them."""
@@ -106,14 +124,20 @@ class PackedLinear(nn.Module):
 
     def check(self) -> None:
         """Raise CheckpointError unless the indices in the tensors are sound; kernels follow them unchecked."""
+        self.check_tensors(self.layout, self.packed_tensors())
+
+    @classmethod
+    def check_tensors(cls, layout: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError unless the indices in the tensors of a matrix of ``layout`` are sound."""
         try:
-            self._check_indices()
+            cls._check_indices(layout, tensors)
         except ValueError as error:
             raise CheckpointError(f"damaged packed layer: {error}") from error
 
-    def _check_indices(self) -> None:
-        if self.perm is not None:
-            check_perm(self.perm, self.in_features)
+    @staticmethod
+    def _check_indices(layout: Any, tensors: Mapping[str, Tensor]) -> None:
+        if "perm" in tensors:
+            check_perm(tensors["perm"], layout.in_features)
 
     @staticmethod
     def layout_numbers(layout: Any) -> tuple[int | bool, ...]:
@@ -132,7 +156,12 @@ class PackedLinear(nn.Module):
         return ops.call_linear(type(self).linear, x, bias, *arguments)
 
     def dequantize_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix [out_features, in_features] in full, of ``dtype`` (the module's float dtype if not given)."""
+        """The matrix [out_features, in_features] in full, of ``dtype`` (the module's float dtype if not given).
+
+        Raises UnsupportedLayerError where this rank holds a part of it only.
+        """
+        if self.share is not None:
+            raise UnsupportedLayerError("this rank holds a part of the layer: load the model without tp_plan")
         dequantize = type(self).reference_dequantize if self.backend == "reference" else type(self).dequantize
         packed = [self._parameters[name] for name in self.tensor_names]
         return dequantize(
@@ -145,8 +174,9 @@ class PackedLinear(nn.Module):
         return make_dense(self.replaces, weight, None if self.bias is None else self.bias.data.to(weight.dtype))
 
     def extra_repr(self) -> str:
-        per_weight = 8 * self.nbytes() / (self.in_features * self.out_features)
-        return (
+        per_weight = 8 * self.nbytes() / (self.layout.in_features * self.layout.out_features)
+        text = (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.layout.bits}, group_size={self.layout.group_size}, bits_per_weight={per_weight:.3f}"
         )
+        return text if self.share is None else f"{text}, share={self.share.rank + 1}/{self.share.size}"

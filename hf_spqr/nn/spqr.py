@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -31,9 +33,10 @@ class SpQRLinear(PackedLinear):
     def layout_numbers(layout: SpQRLayout) -> tuple[int, ...]:
         return layout.bits, layout.group_size, layout.stat_bits, layout.second_group
 
-    def _check_indices(self) -> None:
-        super()._check_indices()
-        spqr.check_outliers(self.layout, self.outlier_row, self.outlier)
+    @staticmethod
+    def _check_indices(layout: SpQRLayout, tensors: Mapping[str, Tensor]) -> None:
+        PackedLinear._check_indices(layout, tensors)
+        spqr.check_outliers(layout, tensors["outlier_row"], tensors["outlier"])
 
     def outliers(self) -> int:
         return self.outlier.numel()

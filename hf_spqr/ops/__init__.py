@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_spqr.ops import autograd, grouped, reference
+from hf_spqr.ops.integer import integer_linear as integer_linear
 from hf_spqr.ops.schema import NAMESPACE, SCHEMAS
 
 WHY_NOT: dict[str, str] = {}
@@ -46,8 +47,11 @@ spqr_linear = torch.ops.hf_spqr.spqr_linear.default
 spqr_dequantize = torch.ops.hf_spqr.spqr_dequantize.default
 affine_linear = torch.ops.hf_spqr.affine_linear.default
 affine_dequantize = torch.ops.hf_spqr.affine_dequantize.default
+quantize_activation = torch.ops.hf_spqr.quantize_activation.default
+w_int8_linear = torch.ops.hf_spqr.w_int8_linear.default
 spqr_grouped_linear = torch.ops.hf_spqr.spqr_grouped_linear.default
 affine_grouped_linear = torch.ops.hf_spqr.affine_grouped_linear.default
+integer_grouped_linear = torch.ops.hf_spqr.integer_grouped_linear.default
 
 
 def call_linear(op: torch._ops.OpOverload, x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:

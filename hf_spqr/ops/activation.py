@@ -1,4 +1,4 @@
-"""Quantization of activations: dynamic, per token, asymmetric. Plain PyTorch, any device."""
+"""Quantization of activations: dynamic, one grid per token. Plain PyTorch, any device."""
 
 from __future__ import annotations
 
@@ -8,19 +8,51 @@ from torch import Tensor
 MIN_SCALE = 1e-5
 
 
-def token_grid(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def token_grid(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
     """Grid of each token: ``x [..., K]`` to float32 scale and integer-valued float32 zero point, both ``[..., 1]``.
 
-    The range always holds 0, so the zero point lies in ``[0, 2 ** bits - 1]``.
+    Asymmetric: the range always holds 0, so the zero point lies in ``[0, 2 ** bits - 1]``. Symmetric: the zero point
+    is 0 and ``max |x|`` is ``2 ** (bits - 1) - 1`` steps. A token with a NaN or an infinity, or whose range is beyond
+    float32, has a NaN for its scale.
     """
-    low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).clamp(min=MIN_SCALE)
-    return scale, (-low / scale).round()
+    x = x.float()
+    if symmetric:
+        spread, steps = x.abs().amax(-1, keepdim=True), 2 ** (bits - 1) - 1
+    else:
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+        low = low.clamp(max=0)
+        spread, steps = high.clamp(min=0) - low, 2**bits - 1
+    # by a tensor: PyTorch divides by a number through its reciprocal on some devices, which rounds otherwise
+    scale = (spread / spread.new_full((), steps)).clamp(min=MIN_SCALE).masked_fill(~spread.isfinite(), torch.nan)
+    return scale, torch.zeros_like(scale) if symmetric else (-low / scale).round()
 
 
-def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """The lowest and the highest code, before the shift of asymmetric ones."""
+    return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def quantize_activation(x: Tensor, perm: Tensor | None, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``x [..., K]`` as integers: int8 code ``[..., K]``, float32 scale and int32 zero ``[..., 1]``.
+
+    ``x`` is about ``scale * (code - zero)`` on the grid of :func:`token_grid`, ``round(x / scale)`` to nearest even.
+    Asymmetric codes and zero points are stored shifted by ``2 ** (bits - 1)``, so that they fit int8. Column j of the
+    codes is column ``perm[j]`` of ``x`` (int32 [K]). bits 2 to 8. A token whose scale is NaN has zeros for its codes
+    and its zero point: all that is made from it is NaN. Raises ValueError if bits is not 2 to 8.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"quantize_activation: bits must be 2 to 8, got {bits}")
+    if perm is not None:
+        x = x.index_select(-1, perm)
+    scale, zero = token_grid(x, bits, symmetric)
+    shift = 0 if symmetric else 2 ** (bits - 1)
+    steps = ((x.float() / scale).round() + zero).clamp(*code_range(bits, symmetric)) - shift
+    bad = scale.isnan()
+    return steps.masked_fill(bad, 0).to(torch.int8), scale, (zero - shift).masked_fill(bad, 0).to(torch.int32)
+
+
+def fake_quantize_activation(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
     """``scale * (code - zero)`` of every element of ``x [..., K]``, in its dtype; bits 2 to 8."""
-    scale, zero = token_grid(x, bits)
-    steps = (x.float() / scale).round().add(zero).clamp(0, 2**bits - 1).sub(zero)
+    scale, zero = token_grid(x, bits, symmetric)
+    steps = (x.float() / scale).round().add(zero).clamp(*code_range(bits, symmetric)).sub(zero)
     return (steps * scale).to(x.dtype)

@@ -32,6 +32,21 @@ def register(namespace: str) -> None:
     def _(packed, perm, out_features, in_features, *layout_and_dtype):
         return packed.new_empty((out_features, in_features), dtype=layout_and_dtype[-1])
 
+    @torch.library.register_fake(f"{namespace}::quantize_activation")
+    def _(x, perm, bits, symmetric):
+        torch._check(x.dtype in _FLOATS, lambda: f"x must be float32, bfloat16 or float16, got {x.dtype}")
+        one = (*x.shape[:-1], 1)
+        return (
+            x.new_empty(x.shape, dtype=torch.int8),
+            x.new_empty(one, dtype=torch.float32),
+            x.new_empty(one, dtype=torch.int32),
+        )
+
+    @torch.library.register_fake(f"{namespace}::w_int8_linear")
+    def _(code, scale, zero, packed, bias, out_features, *layout_and_dtype):
+        torch._check(code.dtype == torch.int8, lambda: f"code must be int8, got {code.dtype}")
+        return code.new_empty((*code.shape[:-1], out_features), dtype=layout_and_dtype[-1])
+
     ops = getattr(torch.ops, namespace)
     torch.library.register_autograd(
         f"{namespace}::spqr_linear", _backward(ops.spqr_dequantize, 4), setup_context=_save(4)
@@ -39,6 +54,15 @@ def register(namespace: str) -> None:
     torch.library.register_autograd(
         f"{namespace}::affine_linear", _backward(ops.affine_dequantize, 2), setup_context=_save(2)
     )
+    for name in ("quantize_activation", "w_int8_linear"):
+        torch.library.register_autograd(f"{namespace}::{name}", _no_gradient(name))
+
+
+def _no_gradient(name: str) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(f"{name} works on integers and has no gradient; integer_linear has one")
+
+    return backward
 
 
 def _save(packed_tensors: int) -> Any:

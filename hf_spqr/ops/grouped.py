@@ -23,6 +23,8 @@ SCHEMAS = {
     f"{_SHAPE}, int bits, int group_size, int stat_bits, int second_group, bool transpose) -> Tensor",
     "affine_grouped_linear": "(Tensor x, Tensor ends, Tensor packed, Tensor? perm, "
     f"{_SHAPE}, int bits, int group_size, bool symmetric, bool scale_bf16, bool transpose) -> Tensor",
+    "integer_grouped_linear": "(Tensor x, Tensor ends, Tensor packed, Tensor? perm, "
+    f"{_SHAPE}, int bits, int group_size, bool symmetric, bool scale_bf16, int act_bits, bool act_sym) -> Tensor",
 }
 
 Linear = Callable[..., Tensor]
@@ -71,6 +73,26 @@ def affine_grouped_linear(
     return _loop(linear, dequantize, x, ends, tensors, *shape_and_layout)
 
 
+def integer_grouped_linear(
+    quantize: Callable[..., tuple[Tensor, ...]],
+    linear: Linear,
+    x: Tensor,
+    ends: Tensor,
+    packed: Tensor,
+    perm: Tensor | None,
+    out_features: int,
+    in_features: int,
+    *layout_and_act: Any,
+) -> Tensor:
+    """x [S, in_features] -> [S, out_features], the rows quantized first; other arguments as in the schema."""
+    *layout, act_bits, act_sym = layout_and_act
+    y = x.new_zeros((x.shape[0], out_features))
+    for expert, begin, end in _rows(ends):
+        codes = quantize(x[begin:end], None if perm is None else perm[expert], act_bits, act_sym)
+        y[begin:end] = linear(*codes, packed[expert], None, out_features, *layout, x.dtype)
+    return y
+
+
 def _loop(
     linear: Linear,
     dequantize: Linear,
@@ -117,6 +139,30 @@ def register(library: torch.library.Library, namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", _fake(2 + packed_tensors))
         backward, setup = _gradient(getattr(ops, name).default, packed_tensors)
         torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
+    _register_integer(library, namespace)
+
+
+def _register_integer(library: torch.library.Library, namespace: str) -> None:
+    """The gradient passes the quantization of x unchanged: it is that of affine_grouped_linear."""
+    name, ops = "integer_grouped_linear", getattr(torch.ops, namespace)
+    library.define(name + SCHEMAS[name])
+    run = _bind(integer_grouped_linear, ops.quantize_activation.default, ops.w_int8_linear.default)
+    library.impl(name, run, "CompositeExplicitAutograd")
+
+    def fake(x: Tensor, ends: Tensor, packed: Tensor, perm: Tensor | None, out_features: int, *rest: Any) -> Tensor:
+        return fake_linear(x, out_features)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:4])
+        ctx.numbers = inputs[4:-2]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[0]
+        of_x = ops.affine_grouped_linear(grad, *ctx.saved_tensors, *ctx.numbers, True) if wanted else None
+        return (of_x, *[None] * (5 + len(ctx.numbers)))
+
+    torch.library.register_fake(f"{namespace}::{name}", fake)
+    torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup_context)
 
 
 def _bind(loop: Linear, linear: Linear, dequantize: Linear) -> Linear:
@@ -157,3 +203,23 @@ def reference_spqr_grouped_linear(*arguments: Any) -> Tensor:
 def reference_affine_grouped_linear(*arguments: Any) -> Tensor:
     """The op in plain PyTorch."""
     return affine_grouped_linear(reference.affine_linear, reference.affine_dequantize, *arguments)
+
+
+def reference_integer_grouped_linear(x: Tensor, *arguments: Any) -> Tensor:
+    """The op in plain PyTorch."""
+    y = integer_grouped_linear(reference.quantize_activation, reference.w_int8_linear, x, *arguments)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return y
+    return _Instead.apply(reference_affine_grouped_linear(x, *arguments[:-2], False), y)
+
+
+class _Instead(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

@@ -10,6 +10,13 @@ from torch import Tensor
 from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
+from hf_spqr.ops.activation import quantize_activation
+
+__all__ = [
+    "affine_dequantize", "affine_linear", "quantize_activation", "spqr_dequantize", "spqr_linear", "w_int8_linear",
+]  # fmt: skip
+
+EXACT_COLUMNS = 256  # whose products of two numbers of eight bits and a sign float32 adds up without rounding
 
 
 def spqr_dequantize(
@@ -66,8 +73,7 @@ def affine_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """[out_features, in_features] of ``dtype``, columns in the original order."""
-    scale_dtype = torch.bfloat16 if scale_bf16 else torch.float16
-    layout = AffineLayout(out_features, in_features, bits, group_size, symmetric, scale_dtype)
+    layout = _affine_layout(out_features, in_features, bits, group_size, symmetric, scale_bf16)
     tensors = {"packed": packed} if perm is None else {"packed": packed, "perm": perm}
     return affine.unpack(layout, tensors).dequantize(dtype)
 
@@ -88,6 +94,55 @@ def affine_linear(
         packed, perm, out_features, x.shape[-1], bits, group_size, symmetric, scale_bf16, torch.float32
     )
     return _linear(x, weight, bias)
+
+
+def w_int8_linear(
+    code: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_bf16: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """code int8 [..., in_features], scale float32 and zero int32 [..., 1] -> [..., out_features] of ``dtype``.
+
+    With the weights' codes Q_w, zero points z_w and scales s_w, and all columns, or those of a group, in the sums::
+
+        I = sum (code - zero) (Q_w - z_w) = code.Q_w - zero sum Q_w - z_w sum code + K zero z_w
+
+    ``I`` is exact, of any size; it fits int32 up to 33,025 columns. What follows is float32, each operation rounded by
+    itself (no fused multiply-add), and is the same to the bit in every kernel::
+
+        one scale per row:  y = float(I) * (scale * s_w)
+        groups:             y = (0 + float(I_0) * s_w_0 + float(I_1) * s_w_1 + ...) * scale, from left to right
+
+    then ``y + bias`` and one rounding to ``dtype``. ``float(I_g)`` of a group is exact.
+    """
+    layout = _affine_layout(out_features, code.shape[-1], bits, group_size, symmetric, scale_bf16)
+    weight = affine.unpack(layout, {"packed": packed})
+    width = EXACT_COLUMNS if layout.per_channel else group_size
+    shape = (*code.shape[:-1], out_features)
+    total = code.new_zeros(shape, dtype=torch.int64 if layout.per_channel else torch.float32)
+    for first in range(0, code.shape[-1], width):
+        columns, group = slice(first, first + width), 0 if layout.per_channel else first // width
+        middle = layout.middle if weight.zeros is None else weight.zeros[:, group : group + 1].float()
+        steps = code[..., columns].float() - zero.float()
+        part = torch.nn.functional.linear(steps, weight.codes[:, columns].float() - middle)
+        total = total + (part.long() if layout.per_channel else part * weight.scales[:, group].float())
+    y = total.float() * (scale * weight.scales[:, 0].float()) if layout.per_channel else total * scale
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def _affine_layout(
+    out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool, scale_bf16: bool
+) -> AffineLayout:
+    scale_dtype = torch.bfloat16 if scale_bf16 else torch.float16
+    return AffineLayout(out_features, in_features, bits, group_size, symmetric, scale_dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,6 +3,9 @@
 ``x`` is float32, bfloat16 or float16 of shape [..., in_features]; ``packed`` and what lies beside it are the tensors
 that :mod:`hf_spqr.formats` writes; ``perm`` is int32 [in_features]; ``bias`` is [out_features] of the dtype of ``x``.
 ``group_size`` -1 is one group per row.
+
+``quantize_activation`` gives what ``w_int8_linear`` takes: int8 code [..., in_features] in the stored order of
+columns, float32 scale and int32 zero [..., 1]. ``dtype`` is that of the result and of ``bias``.
 """
 
 NAMESPACE = "hf_spqr"
@@ -18,4 +21,8 @@ SCHEMAS = {
     "spqr_dequantize": f"({_SPQR}, {_SHAPE}, {_SPQR_LAYOUT}, ScalarType dtype) -> Tensor",
     "affine_linear": f"(Tensor x, {_AFFINE}, Tensor? bias, int out_features, {_AFFINE_LAYOUT}) -> Tensor",
     "affine_dequantize": f"({_AFFINE}, {_SHAPE}, {_AFFINE_LAYOUT}, ScalarType dtype) -> Tensor",
+    "quantize_activation": "(Tensor x, Tensor? perm, int bits, bool symmetric) -> (Tensor code, Tensor scale, "
+    "Tensor zero)",
+    "w_int8_linear": "(Tensor code, Tensor scale, Tensor zero, Tensor packed, Tensor? bias, int out_features, "
+    f"{_AFFINE_LAYOUT}, ScalarType dtype) -> Tensor",
 }

@@ -1,4 +1,7 @@
-"""OmniQuant over a whole model: two chains of activations, full precision and quantized, a block learned at a time."""
+"""OmniQuant over a whole model: two chains of activations, full precision and quantized, a block learned at a time.
+
+Of several ranks each has all of the calibration data; they divide the samples of every training step.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from torch import Tensor, nn
 
 from hf_spqr.calibration.blocks import Block, Call
 from hf_spqr.config import OmniQuantConfig
-from hf_spqr.errors import CalibrationError
+from hf_spqr.errors import CalibrationError, HfSpqrError, RankError
 from hf_spqr.methods import gptq
 from hf_spqr.methods.base import AffineParams, LayerResult
 from hf_spqr.methods.omniquant import BlockResult, quantize_block
 from hf_spqr.methods.omniquant.runner import BlockRunner
+from hf_spqr.methods.omniquant.team import Team
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear, dense
 from hf_spqr.quantize.run import Run, named
 from hf_spqr.quantize.targets import Target
@@ -30,6 +34,7 @@ class OmniQuantRun(Run[OmniQuantConfig]):
     """Every block learns to give, on the outputs of the quantized blocks before it, what the original gives."""
 
     method = "omniquant"
+    divides_data = False  # a step draws its samples from all of them
 
     def quantize(self) -> None:
         full = quantized = self._samples()
@@ -70,7 +75,7 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         for module in experts.values():
             for linear in module.modules():
                 if isinstance(linear, AffineGroupedLinear):
-                    linear.act_bits = self.config.act_bits
+                    linear.act_bits, linear.act_sym = self.config.act_bits, self.config.act_sym
 
     def _samples(self) -> Tensor:
         """Inputs of the first block [samples, tokens, hidden]: the sequences of full length."""
@@ -97,8 +102,15 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         def progress(step: int, steps: int, loss: float) -> None:
             self.show(f"{block.name} step {step}/{steps} loss {loss:.3g}")
 
-        with named(block.name), torch.enable_grad():  # the caller may be under no_grad
-            return quantize_block(block.module, full, quantized, calls, params, linears, progress=progress)
+        team = Team(self.ranks.rank, self.ranks.size, self.ranks.add)
+        try:
+            with named(block.name), torch.enable_grad():  # the caller may be under no_grad
+                return quantize_block(
+                    block.module, full, quantized, calls, params, linears, progress=progress, team=team
+                )
+        except HfSpqrError as error:  # every rank judges the same samples and numbers
+            error.everywhere = team.size > 1 and not isinstance(error, RankError)
+            raise
 
     @torch.no_grad()
     def _store(self, block: Block, mine: dict[str, Target], result: BlockResult, seconds: float) -> None:
@@ -113,7 +125,8 @@ class OmniQuantRun(Run[OmniQuantConfig]):
                 old.device
             )
             module.replaces = dense.kind(linear)
-            module.backend, module.act_bits = self.config.backend, self.config.act_bits
+            module.backend = self.config.backend
+            module.act_bits, module.act_sym = self.config.act_bits, self.config.act_sym
             block.module.set_submodule(name, module)
             self.done(
                 LayerReport(

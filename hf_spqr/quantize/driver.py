@@ -19,6 +19,7 @@ from hf_spqr.config import OmniQuantConfig, SpQRConfig
 from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import ExpertsTarget, find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
+from hf_spqr.quantize.ranks import Ranks
 from hf_spqr.quantize.targets import Target, check_weights, find_targets, left_alone, nothing_to_quantize
 from hf_spqr.report import CalibrationReport, QuantizationReport
 from hf_spqr.report.card import hub_name
@@ -41,6 +42,9 @@ def quantize_model(
     Every block sees the inputs that the quantized blocks before it give. One block at a time is on ``device``;
     activations are in host memory, the packed result is where the layer was.
 
+    In a process group of torch.distributed the ranks share the work: every one has to call this with the same model
+    and config, and every one gets the quantized model. SpQR gives what one process gives; see docs/distributed.md.
+
     Args:
         model: a decoder of Transformers (its language part, where it has others) or a text encoder-decoder.
         config: method, layers and calibration data. Fields that were left to the method are filled in.
@@ -54,27 +58,46 @@ def quantize_model(
     Raises:
         UnsupportedLayerError: no blocks, or nothing to quantize in them.
         NonFiniteError: NaN or infinity in a weight or an activation.
-        CalibrationError: no or too little calibration data.
+        CalibrationError: no or too little calibration data, or fewer batches of it than processes.
+        RankError: another process has failed.
     """
+    ranks = Ranks()
+    try:
+        return _quantize(model, config, tokenizer, device, progress, ranks)
+    finally:
+        ranks.close()
+
+
+def _quantize(
+    model: nn.Module,
+    config: SpQRConfig | OmniQuantConfig,
+    tokenizer: Any,
+    device: torch.device | str | None,
+    progress: bool,
+    ranks: Ranks,
+) -> QuantizationReport:
     started = time.perf_counter()
     config.settle()
     spqr = isinstance(config, SpQRConfig)
-    stacks = [
-        (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config))
-        for blocks in find_stacks(model)
-    ]
-    targets = [target for _, found, _ in stacks for target in found]
-    experts = [target for _, _, found in stacks for target in found]
-    if not targets and not experts:
-        raise nothing_to_quantize(model, [block for blocks, _, _ in stacks for block in blocks])
-    chosen = {t.name: t.linear for t in targets} | {t.name: t.module for t in experts}
-    check_weights(chosen)
-    windows = calibration_windows(
-        config.dataset,
-        _tokenizer(model, tokenizer if tokenizer is not None else config.tokenizer, config.dataset),
-        nsamples=config.nsamples,
-        seqlen=_usable_seqlen(model, config.seqlen),
-        seed=config.seed,
+    with ranks.together():
+        stacks = [
+            (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config))
+            for blocks in find_stacks(model)
+        ]
+        targets = [target for _, found, _ in stacks for target in found]
+        experts = [target for _, _, found in stacks for target in found]
+        if not targets and not experts:
+            raise nothing_to_quantize(model, [block for blocks, _, _ in stacks for block in blocks])
+        chosen = {t.name: t.linear for t in targets} | {t.name: t.module for t in experts}
+        check_weights(chosen)
+    windows = ranks.from_first(
+        lambda: calibration_windows(
+            config.dataset,
+            _tokenizer(model, tokenizer if tokenizer is not None else config.tokenizer, config.dataset),
+            nsamples=config.nsamples,
+            seqlen=_usable_seqlen(model, config.seqlen),
+            seed=config.seed,
+        )
     )
     report = QuantizationReport(
         method=str(config.quant_method),
@@ -87,14 +110,18 @@ def quantize_model(
     )
     if isinstance(config, OmniQuantConfig):
         _settle_attention(model, config, report)
-    batches = calibration_batches(windows) if spqr else windows
-    names = _names_in_order(model, targets, experts)
-    bar = tqdm(total=len(names), desc="Quantizing", unit="layer", disable=not progress)
     kind: Any = SpQRRun if spqr else OmniQuantRun
+    batches = calibration_batches(windows) if spqr else windows
+    if kind.divides_data:
+        with ranks.together():
+            batches = ranks.part(batches)
+    names = _names_in_order(model, targets, experts)
+    bar = tqdm(total=len(names), desc="Quantizing", unit="layer", disable=not (progress and ranks.first))
     with bar, _evaluating(model):
         for stack in stacks:
-            recording = record(model, stack[0], batches)
-            kind(model, config, *stack, recording, report, bar, device).quantize()
+            with ranks.together():
+                recording = record(model, stack[0], batches)
+            kind(model, config, *stack, recording, report, bar, device, ranks).quantize()
     order = {name: position for position, name in enumerate(names)}
     report.layers.sort(key=lambda layer: order[layer.name])
     report.config = config.to_dict()
@@ -117,12 +144,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _settle_attention(model: nn.Module, config: OmniQuantConfig, report: QuantizationReport) -> None:
     """Leave q, k, v alone where inference could not quantize them: what is learned must be what runs."""
     quantizes = config.act_bits is not None and config.params().quantize_attention
-    if quantizes and not getattr(model, "_supports_sdpa", False):
+    if quantizes and not _attends_by_sdpa(model):
         config.learning["quantize_attention"] = False
         report.notes.append(
             f"{type(model).__name__} does not compute attention by scaled_dot_product_attention: q, k and v stay in"
             " full precision, the inputs of the layers are quantized."
         )
+
+
+def _attends_by_sdpa(model: Any) -> bool:
+    """Whether scaled_dot_product_attention is all of the model's attention: it knows no soft cap (Gemma 2).
+
+    Transformers 5.17 says that a model with a soft cap supports it, and drops the cap there.
+    """
+    config = model.config.get_text_config()
+    return getattr(model, "_supports_sdpa", False) and getattr(config, "attn_logit_softcapping", None) is None
 
 
 def _names_in_order(model: nn.Module, targets: Sequence[Target], experts: Sequence[ExpertsTarget]) -> list[str]:

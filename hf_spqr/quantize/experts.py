@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,24 @@ from hf_spqr.calibration.hessian import HessianAccumulator
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import CalibrationError
 from hf_spqr.formats import affine, spqr
-from hf_spqr.formats.spqr import SpQRWeight
+from hf_spqr.formats.affine import AffineWeight
+from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
 from hf_spqr.methods.base import LayerResult, energy_ratio, output_energy
 from hf_spqr.nn.experts import ExpertsKind, PackedExperts, activate, describe, pack_experts
 from hf_spqr.nn.grouped import AffineGroupedLinear, GroupedLinear, SpQRGroupedLinear
+from hf_spqr.quantize.ranks import Ranks
 from hf_spqr.quantize.targets import kept_in_float32
 from hf_spqr.report import LayerReport
 
-__all__ = ["ExpertsTarget", "ProjectionResult", "find_experts", "quantize_experts", "record_inputs", "survey_experts"]
+__all__ = [
+    "ExpertsTarget",
+    "Inputs",
+    "ProjectionResult",
+    "find_experts",
+    "quantize_experts",
+    "record_inputs",
+    "survey_experts",
+]
 
 FILL_TOKENS = 4096
 """At most this many tokens of the whole layer stand in for the tokens that an expert did not see."""
@@ -169,11 +180,12 @@ def record_inputs(
 
 @torch.no_grad()
 def quantize_experts(
-    target: ExpertsTarget, inputs: Inputs, quantize: Quantize, *, true_sequential: bool = False
+    target: ExpertsTarget, inputs: Inputs, quantize: Quantize, ranks: Ranks, *, true_sequential: bool = False
 ) -> tuple[PackedExperts, list[ProjectionResult]]:
-    """Quantize all experts of ``target``; its module is left with the dequantized weights.
+    """Quantize all experts of ``target``, each rank some of them; its module is left with the dequantized weights.
 
-    ``true_sequential``: the inputs of ``down_proj`` are those that the quantized projections before it give.
+    ``inputs`` are those of all ranks. ``true_sequential``: the inputs of ``down_proj`` are those that the quantized
+    projections before it give.
 
     Raises:
         CalibrationError: no token at all has reached the module.
@@ -184,25 +196,24 @@ def quantize_experts(
     if not sum(len(tokens) for tokens in inputs.tokens):
         raise CalibrationError(f"{target.name}: no calibration token has reached these experts.")
     fill = inputs.sample(FILL_TOKENS).to(device)
-    fill_moments = _moments(fill, kind.hidden)
-    parts = {name: _Projection(f"{target.name}.{name}") for name in kind.projections}
-    first = list(parts)[:-1]
-    for expert in range(kind.experts):
-        tokens = inputs.of(expert).to(device)
-        hessian = _completed(_moments(tokens, kind.hidden), fill_moments)
-        if true_sequential:
-            for name in first:
-                parts[name].add(kind.view(module, name)[expert], hessian, len(tokens), quantize)
-        inner = _moments(_inner(module, kind, expert, tokens), kind.intermediate)
-        inner_fill = None
-        if len(tokens) < kind.intermediate:
-            inner_fill = _moments(_inner(module, kind, expert, fill), kind.intermediate)
-        if not true_sequential:
-            for name in first:
-                parts[name].add(kind.view(module, name)[expert], hessian, len(tokens), quantize)
-        hessian = _completed(inner, inner_fill)
-        parts["down_proj"].add(kind.view(module, "down_proj")[expert], hessian, len(tokens), quantize)
-    results = {name: part.result() for name, part in parts.items()}
+    mine: dict[int, dict[str, _Matrix]] = {}
+    with ranks.together():
+        fill_moments = _moments(fill, kind.hidden)
+        for expert in range(ranks.rank, kind.experts, ranks.size):
+            mine[expert] = _quantize_expert(
+                target, expert, inputs.of(expert).to(device), fill, fill_moments, quantize, true_sequential
+            )
+    every = ranks.exchange(mine)
+    for expert in every.keys() - mine.keys():
+        for name, matrix in every[expert].items():
+            weight = kind.view(module, name)[expert]
+            weight.copy_(matrix.unpack().dequantize(weight.dtype))
+    results = {
+        name: _result(f"{target.name}.{name}", [every[expert][name] for expert in range(kind.experts)])
+        for name in kind.projections
+    }
+    for result in results.values():
+        result.linear.to(device)
     return pack_experts(module, {name: result.linear for name, result in results.items()}), list(results.values())
 
 
@@ -222,38 +233,82 @@ def survey_experts(target: ExpertsTarget, inputs: Inputs) -> Iterator[tuple[str,
         yield name, list(kind.view(module, projection)), _moments(x, width).hessian()
 
 
-class _Projection:
-    """The results of one projection, expert by expert."""
+@dataclass
+class _Matrix:
+    """One projection of one expert: its packed tensors in host memory and what the report sums up."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.results: list[dict[str, Tensor]] = []
-        self.layout: object = None
-        self.kind: type[GroupedLinear] = SpQRGroupedLinear
-        self.spent = self.total = 0.0
-        self.undersampled = self.damping_raised = 0
+    layout: Any
+    tensors: dict[str, Tensor]
+    energy: float
+    error: float
+    undersampled: bool
+    damping_raised: bool
 
-    def add(self, weight: Tensor, hessian: Tensor, tokens: int, quantize: Quantize) -> None:
-        """Quantize ``weight`` [N, K], a view that is overwritten with the dequantized matrix."""
-        energy = max(tokens, 1) * output_energy(weight.float(), hessian)
-        result = quantize(self.name, weight.contiguous(), hessian)
-        weight.copy_(result.weight.dequantize(weight.dtype))
-        if isinstance(result.weight, SpQRWeight):
-            self.results.append(spqr.pack(result.weight))
-        else:
-            self.kind = AffineGroupedLinear
-            self.results.append(affine.pack(result.weight))
-        self.layout = result.weight.layout
-        self.total += energy
-        self.spent += result.error**2 * energy
-        self.undersampled += tokens < weight.shape[1]
-        self.damping_raised += result.damping_raised
+    def unpack(self) -> SpQRWeight | AffineWeight:
+        if isinstance(self.layout, SpQRLayout):
+            return spqr.unpack(self.layout, self.tensors)
+        return affine.unpack(self.layout, self.tensors)
 
-    def result(self) -> ProjectionResult:
-        linear = self.kind.join(self.layout, self.results)
-        return ProjectionResult(
-            self.name, linear, energy_ratio(self.spent, self.total), self.undersampled, self.damping_raised
-        )
+
+def _quantize_expert(
+    target: ExpertsTarget,
+    expert: int,
+    tokens: Tensor,
+    fill: Tensor,
+    fill_moments: HessianAccumulator,
+    quantize: Quantize,
+    true_sequential: bool,
+) -> dict[str, _Matrix]:
+    """The projections of one expert for its ``tokens``; its weights are overwritten with the dequantized ones."""
+    module, kind = target.module, target.kind
+    found: dict[str, _Matrix] = {}
+
+    def add(name: str, hessian: Tensor) -> None:
+        weight = kind.view(module, name)[expert]
+        found[name] = _quantize_matrix(f"{target.name}.{name}", weight, hessian, len(tokens), quantize)
+
+    first = list(kind.projections)[:-1]
+    hessian = _completed(_moments(tokens, kind.hidden), fill_moments)
+    if true_sequential:
+        for name in first:
+            add(name, hessian)
+    inner = _moments(_inner(module, kind, expert, tokens), kind.intermediate)
+    inner_fill = None
+    if len(tokens) < kind.intermediate:
+        inner_fill = _moments(_inner(module, kind, expert, fill), kind.intermediate)
+    if not true_sequential:
+        for name in first:
+            add(name, hessian)
+    add("down_proj", _completed(inner, inner_fill))
+    return found
+
+
+def _quantize_matrix(name: str, weight: Tensor, hessian: Tensor, tokens: int, quantize: Quantize) -> _Matrix:
+    """Quantize ``weight`` [N, K], a view that is overwritten with the dequantized matrix."""
+    energy = max(tokens, 1) * output_energy(weight.float(), hessian)
+    result = quantize(name, weight.contiguous(), hessian)
+    weight.copy_(result.weight.dequantize(weight.dtype))
+    packed = spqr.pack(result.weight) if isinstance(result.weight, SpQRWeight) else affine.pack(result.weight)
+    tensors = {key: tensor.cpu() for key, tensor in packed.items()}
+    undersampled = tokens < weight.shape[1]
+    return _Matrix(result.weight.layout, tensors, energy, result.error, undersampled, result.damping_raised)
+
+
+def _result(name: str, experts: Sequence[_Matrix]) -> ProjectionResult:
+    """The same projection of all experts."""
+    layout = experts[0].layout
+    kind = SpQRGroupedLinear if isinstance(layout, SpQRLayout) else AffineGroupedLinear
+    spent = total = 0.0
+    for matrix in experts:
+        spent += matrix.error**2 * matrix.energy
+        total += matrix.energy
+    return ProjectionResult(
+        name=name,
+        linear=kind.join(layout, [matrix.tensors for matrix in experts]),
+        error=energy_ratio(spent, total),
+        undersampled=sum(matrix.undersampled for matrix in experts),
+        damping_raised=sum(matrix.damping_raised for matrix in experts),
+    )
 
 
 def _moments(x: Tensor, width: int) -> HessianAccumulator:

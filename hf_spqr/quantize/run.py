@@ -15,7 +15,15 @@ from tqdm.auto import tqdm
 from hf_spqr.calibration.blocks import Block, Call, Recording, replay
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import HfSpqrError, NonFiniteError
-from hf_spqr.quantize.experts import ExpertsTarget, Quantize, quantize_experts, record_inputs, survey_experts
+from hf_spqr.quantize.experts import (
+    ExpertsTarget,
+    Inputs,
+    Quantize,
+    quantize_experts,
+    record_inputs,
+    survey_experts,
+)
+from hf_spqr.quantize.ranks import Ranks
 from hf_spqr.quantize.targets import Target
 from hf_spqr.report import LayerReport, QuantizationReport
 
@@ -37,9 +45,12 @@ class Run(Generic[ConfigT]):
     report: QuantizationReport
     bar: tqdm
     device: torch.device | str | None
+    ranks: Ranks
 
     method: ClassVar[str]
     """What the report calls it."""
+    divides_data: ClassVar[bool]
+    """Whether each rank has a part of the calibration batches; else all have all of them."""
 
     def quantize(self) -> None:
         """Replace the layers of all targets by packed ones and add a layer report for each."""
@@ -60,14 +71,15 @@ class Run(Generic[ConfigT]):
     @torch.no_grad()
     def outputs(self, block: Block, hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:
         """Outputs of ``block`` on the host; they replace its inputs in ``hidden``. Raises NonFiniteError naming it."""
-        for position, call in enumerate(calls):
-            output = replay(block.module, hidden[position], call).to("cpu")
-            if not bool(torch.isfinite(output).all()):
-                raise NonFiniteError(
-                    f"The output of {block.name} contains NaN or infinity on the calibration data. A float16 model"
-                    " that overflows should be quantized in bfloat16 or float32 (dtype=)."
-                )
-            hidden[position] = output
+        with self.ranks.together():
+            for position, call in enumerate(calls):
+                output = replay(block.module, hidden[position], call).to("cpu")
+                if not bool(torch.isfinite(output).all()):
+                    raise NonFiniteError(
+                        f"The output of {block.name} contains NaN or infinity on the calibration data. A float16 model"
+                        " that overflows should be quantized in bfloat16 or float32 (dtype=)."
+                    )
+                hidden[position] = output
         return hidden
 
     def quantize_experts(
@@ -80,15 +92,14 @@ class Run(Generic[ConfigT]):
         mine = {target.local_name: target for target in self.experts if target.block == index}
         if not mine:
             return {}
-        modules = {name: target.module for name, target in mine.items()}
-        inputs = record_inputs(self.blocks[index].module, modules, hidden, self.recording.calls[index])
+        inputs = self._experts_inputs(index, mine, hidden)
         packed: dict[str, nn.Module] = {}
         for name, target in mine.items():
             self.show(target.name)
             started = time.perf_counter()
             with named(target.name):
                 packed[name], results = quantize_experts(
-                    target, inputs.pop(name), quantize, true_sequential=true_sequential
+                    target, inputs.pop(name), quantize, self.ranks, true_sequential=true_sequential
                 )
             seconds = (time.perf_counter() - started) / len(results)
             for result in results:
@@ -102,10 +113,21 @@ class Run(Generic[ConfigT]):
         mine = {target.local_name: target for target in self.experts if target.block == index}
         if not mine:
             return
-        modules = {name: target.module for name, target in mine.items()}
-        inputs = record_inputs(self.blocks[index].module, modules, hidden, self.recording.calls[index])
+        inputs = self._experts_inputs(index, mine, hidden)
         for name, target in mine.items():
             yield from survey_experts(target, inputs.pop(name))
+
+    def _experts_inputs(
+        self, index: int, mine: Mapping[str, ExpertsTarget], hidden: Sequence[Tensor]
+    ) -> dict[str, Inputs]:
+        """What the experts modules of block ``index`` are given on all the calibration data, by local name."""
+        modules = {name: target.module for name, target in mine.items()}
+        with self.ranks.together():
+            inputs = record_inputs(self.blocks[index].module, modules, hidden, self.recording.calls[index])
+        if self.divides_data:
+            for found in inputs.values():
+                found.tokens, found.experts = self.ranks.join(found.tokens), self.ranks.join(found.experts)
+        return inputs
 
     def put(self, block: Block, packed: Mapping[str, nn.Module]) -> None:
         """Put packed modules in the place of layers of ``block``, and free the weights of those."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ CSRC = ROOT / "csrc"
 # Unoptimized: the unrolled kernels then compile three times as fast, and the cases are small.
 FLAGS = ["-std=c++17", "-O0", "-g1", "-DHF_SPQR_EMU", f"-I{CSRC}", "-fsanitize=address,undefined",
          "-fno-sanitize-recover=undefined"]  # fmt: skip
+Output = tuple[torch.dtype, Sequence[int]]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -54,6 +56,10 @@ def build(folder: Path) -> Path:
     return program
 
 
+SMALLEST_DEVICE = (3, 99 << 10)
+"""Multiprocessors (few, so that each takes several row blocks) and bytes of shared memory a block may have."""
+
+
 @dataclass
 class Case:
     """One call of a kernel: a linear if ``x`` is given, otherwise a dequantize of rows [first_row, + part_rows)."""
@@ -65,6 +71,7 @@ class Case:
     first_row: int = 0
     part_rows: int | None = None
     seed: int = 1
+    device: tuple[int, int] = SMALLEST_DEVICE
 
     @property
     def rows(self) -> int:
@@ -79,6 +86,10 @@ class Case:
         lay = self.weight.layout
         return (self.rows, lay.in_features) if self.x is None else (self.x.shape[0], lay.out_features)
 
+    @property
+    def outputs(self) -> list[Output]:
+        return [(self.out_dtype, self.shape)]
+
     def encode(self) -> bytes:
         lay = self.weight.layout
         if isinstance(self.weight, spqr.SpQRWeight):
@@ -91,9 +102,9 @@ class Case:
             wide = 0
         tokens = 0 if self.x is None else self.x.shape[0]
         header = struct.pack(
-            "16q", self.x is None, isinstance(self.weight, affine.AffineWeight), lay.bits, lay.group_size,
+            "18q", self.x is None, isinstance(self.weight, affine.AffineWeight), lay.bits, lay.group_size,
             lay.out_features, lay.in_features, *kind, tokens, DTYPES[self.out_dtype], self.first_row, self.rows, wide,
-            self.seed,
+            self.seed, *self.device,
         )  # fmt: skip
         tensors = [packed["packed"], packed.get("outlier_row"), packed.get("outlier"), packed.get("perm")]
         if self.x is not None:
@@ -112,20 +123,68 @@ class Finish:
     first_row: int = 0
 
     @property
-    def out_dtype(self) -> torch.dtype:
-        return self.y.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.y.shape
+    def outputs(self) -> list[Output]:
+        return [(self.y.dtype, self.y.shape)]
 
     def encode(self) -> bytes:
         (tokens, rows), part = self.y.shape, self.product.shape[1]
         header = struct.pack(
-            "16q", 2, 0, 0, 0, rows, 0, 0, 0, 0, 0, tokens, DTYPES[self.y.dtype], self.first_row, part,
-            DTYPES[self.product.dtype], 1,
+            "18q", 2, 0, 0, 0, rows, 0, 0, 0, 0, 0, tokens, DTYPES[self.y.dtype], self.first_row, part,
+            DTYPES[self.product.dtype], 1, *SMALLEST_DEVICE,
         )  # fmt: skip
         return header + b"".join(_bytes(tensor) for tensor in (self.product, self.token_scale, self.bias, self.y))
+
+
+@dataclass
+class Quantize:
+    """``quantize_activation`` of ``x`` [tokens, columns], which lies ``offset`` bytes from a 16-byte boundary."""
+
+    x: Tensor
+    perm: Tensor | None
+    bits: int
+    symmetric: bool
+    offset: int = 0
+
+    def encode(self) -> bytes:
+        tokens, columns = self.x.shape
+        header = struct.pack(
+            "18q", 3, 0, self.bits, 0, 0, columns, 0, 0, self.symmetric, 0, tokens, DTYPES[self.x.dtype], 0, 0,
+            self.offset, 1, *SMALLEST_DEVICE,
+        )  # fmt: skip
+        return header + _bytes(self.x) + _bytes(self.perm)
+
+    @property
+    def outputs(self) -> list[Output]:
+        tokens = self.x.shape[0]
+        return [(torch.int8, self.x.shape), (torch.float32, (tokens, 1)), (torch.int32, (tokens, 1))]
+
+
+@dataclass
+class Int8Linear:
+    """``w_int8_linear`` of codes [tokens, columns] with scale and zero [tokens, 1]."""
+
+    weight: affine.AffineWeight
+    code: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+    seed: int = 1
+    device: tuple[int, int] = SMALLEST_DEVICE
+
+    def encode(self) -> bytes:
+        lay, tokens = self.weight.layout, self.code.shape[0]
+        header = struct.pack(
+            "18q", 4, 1, lay.bits, lay.group_size, lay.out_features, lay.in_features, 0, 0, lay.symmetric,
+            lay.scale_dtype == torch.bfloat16, tokens, DTYPES[self.dtype], 0, lay.out_features, 0, self.seed,
+            *self.device,
+        )  # fmt: skip
+        tensors = [affine.pack(self.weight)["packed"], None, None, self.bias, self.code, self.scale, self.zero]
+        return header + b"".join(_bytes(tensor) for tensor in tensors)
+
+    @property
+    def outputs(self) -> list[Output]:
+        return [(self.dtype, (self.code.shape[0], self.weight.layout.out_features))]
 
 
 def _bytes(tensor: Tensor | None) -> bytes:
@@ -133,19 +192,21 @@ def _bytes(tensor: Tensor | None) -> bytes:
     return struct.pack("q", len(raw)) + raw
 
 
-def run(program: Path, cases: Sequence[Case | Finish], folder: Path) -> list[Tensor]:
-    """The results; raises with the sanitizer's report if a kernel misbehaves."""
+def run(program: Path, cases: Sequence[Case | Finish | Quantize | Int8Linear], folder: Path) -> list[Any]:
+    """Of each case the result, or a tuple of them; raises with the sanitizer's report if a kernel misbehaves."""
     (folder / "in").write_bytes(b"".join(case.encode() for case in cases))
     environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
     done = subprocess.run(
         [str(program), str(folder / "in"), str(folder / "out")], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    raw = (folder / "out").read_bytes()
+    raw, at = (folder / "out").read_bytes(), 0
     results = []
     for case in cases:
-        (size,) = struct.unpack_from("q", raw)
-        data = bytearray(raw[8 : 8 + size])
-        raw = raw[8 + size :]
-        results.append(torch.frombuffer(data, dtype=case.out_dtype).view(case.shape))
+        tensors = []
+        for dtype, shape in case.outputs:
+            (size,) = struct.unpack_from("q", raw, at)
+            tensors.append(torch.frombuffer(bytearray(raw[at + 8 : at + 8 + size]), dtype=dtype).view(*shape))
+            at += 8 + size
+        results.append(tensors[0] if len(tensors) == 1 else tuple(tensors))
     return results

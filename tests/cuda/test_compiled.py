@@ -54,3 +54,16 @@ def test_instruction_budget(cubin: Callable, name: str, bits: int, most: float) 
     print(f"{name}, {bits} bits: {per_weight:.2f} instructions per weight, {dict(loop.by_name)}")
     assert loop.by_name["HMMA"] >= 16 and not loop.by_name["LDL"] and not loop.by_name["STL"]
     assert per_weight <= most
+
+
+@pytest.mark.usefixtures("disassembler")
+@pytest.mark.parametrize(("name", "bits", "most"), [("int8_few_bits", 4, 1.85), ("int8_bytes", 8, 1.85)])
+def test_instruction_budget_of_integers(cubin: Callable, name: str, bits: int, most: float) -> None:
+    """Of the kernel for 1 to 8 tokens and one scale per row."""
+    path, _ = cubin(name, "90a")
+    (code,) = (body for function, body in sass.functions(path).items() if f"channel_kernelILi{bits}ELi1E" in function)
+    loop = sass.main_loop(code)
+    per_weight = loop.instructions / WEIGHTS_PER_LANE
+    print(f"{name}, {bits} bits: {per_weight:.2f} instructions per weight, {dict(loop.by_name)}")
+    assert loop.by_name["IMMA"] >= 24 and not loop.by_name["LDL"] and not loop.by_name["STL"]
+    assert per_weight <= most

@@ -20,7 +20,8 @@ import sys, importlib.machinery, importlib.util, torch
 library = torch.library.Library("hf_spqr", "DEF")
 sys.path.insert(0, sys.argv[2])
 from hf_spqr.ops.schema import SCHEMAS
-names = ["spqr_linear", "spqr_dequantize", "affine_linear", "affine_dequantize"]
+names = ["spqr_linear", "spqr_dequantize", "affine_linear", "affine_dequantize", "quantize_activation",
+         "w_int8_linear"]
 for name in names:
     library.define(name + SCHEMAS[name])
 loader = importlib.machinery.ExtensionFileLoader("_C_cuda", sys.argv[1])

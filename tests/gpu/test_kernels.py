@@ -77,7 +77,10 @@ def test_shapes_and_strides(matrix: OnDevice) -> None:
     assert torch.equal(matrix.linear(x.view(3, 4, -1)).view(12, -1), want)
     assert torch.equal(matrix.linear(x.T.contiguous().T), want)
     shifted = torch.empty(x.numel() + 1, dtype=F16, device="cuda")[1:].view_as(x).copy_(x)  # not aligned
-    assert torch.equal(matrix.linear(shifted), want)
+    if matrix.weight.layout.bits < 5 and matrix.columns <= 65536:
+        assert torch.equal(matrix.linear(shifted), want)
+    else:  # through torch's matrix product, which is free to round otherwise where x is not aligned
+        assert (matrix.linear(shifted) - want).norm() <= 1e-3 * want.norm()
 
 
 def test_other_stream(matrix: OnDevice) -> None:

@@ -61,9 +61,25 @@ def test_attention_quantizes_its_operands(tmp_path: Path) -> None:
     assert plain.config._attn_implementation == "sdpa"
 
 
+def test_symmetric_activations_stay_symmetric(tmp_path: Path) -> None:
+    model = quantized("llama", "W8A8", act_sym=True)
+    assert model.config._attn_implementation == "hf_spqr_a8_sym"
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "hf_spqr_a8_sym"
+    assert torch.equal(logits(loaded), before)
+    for module in loaded.modules():
+        if isinstance(module, AffineLinear):
+            assert module.act_sym
+            module.act_sym = False
+    assert not torch.equal(logits(loaded), before)
+    assert loaded.dequantize().config._attn_implementation == "sdpa"
+
+
 def test_a_soft_capped_model_keeps_its_attention() -> None:
     model = quantized("gemma2")
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == tiny_model("gemma2").config._attn_implementation
     assert model.config.quantization_config.params().quantize_attention is False
     assert any("q, k and v stay" in note for note in model.quantization_report.notes)
 

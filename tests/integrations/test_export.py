@@ -123,9 +123,10 @@ def test_what_a_format_cannot_say_is_refused_and_nothing_is_written(tmp_path):
     assert not out.exists()
 
 
-def test_the_activation_scheme_is_written(tmp_path):
+@pytest.mark.parametrize("act_sym", [False, True])
+def test_the_activation_scheme_is_written(act_sym, tmp_path):
     model = affine_model(bits=4, group_size=-1)
-    attach(model, OmniQuantConfig(bits=4, group_size=-1, act_bits=8))
+    attach(model, OmniQuantConfig(bits=4, group_size=-1, act_bits=8, act_sym=act_sym))
     with pytest.raises(UnsupportedLayerError, match="silently"):
         export_model(model, tmp_path / "gptq", "gptq_v2")
     with pytest.warns(UserWarning, match="q, k and v"):
@@ -134,6 +135,7 @@ def test_the_activation_scheme_is_written(tmp_path):
     assert config["format"] == "int-quantized"
     activations = config["config_groups"]["group_0"]["input_activations"]
     assert (activations["num_bits"], activations["strategy"], activations["dynamic"]) == (8, "token", True)
+    assert activations["symmetric"] is act_sym
     assert model.config.quantization_config.act_bits == 8
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0.02)

@@ -112,6 +112,27 @@ def test_mixture_of_experts_keeps_its_experts(model_dir, texts, tmp_path):
     assert torch.equal(logits(model), logits(again))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("model.layers.1.mlp.up_proj", {"1.mlp.up_proj"}),
+        ("o_proj", {"0.self_attn.o_proj", "1.self_attn.o_proj"}),
+        (r"layers\.0\..*(gate|up)_proj$", {"0.mlp.gate_proj", "0.mlp.up_proj"}),
+    ],
+    ids=["name", "suffix", "regex"],
+)
+def test_modules_to_not_convert(base_folder, texts, tmp_path, pattern, left):
+    model = quantize_folder(base_folder, texts, modules_to_not_convert=[pattern], nsamples=2, seqlen=32)
+    model.save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    for found in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        blocks = dict(found.model.layers.named_modules())
+        dense = {name for name, module in blocks.items() if type(module) is nn.Linear}
+        assert dense == left
+        assert all(torch.equal(blocks[name].weight, base.model.layers.get_submodule(name).weight) for name in left)
+        assert sum(isinstance(module, SpQRLinear) for module in blocks.values()) == 14 - len(left)
+
+
 def test_mixed_precision_is_read_from_the_file(base_folder, texts, tmp_path):
     overrides = {"mlp": {"bits": 4, "group_size": 32}, r"layers\.1\.self_attn": {"bits": 2}}
     model = quantize_folder(

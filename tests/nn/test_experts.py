@@ -244,3 +244,23 @@ def test_what_is_no_experts_module():
     module = experts_module()
     module.down_proj = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, INNER + 1))
     assert describe(module) is None
+
+
+@pytest.mark.parametrize("kind", ["spqr", "affine"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_held_experts_add_up(layout, kind):
+    """What ranks give that hold some of the experts each, as a load leaves them, adds up to the whole."""
+    packed, _ = packed_pair(layout, kind)
+    total = 0
+    for first, last in ((0, 2), (2, EXPERTS)):
+        part = copy.deepcopy(packed)
+        part.hold(first, last)
+        for name, linear in part.linears().items():
+            whole = packed.linears()[name]
+            experts = whole.split()[first:last]
+            for tensor, value in type(whole).join(whole.layout, experts).packed_tensors().items():
+                assert tensor in linear.ragged or linear.get_parameter(tensor).shape == value.shape
+                setattr(linear, tensor, nn.Parameter(value, requires_grad=False))
+        part.check()
+        total = total + part(*routing())
+    close(total, packed(*routing()))

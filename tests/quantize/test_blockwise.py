@@ -78,6 +78,8 @@ def test_config_round_trip():
         ({"bits": 1}, "bits=1"),
         ({"group_size": 20}, "group_size"),
         ({"act_bits": 9}, "act_bits"),
+        ({"act_bits": 8, "group_size": -1, "act_sym": 1}, "True or False"),
+        ({"act_sym": True}, "set act_bits"),
         ({"sym": 1}, "True or False"),
         ({"epochs": -1}, "epochs"),
         ({"lwc_lr": "high"}, "use a number"),

@@ -25,9 +25,9 @@ class QuantizedAttention(TorchFunctionMode):
     block that computes attention another way.
     """
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, symmetric: bool = False) -> None:
         super().__init__()
-        self.bits, self.calls = bits, 0
+        self.bits, self.symmetric, self.calls = bits, symmetric, 0
         self._open = self._weighed = False  # q k^T seen; its softmax seen
 
     def __torch_function__(
@@ -50,4 +50,4 @@ class QuantizedAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _tokens(self, x: Any) -> Any:
-        return quantize_tokens(x, self.bits) if isinstance(x, Tensor) else x
+        return quantize_tokens(x, self.bits, self.symmetric) if isinstance(x, Tensor) else x

@@ -37,6 +37,7 @@ class OmniQuantParams:
     holdout: share of the samples kept out of training, on which the best state is chosen; 0 keeps the last state (and
         guards it on the training samples).
     quantize_attention: with act_bits, also quantize q, k and v where they enter attention.
+    act_sym: the grid of a token is symmetric around 0; else it spans its minimum and maximum.
     zero_grad: let the gradient pass the rounding of the zero point (the original stops it).
     scale_dtype: 16-bit type in which scales are stored; training sees the stored value.
     autocast: run blocks under bfloat16 autocast instead of float32. seed: of batches, splits and pair checks.
@@ -63,6 +64,7 @@ class OmniQuantParams:
     aug_loss: bool = False
     holdout: float = 0.125
     quantize_attention: bool = True
+    act_sym: bool = False
     zero_grad: bool = True
     scale_dtype: torch.dtype = torch.float16
     autocast: bool = False
@@ -75,6 +77,8 @@ class OmniQuantParams:
             raise ConfigError(f"group_size must be positive, or -1 for one scale per channel, got {self.group_size}")
         if self.act_bits is not None and not 2 <= self.act_bits <= 8:
             raise ConfigError(f"act_bits must be 2 to 8, or None for weight-only, got {self.act_bits}")
+        if self.act_sym and self.act_bits is None:
+            raise ConfigError("act_sym is about quantized activations: set act_bits, or leave act_sym out")
         if self.act_bits is not None and self.group_size != -1:
             raise ConfigError("quantized activations need weights with one scale per channel: set group_size=-1")
         if self.epochs < 0 or self.batch_size < 1:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_spqr.formats.affine import AffineLayout
-from hf_spqr.ops.activation import MIN_SCALE, token_grid
+from hf_spqr.ops.activation import MIN_SCALE, code_range, token_grid
 
 from .params import OmniQuantParams
 
@@ -79,29 +79,32 @@ class _FakeQuantizeTokens(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
-        qmax = 2**bits - 1
-        scale, zero = token_grid(x, bits)
-        steps = (x.float() / scale).round_().add_(zero).clamp_(0, qmax).sub_(zero)
-        ctx.qmax = qmax
+    def forward(ctx: Any, x: Tensor, bits: int, symmetric: bool) -> Tensor:
+        qmin, qmax = code_range(bits, symmetric)
+        scale, zero = token_grid(x, bits, symmetric)
+        steps = (x.float() / scale).round_().add_(zero).clamp_(qmin, qmax).sub_(zero)
+        ctx.qmax, ctx.symmetric = qmax, symmetric
         ctx.save_for_backward(x, steps, scale)
         return (steps * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
         x, steps, scale = ctx.saved_tensors
         slope = (grad * (steps - x / scale)).sum(-1, keepdim=True) / ctx.qmax
         slope = slope.masked_fill(scale <= MIN_SCALE, 0.0)
+        if ctx.symmetric:
+            top = x.abs().argmax(-1, keepdim=True)
+            return grad.scatter_add(-1, top, (slope * x.gather(-1, top).sign()).to(grad)), None, None
         high, top = x.max(-1, keepdim=True)
         low, bottom = x.min(-1, keepdim=True)
         out = grad.scatter_add(-1, top, slope.masked_fill(high <= 0, 0.0).to(grad))
-        return out.scatter_add(-1, bottom, -slope.masked_fill(low >= 0, 0.0).to(grad)), None
+        return out.scatter_add(-1, bottom, -slope.masked_fill(low >= 0, 0.0).to(grad)), None, None
 
 
-def quantize_tokens(x: Tensor, bits: int) -> Tensor:
-    """Fake-quantize activations ``[..., K]`` per token, dynamically (min-max, asymmetric)."""
-    return _FakeQuantizeTokens.apply(x, bits)
+def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
+    """Fake-quantize activations ``[..., K]`` per token, dynamically (min-max)."""
+    return _FakeQuantizeTokens.apply(x, bits, symmetric)
 
 
 class WeightQuantizer(nn.Module):

@@ -59,11 +59,12 @@ class BlockRunner:
         tensors: Mapping[str, Tensor] | None = None,
         act_bits: int | None = None,
         attention_bits: int | None = None,
+        act_sym: bool = False,
     ) -> Tensor:
         """Output ``[B, T, H]`` in float32 for ``hidden [B, T, H]``, the inputs of ``samples``.
 
         tensors replace the block's own by name; act_bits quantizes the inputs of the quantized modules, attention_bits
-        q, k and v.
+        q, k and v, both symmetrically with act_sym.
 
         Raises:
             UnsupportedLayerError: attention should be quantized but is computed in a way that cannot be seen.
@@ -73,9 +74,11 @@ class BlockRunner:
             stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast))
             if act_bits is not None:
                 for name in self.quantized:
-                    handle = self.modules[name].register_forward_pre_hook(_token_hook(act_bits))
+                    handle = self.modules[name].register_forward_pre_hook(_token_hook(act_bits, act_sym))
                     stack.callback(handle.remove)
-            mode = stack.enter_context(QuantizedAttention(attention_bits)) if attention_bits is not None else None
+            mode = None
+            if attention_bits is not None:
+                mode = stack.enter_context(QuantizedAttention(attention_bits, act_sym))
             merged = {**self.tensors, **(tensors or {})}
             out = first_tensor(functional_call(self.block, merged, (hidden,), self.arguments(samples)))
         if mode is not None and not mode.calls:
@@ -115,9 +118,9 @@ class BlockRunner:
         return stack
 
 
-def _token_hook(bits: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _token_hook(bits: int, symmetric: bool) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (quantize_tokens(args[0], bits), *args[1:])
+        return (quantize_tokens(args[0], bits, symmetric), *args[1:])
 
     return hook
 

@@ -21,6 +21,7 @@ from .quantizers import make_quantizer
 from .result import BlockResult
 from .runner import BlockRunner, Kwargs
 from .shorten import short_call
+from .team import Team
 from .transforms import ChannelStatistics, Transforms, consumer_modules, start_scales
 
 Progress = Callable[[int, int, float], None]
@@ -101,6 +102,7 @@ def quantize_block(
     probe: tuple[Tensor, Kwargs] | None = None,
     pairs: Sequence[EquivalencePair] | None = None,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> BlockResult:
     """Quantize ``linears`` (by their names inside ``block``) to the packed affine format (paper, algorithm 1).
 
@@ -110,7 +112,8 @@ def quantize_block(
     chain, any float dtype, host or device. kwargs: keyword arguments that the block itself receives, one mapping for
     all samples or one for each. probe: a short recorded call ``(hidden [B, T, H], kwargs)`` on which equivalent
     transforms are verified (default: the first tokens of the first sample). pairs: verified transforms, to skip the
-    search. progress is told (step, steps, loss).
+    search. progress is told (step, steps, loss). team: the processes that call this together, with the same arguments;
+    they divide the samples of each step, and all get the result.
 
     The block is left as it was. Parameters other than the linears' weights that transforms change are returned, not
     written.
@@ -124,7 +127,7 @@ def quantize_block(
             f"expected two streams [samples, tokens, hidden] of one shape, got {tuple(inputs_fp.shape)}"
             f" and {tuple(inputs_q.shape)}"
         )
-    return _Job(block, inputs_fp, inputs_q, kwargs, params, linears).run(probe, pairs, progress)
+    return _Job(block, inputs_fp, inputs_q, kwargs, params, linears, team or Team()).run(probe, pairs, progress)
 
 
 class _Job:
@@ -138,8 +141,9 @@ class _Job:
         kwargs: Kwargs | Sequence[Kwargs],
         params: OmniQuantParams,
         linears: Mapping[str, nn.Module],
+        team: Team,
     ) -> None:
-        self.block, self.params, self.linears = block, params, linears
+        self.block, self.params, self.linears, self.team = block, params, linears, team
         self.inputs_fp, self.inputs_q, self.kwargs = inputs_fp, inputs_q, kwargs
         self.runner = BlockRunner(block, kwargs, list(linears), params.autocast)
         self.generator = torch.Generator().manual_seed(params.seed)
@@ -196,7 +200,7 @@ class _Job:
     def _call(self, hidden: Tensor, samples: Sequence[int], tensors: Mapping[str, Tensor]) -> Tensor:
         params = self.params
         attention = params.act_bits if params.quantize_attention else None
-        return self.runner(hidden, samples, tensors, params.act_bits, attention)
+        return self.runner(hidden, samples, tensors, params.act_bits, attention, params.act_sym)
 
     @torch.no_grad()
     def _stream(self, inputs: Tensor, tensors: Mapping[str, Tensor] | None = None, quantized: bool = False) -> Tensor:
@@ -219,10 +223,10 @@ class _Job:
     @torch.no_grad()
     def _judge_tensors(self, tensors: Mapping[str, Tensor]) -> float:
         total, size = 0.0, self.params.batch_size
-        for start in range(0, len(self.judged), size):
+        for start in self.team.mine(range(0, len(self.judged), size)):
             samples = self.judged[start : start + size]
             total += float(self._loss(tensors, samples, augmented=False)) * len(samples)
-        return total / len(self.judged)
+        return self.team.sum(total) / len(self.judged)
 
     @torch.no_grad()
     def _judge(self, student: Student) -> float:
@@ -276,10 +280,14 @@ class _Job:
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * decay
             optimizer.zero_grad(set_to_none=True)
-            loss = self._loss(student(self.runner.tensors), samples, augmented=True)
-            loss.backward()
+            mine, value = self.team.mine(samples), 0.0
+            if mine:
+                loss = self._loss(student(self.runner.tensors), mine, augmented=True) * (len(mine) / len(samples))
+                loss.backward()
+                value = float(loss.detach())
+            self.team.sum_gradients(learned)
+            value = self.team.sum(value)
             grads = [parameter.grad for parameter in learned if parameter.grad is not None]
-            value = float(loss.detach())
             if math.isfinite(value) and math.isfinite(float(torch.nn.utils.get_total_norm(grads))):
                 optimizer.step()
                 student.clamp_()

@@ -1,0 +1,11 @@
+// The integer kernels are compiled in three files side by side, by the width of the weights.
+#pragma once
+#include "cuda/kernels.h"
+
+namespace hf_spqr {
+
+int int8_few_bits(const Int8Args&, void* stream);  // 1 to 4
+int int8_planes(const Int8Args&, void* stream);    // 5 to 7
+int int8_bytes(const Int8Args&, void* stream);     // 8
+
+}  // namespace hf_spqr

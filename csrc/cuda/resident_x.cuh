@@ -1,0 +1,169 @@
+// x in shared memory, as fp16 in stored order of columns, for resident.cuh.
+//
+// bf16 and fp32 are scaled per token by a power of two so that the largest |x| lands in [16, 32): nothing overflows,
+// and what is 2^19 times smaller still has all its bits. Per step of 256 columns and token there are 32 chunks of 8
+// columns, permuted by x_place.
+#pragma once
+#include "cuda/resident_plan.h"
+#include "cuda/store.cuh"
+#include "cuda/x_place.cuh"
+
+namespace hf_spqr {
+
+class ResidentX {
+  public:
+    HF_DEVICE ResidentX(const ResidentArgs& a, uint32_t shared, const ResidentMap& map)
+        : a_(a), at_(shared), sums_(shared + map.x_sums), integer_(map.rings > map.x_sums) {
+        up_ = reinterpret_cast<float*>(dev::shared_memory() + map.scales);
+        if (a.dtype != DType::f16) find_scales();
+    }
+
+    // Columns from `first` on, as many as fit. All threads of the block.
+    HF_DEVICE void load(int first) {
+        dev::sync_block();  // nobody reads the last ones any more
+        const int chunks = a_.plan.chunk_columns / 8;
+        for (int c = dev::thread(); c < chunks; c += dev::block_threads()) {
+            for (int from = 0; from < a_.tokens; from += kAtOnce) {
+                uint4 v[kAtOnce];
+#pragma unroll
+                for (int b = 0; b < kAtOnce; ++b) {
+                    v[b] = {};
+                    if (from + b < a_.tokens) v[b] = read(from + b, first + 8 * c);
+                }
+#pragma unroll
+                for (int b = 0; b < kAtOnce; ++b) {
+                    if (from + b < a_.tokens) put(c, from + b, v[b]);
+                }
+            }
+        }
+        dev::sync_block();
+    }
+
+    // Where the sums over set 0 of step `step` lie of tokens 2t and 2t + 1, as two floats.
+    HF_DEVICE uint32_t sums_at(int step, int t) const { return sums_ + 2 * step * bytes_of_set_sums() + 8 * t; }
+    HF_DEVICE int bytes_of_set_sums() const { return ResidentMap::set_sums_bytes(a_.tokens); }
+
+    // Where fp16 x of token 0 lies for column `column` of those that are here. Even tokens' lie token * kTokenBytes
+    // further, odd ones' too but with bit 5 of the place inverted.
+    template <int TOKENS>
+    HF_DEVICE uint32_t column_at(uint32_t column) const {
+        if constexpr (TOKENS == 1) return at_ + (2 * column ^ (column >> 2 & 16));
+        return at_ + (column >> 8) * uint32_t(a_.tokens * kTokenBytes) + ((2 * column & 511) ^ (column >> 2 & 16));
+    }
+    // What turns a sum over tokens' x into one over what was given.
+    HF_DEVICE float scale(int token) const { return a_.dtype == DType::f16 ? 1.f : up_[kResidentTokens + token]; }
+
+  private:
+    static constexpr int kAtOnce = 4;
+
+    HF_DEVICE void put(int chunk, int token, uint4 v) const {
+        const int step = chunk >> 5;
+        dev::store_shared(at_ + (step * a_.tokens + token) * kTokenBytes + 16 * x_place(chunk & 31, token), v);
+        if (!integer_) return;
+        const float low = dev::add(dev::add(dev::low_float(v.x), dev::low_float(v.y)),
+                                   dev::add(dev::low_float(v.z), dev::low_float(v.w)));
+        const float high = dev::add(dev::add(dev::high_float(v.x), dev::high_float(v.y)),
+                                    dev::add(dev::high_float(v.z), dev::high_float(v.w)));
+        float sum = dev::add(low, high);
+#pragma unroll
+        for (int mask = 1; mask < 16; mask *= 2) sum = dev::add(sum, dev::shuffle_xor(sum, mask));
+        if ((chunk & 15) == 0) {
+            dev::store_shared(sums_ + (chunk >> 4) * bytes_of_set_sums() + 4 * token, dev::as_bits(sum));
+        }
+    }
+
+    // Eight columns of a token, from `column` on, as they go into shared memory.
+    HF_DEVICE uint4 read(int token, int column) const {
+        const int64_t at = int64_t(token) * a_.weight.columns;
+        if (a_.plan.vectors) {
+            if (column >= a_.weight.columns) return {};
+            if (a_.dtype == DType::f16) return words(at + column, 2);
+            const float up = up_[token];
+            uint32_t w[4];
+            if (a_.dtype == DType::bf16) {
+                const uint4 v = words(at + column, 2);
+                const uint32_t from[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) w[i] = scaled(from[i] << 16, from[i] & 0xffff0000u, up);
+            } else {
+                const uint4 v = words(at + column, 4), u = words(at + column + 4, 4);
+                w[0] = scaled(v.x, v.y, up);
+                w[1] = scaled(v.z, v.w, up);
+                w[2] = scaled(u.x, u.y, up);
+                w[3] = scaled(u.z, u.w, up);
+            }
+            return {w[0], w[1], w[2], w[3]};
+        }
+        const float up = a_.dtype == DType::f16 ? 1.f : up_[token];
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int j = column + i;
+            v[i] =
+                j < a_.weight.columns ? dev::mul(read_as(a_.x, at + (a_.perm ? a_.perm[j] : j), a_.dtype), up) : 0.f;
+        }
+        return {dev::to_half2(v[0], v[1]), dev::to_half2(v[2], v[3]), dev::to_half2(v[4], v[5]),
+                dev::to_half2(v[6], v[7])};
+    }
+
+    static HF_DEVICE uint32_t scaled(uint32_t first, uint32_t second, float up) {
+        return dev::to_half2(dev::mul(dev::as_float(first), up), dev::mul(dev::as_float(second), up));
+    }
+
+    HF_DEVICE uint4 words(int64_t element, int size) const {
+        return *reinterpret_cast<const uint4*>(static_cast<const char*>(a_.x) + element * size);
+    }
+
+    // The bits of the largest |x| of a thread's share of a token.
+    HF_DEVICE uint32_t largest(int token) const {
+        const int64_t at = int64_t(token) * a_.weight.columns;
+        const uint32_t kNoSign = 0x7fffffffu;
+        uint32_t most = 0;
+        const auto take = [&](uint32_t bits) { most = (bits & kNoSign) > most ? bits & kNoSign : most; };
+        if (a_.plan.vectors) {
+            const int element = a_.dtype == DType::f32 ? 4 : 2, columns = 16 / element;
+            for (int c = columns * dev::thread(); c < a_.weight.columns; c += columns * dev::block_threads()) {
+                const uint4 v = words(at + c, element);
+                const uint32_t from[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    take(a_.dtype == DType::f32 ? from[i] : from[i] & 0xffff0000u);
+                    if (a_.dtype == DType::bf16) take(from[i] << 16);
+                }
+            }
+        } else {
+            for (int c = dev::thread(); c < a_.weight.columns; c += dev::block_threads()) {
+                take(dev::as_bits(read_as(a_.x, at + c, a_.dtype)));
+            }
+        }
+        return most;
+    }
+
+    HF_DEVICE void find_scales() const {
+        uint32_t* of_warps = reinterpret_cast<uint32_t*>(up_ + 2 * kResidentTokens);  // [warp][token]
+        const int warp = dev::thread() / 32, warps = dev::block_threads() / 32;
+        for (int b = 0; b < a_.tokens; ++b) {
+            const uint32_t most = dev::max_of_warp(largest(b));
+            if (dev::thread() % 32 == 0) of_warps[warp * kResidentTokens + b] = most;
+        }
+        dev::sync_block();
+        if (dev::thread() < a_.tokens) {
+            uint32_t most = 0;
+            for (int w = 0; w < warps; ++w) {
+                const uint32_t of_warp = of_warps[w * kResidentTokens + dev::thread()];
+                most = of_warp > most ? of_warp : most;
+            }
+            const uint32_t e = most >> 23, exponent = e < 5 ? 5 : e > 253 ? 253 : e;
+            up_[dev::thread()] = dev::as_float((258 - exponent) << 23);
+            up_[kResidentTokens + dev::thread()] = dev::as_float((exponent - 4) << 23);
+        }
+        dev::sync_block();
+    }
+
+    const ResidentArgs& a_;
+    uint32_t at_, sums_;
+    bool integer_;
+    float* up_;
+};
+
+}  // namespace hf_spqr
