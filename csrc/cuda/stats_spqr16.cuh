@@ -33,13 +33,13 @@ class StatsSpqr16 {
         // Lane l < 16 has group l of the panel, the others have none and write their constants where nobody looks.
         left_ = lane < 16 ? m.panels.groups - 16 * first_step - lane : INT32_MIN / 2;
         step_groups_ = 16 * stride;
-        shift_ = int(dev::pin(6 * h));
+        shift_ = 6 * h;
         upper_ = h;
         const uint32_t constants = shared + 9 * kTileWords * 4;
         constants_out_ = dev::keep(constants + h * 144 + place(row >> 1) * 16 + (row & 1) * 8);
         constants_in_ = dev::keep(constants + h * 16);
-        slot_codes_ = dev::pin(4 * row);
-        slot_second_ = dev::pin(8 * (m.groups_per_second == 2 ? row >> 1 : row));
+        slot_codes_ = 4 * row;
+        slot_second_ = 8 * (m.groups_per_second == 2 ? row >> 1 : row);
         eighth_ = dev::as_float(dev::keep(dev::as_bits(row & 1 ? 0.125f : 1.f)));
         out_ = dev::keep(shared + h * (kTileWords * 4) + row * 8);
         in_[0] = dev::keep(shared + place(t) * (kTileWords * 4) + 16 * g);
