@@ -96,6 +96,10 @@ void multiply_weights(const uint32_t (*weights)[R][kRows], int tiles, const uint
         for (int r = 0; r < R; ++r) sum[t][r] = _mm512_load_ps(y[t][r]);
     }
     for (int tile = 0; tile < tiles; ++tile, weights += kPairs, x += T * kPairs) {
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {  // of the next share
+            _mm_prefetch(reinterpret_cast<const char*>(x + (tiles * T + t) * kPairs), _MM_HINT_T0);
+        }
 #pragma GCC unroll 16
         for (int p = 0; p < kPairs; ++p) {
             __m512bh w[R];

@@ -43,7 +43,7 @@ void prepare_token(const PrepareArgs& a, const Halves& out, int64_t token) {
             v = _mm512_maskz_loadu_epi16(mask, x + first);
         }
         _mm512_storeu_si512(out.tile(tile, token, begin, count), v);
-        subtract_sums(out, *a.weight, tile, token, sums_of_eight(v));
+        if (out.blocks) subtract_sums(out, *a.weight, tile, token, sums_of_eight(v));
     }
 }
 
