@@ -10,15 +10,16 @@ constexpr int kPairs = kColumns / 2;
 constexpr int kTiles = 8;         // most of a stretch
 constexpr int kTokensAtOnce = 6;  // most of a share
 
-// Tiles of a stretch: what is unpacked at a time. A panel is whole stretches, unless the matrix ends in one.
-inline int stretch_tiles(const Matrix& m) {
-    return m.format == Format::spqr && m.group == 8 ? 4 : kTiles;
+// Whether the tokens are so many, a prompt, that they are multiplied by weights rounded to bf16. Fewer are multiplied by
+// codes, and their sums by scales in fp32, which rounds nothing of the weights.
+inline bool rounds_weights(const Matrix& m, int64_t tokens) {
+    return tokens > kMaxTokens && m.bits >= 2 && m.bits <= 4;
 }
 
-// Whether the many tokens of a prompt are multiplied by weights rounded to bf16: where groups are so short that applying
-// their scales to sums in fp32 would take a fifth of the time. With all others codes are multiplied, and nothing rounded.
-inline bool rounds_weights(const Matrix& m, int64_t tokens) {
-    return tokens > kMaxTokens && m.bits >= 2 && m.bits <= 4 && (m.group == 8 || m.group == 16);
+// Tiles of a stretch: what is unpacked at a time. A panel is whole stretches, unless the matrix ends in one.
+inline int stretch_tiles(const Matrix& m, int64_t tokens) {
+    const bool short_panels = m.format == Format::spqr && m.group == 8;
+    return rounds_weights(m, tokens) && !short_panels ? kTiles : kTiles / 2;
 }
 
 // The tokens in as equal shares as can be, which are multiplied together: four and four are faster than six and two.
@@ -44,7 +45,7 @@ struct Halves {
     char* memory;
 
     Halves(const Matrix& m, int64_t token_count, char* start)
-        : stretch(stretch_tiles(m)),
+        : stretch(stretch_tiles(m, token_count)),
           tokens(token_count),
           padded_tokens(m.outlier_row && !rounds_weights(m, token_count) ? padded(token_count) : 0),
           memory(start) {

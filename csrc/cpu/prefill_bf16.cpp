@@ -105,7 +105,8 @@ __m512i codes_at(const uint32_t* tiles, __m512i row, __m512i column) {
 template <int B, int R>
 void put_outliers(const Matrix& m, StretchOutliers& outliers, const uint32_t* tiles, int64_t first_column, int count,
                   const float* scale, const float* zero, uint32_t (*weights)[R][kRows]) {
-    const int found = outliers.find(m, first_column, count * kColumns), group_shift = m.group == 8 ? 3 : 4;
+    const int found = outliers.find(m, first_column, count * kColumns);
+    const int group_shift = m.group == kPerChannel ? 31 : __builtin_ctz(m.group);
     uint16_t* const out = reinterpret_cast<uint16_t*>(weights);
     for (int i = 0; i < found; i += 16) {
         const int here = found - i < 16 ? found - i : 16;
