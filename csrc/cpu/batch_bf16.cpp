@@ -45,7 +45,7 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
             Part<R> part;
             part.codes = codes.pair;
             part.blocks = Pairs == kPairs ? whole : here * (kPairs / Pairs);
-            part.tiles = block_tiles;
+            part.tiles = Pairs == kPairs ? block_tiles : here;
             part.group_stride = m.group == kPerChannel ? 0 : kRows;
             const int group = m.group == kPerChannel ? 0 : int(tile * kColumns / m.group);
             for (int r = 0; r < R; ++r) {
@@ -80,7 +80,7 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
 template <int B, int Pairs>
 void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
     int64_t block = first;
-    constexpr int kAtOnce = Pairs == kPairs ? 4 : 2;  // as many as registers hold the sums of
+    constexpr int kAtOnce = 2;
     for (; block + kAtOnce <= last; block += kAtOnce) row_blocks<B, Pairs, kAtOnce>(a, block);
     for (; block < last; ++block) row_blocks<B, Pairs, 1>(a, block);
 }

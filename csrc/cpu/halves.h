@@ -7,11 +7,12 @@ namespace hf_spqr {
 namespace {
 
 constexpr int kPairs = kColumns / 2;
-constexpr int kTiles = 8;         // most of a stretch
-constexpr int kTokensAtOnce = 6;  // most of a share
+constexpr int kTiles = 8;  // most of a stretch
+// Most tokens of a share, as many as registers hold the sums of: of two row blocks, or of four by rounded weights.
+constexpr int kMostOfShare = 8, kMostOfPrompt = 6;
 
-// Whether the tokens are so many, a prompt, that they are multiplied by weights rounded to bf16. Fewer are multiplied by
-// codes, and their sums by scales in fp32, which rounds nothing of the weights.
+// Whether the tokens are so many, a prompt, that they are multiplied by weights rounded to bf16. Fewer are multiplied
+// by codes, and their sums by scales in fp32, which rounds nothing of the weights.
 inline bool rounds_weights(const Matrix& m, int64_t tokens) {
     return tokens > kMaxTokens && m.bits >= 2 && m.bits <= 4;
 }
@@ -26,7 +27,7 @@ inline int stretch_tiles(const Matrix& m, int64_t tokens) {
 struct Shares {
     int64_t tokens, count;
 
-    explicit Shares(int64_t token_count) : tokens(token_count), count(ceil_div(token_count, kTokensAtOnce)) {}
+    Shares(int64_t token_count, int most) : tokens(token_count), count(ceil_div(token_count, most)) {}
     int64_t begin(int64_t share) const { return tokens * share / count; }
     int64_t of(int64_t token) const {
         int64_t share = token * count / tokens;
@@ -42,12 +43,14 @@ struct Shares {
 // - [column][token], tokens padded to 16, 32 or a multiple of 64, only where the matrix has outliers.
 struct Halves {
     int64_t tiles, stretch, blocks, tokens, padded_tokens;
+    Shares shares;
     char* memory;
 
     Halves(const Matrix& m, int64_t token_count, char* start)
         : stretch(stretch_tiles(m, token_count)),
           tokens(token_count),
           padded_tokens(m.outlier_row && !rounds_weights(m, token_count) ? padded(token_count) : 0),
+          shares(token_count, rounds_weights(m, token_count) ? kMostOfPrompt : kMostOfShare),
           memory(start) {
         tiles = ceil_div(m.columns, 128) * 4;
         blocks = rounds_weights(m, token_count) ? 0 : tiles * kColumns / plane_block(m);

@@ -12,7 +12,8 @@ struct Unpacked {
     alignas(64) uint32_t pair[kTiles * kPairs][R][kRows];
 };
 
-// What some tokens are multiplied by: `blocks` blocks of columns of `tiles` x Pairs column pairs each.
+// What tokens are multiplied by: `blocks` blocks of columns of `tiles` tiles each, or several in each of `tiles`
+// tiles.
 template <int R>
 struct Part {
     const uint32_t (*codes)[R][kRows];
@@ -29,96 +30,47 @@ __attribute__((always_inline)) inline void prefetch_tokens(const uint32_t* x) {
     for (int t = 0; t < T; ++t) _mm_prefetch(reinterpret_cast<const char*>(x + t * kPairs), _MM_HINT_T0);
 }
 
-// y += scale * (sum of code * x - zero * sum of x), for T tokens from `token` on and R row blocks. x: [tile][T][pair].
-template <int T, int R, int Pairs>
-void multiply(const Part<R>& part, const uint32_t* x, const float* minus_sum, int64_t tokens, float (*y)[R][kRows]) {
-    // Totals stay in registers over short blocks, and leave their place to more sums over long ones.
-    constexpr bool kKeep = Pairs < kPairs;
-    __m512 total[T][R];
-    if constexpr (kKeep) {
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
+// sum = -zero * sum of x.
+template <int T, int R>
+__attribute__((always_inline)) inline void start_sums(const float* const* zero, int64_t offset, const float* minus_sum,
+                                                      __m512 (*sum)[R]) {
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) total[t][r] = _mm512_load_ps(y[t][r]);
-        }
+    for (int r = 0; r < R; ++r) {
+        const __m512 z = _mm512_load_ps(zero[r] + offset);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) sum[t][r] = _mm512_mul_ps(z, _mm512_set1_ps(minus_sum[t]));
     }
-    const uint32_t (*codes)[R][kRows] = part.codes;
-    const int64_t share_words = int64_t(part.blocks) * part.tiles * T * Pairs;
-    int pair = 0;  // in the tile
-    for (int block = 0; block < part.blocks; ++block, minus_sum += tokens) {
-        __m512 sum[T][R];
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const __m512 zero = _mm512_load_ps(part.zero[r] + block * part.group_stride);
-                sum[t][r] = _mm512_mul_ps(zero, _mm512_set1_ps(minus_sum[t]));
-            }
-        }
-        for (int tile = 0; tile < part.tiles; ++tile, codes += Pairs) {
-            if (pair == 0) prefetch_tokens<T>(x + share_words);
+}
+
+// sum += codes or weights of Count column pairs * x.
+template <int T, int R, int Count>
+__attribute__((always_inline)) inline void add_pairs(const uint32_t (*w)[R][kRows], const uint32_t* x,
+                                                     __m512 (*sum)[R]) {
 #pragma GCC unroll 16
-            for (int p = 0; p < Pairs; ++p) {
-                __m512bh w[R];
+    for (int p = 0; p < Count; ++p) {
+        __m512bh rows[R];
 #pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) w[r] = (__m512bh)_mm512_load_si512(codes[p][r]);
-#pragma GCC unroll 8
-                for (int t = 0; t < T; ++t) {
-                    const __m512bh b = (__m512bh)_mm512_set1_epi32(int(x[t * kPairs + pair + p]));
-#pragma GCC unroll 4
-                    for (int r = 0; r < R; ++r) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], w[r], b);
-                }
-            }
-            pair = (pair + Pairs) % kPairs;
-            if (pair == 0) x += T * kPairs;
-        }
+        for (int r = 0; r < R; ++r) rows[r] = (__m512bh)_mm512_load_si512(w[p][r]);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(x[t * kPairs + p]));
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const __m512 scale = _mm512_load_ps(part.scale[r] + block * part.group_stride);
-                if constexpr (kKeep) {
-                    total[t][r] = _mm512_fmadd_ps(scale, sum[t][r], total[t][r]);
-                } else {
-                    float* at = y[t][r];
-                    _mm512_store_ps(at, _mm512_fmadd_ps(scale, sum[t][r], _mm512_load_ps(at)));
-                }
-            }
-        }
-    }
-    if constexpr (kKeep) {
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) _mm512_store_ps(y[t][r], total[t][r]);
+            for (int r = 0; r < R; ++r) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], rows[r], pair);
         }
     }
 }
 
-// y += sum of weight * x, for T tokens and R row blocks in `pairs` pairs of columns.
 template <int T, int R>
-void multiply_weights(const uint32_t (*weights)[R][kRows], int tiles, const uint32_t* x, float (*y)[R][kRows]) {
-    __m512 sum[T][R];
+__attribute__((always_inline)) inline void load_sums(const float (*y)[R][kRows], __m512 (*sum)[R]) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sum[t][r] = _mm512_load_ps(y[t][r]);
     }
-    for (int tile = 0; tile < tiles; ++tile, weights += kPairs, x += T * kPairs) {
-        prefetch_tokens<T>(x + tiles * T * kPairs);
-#pragma GCC unroll 16
-        for (int p = 0; p < kPairs; ++p) {
-            __m512bh w[R];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) w[r] = (__m512bh)_mm512_load_si512(weights[p][r]);
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
-                const __m512bh b = (__m512bh)_mm512_set1_epi32(int(x[t * kPairs + p]));
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], w[r], b);
-            }
-        }
-    }
+}
+
+template <int T, int R>
+__attribute__((always_inline)) inline void store_sums(const __m512 (*sum)[R], float (*y)[R][kRows]) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
@@ -126,17 +78,95 @@ void multiply_weights(const uint32_t (*weights)[R][kRows], int tiles, const uint
     }
 }
 
+// y += scale * (sum of code * x - zero * sum of x), for T tokens and R row blocks. x: [tile][T][pair]; minus_sum:
+// [block][tokens]. A block is Pairs column pairs, less than a tile: totals stay in registers.
+template <int T, int R, int Pairs>
+void multiply_short(const Part<R>& part, const uint32_t* x, const float* minus_sum, int64_t tokens,
+                    float (*y)[R][kRows]) {
+    const uint32_t (*codes)[R][kRows] = part.codes;
+    const float *scale[R], *zero[R];
+    for (int r = 0; r < R; ++r) scale[r] = part.scale[r], zero[r] = part.zero[r];
+    __m512 total[T][R];
+    load_sums<T, R>(y, total);
+    for (int tile = 0; tile < part.tiles; ++tile, codes += kPairs, x += T * kPairs) {
+        prefetch_tokens<T>(x + part.tiles * T * kPairs);
+#pragma GCC unroll 4
+        for (int i = 0; i < kPairs / Pairs; ++i, minus_sum += tokens) {
+            __m512 sum[T][R];
+            start_sums<T, R>(zero, i * kRows, minus_sum, sum);
+            add_pairs<T, R, Pairs>(codes + i * Pairs, x + i * Pairs, sum);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const __m512 s = _mm512_load_ps(scale[r] + i * kRows);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) total[t][r] = _mm512_fmadd_ps(s, sum[t][r], total[t][r]);
+            }
+        }
+        for (int r = 0; r < R; ++r) scale[r] += kPairs / Pairs * kRows, zero[r] += kPairs / Pairs * kRows;
+    }
+    store_sums<T, R>(total, y);
+}
+
+// The same for blocks of one or more tiles: totals leave their place in registers to sums.
+template <int T, int R>
+void multiply_long(const Part<R>& part, const uint32_t* x, const float* minus_sum, int64_t tokens,
+                   float (*y)[R][kRows]) {
+    const uint32_t (*codes)[R][kRows] = part.codes;
+    const int64_t share_words = int64_t(part.blocks) * part.tiles * T * kPairs;
+    for (int block = 0; block < part.blocks; ++block, minus_sum += tokens) {
+        __m512 sum[T][R];
+        start_sums<T, R>(part.zero, block * part.group_stride, minus_sum, sum);
+        for (int tile = 0; tile < part.tiles; ++tile, codes += kPairs, x += T * kPairs) {
+            prefetch_tokens<T>(x + share_words);
+            add_pairs<T, R, kPairs>(codes, x, sum);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const __m512 s = _mm512_load_ps(part.scale[r] + block * part.group_stride);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                _mm512_store_ps(y[t][r], _mm512_fmadd_ps(s, sum[t][r], _mm512_load_ps(y[t][r])));
+            }
+        }
+    }
+}
+
+template <int T, int R, int Pairs>
+void multiply(const Part<R>& part, const uint32_t* x, const float* minus_sum, int64_t tokens, float (*y)[R][kRows]) {
+    if constexpr (Pairs < kPairs) {
+        multiply_short<T, R, Pairs>(part, x, minus_sum, tokens, y);
+    } else {
+        multiply_long<T, R>(part, x, minus_sum, tokens, y);
+    }
+}
+
+// y += sum of weight * x, for T tokens and R row blocks in some tiles. x: [tile][T][pair].
+template <int T, int R>
+void multiply_weights(const uint32_t (*weights)[R][kRows], int tiles, const uint32_t* x, float (*y)[R][kRows]) {
+    __m512 sum[T][R];
+    load_sums<T, R>(y, sum);
+    for (int tile = 0; tile < tiles; ++tile, weights += kPairs, x += T * kPairs) {
+        prefetch_tokens<T>(x + tiles * T * kPairs);
+        add_pairs<T, R, kPairs>(weights, x, sum);
+    }
+    store_sums<T, R>(sum, y);
+}
+
 template <int R, int Pairs>
 void multiply_all(const Part<R>& part, const Halves& halves, float (*y)[R][kRows]) {
     using Multiply = void (*)(const Part<R>&, const uint32_t*, const float*, int64_t, float (*)[R][kRows]);
-    constexpr Multiply kMultiply[kTokensAtOnce + 1] = {nullptr,
-                                                       multiply<1, R, Pairs>,
-                                                       multiply<2, R, Pairs>,
-                                                       multiply<3, R, Pairs>,
-                                                       multiply<4, R, Pairs>,
-                                                       multiply<5, R, Pairs>,
-                                                       multiply<6, R, Pairs>};
-    const Shares shares(halves.tokens);
+    constexpr Multiply kMultiply[kMostOfShare + 1] = {
+        nullptr,
+        multiply<1, R, Pairs>,
+        multiply<2, R, Pairs>,
+        multiply<3, R, Pairs>,
+        multiply<4, R, Pairs>,
+        multiply<5, R, Pairs>,
+        multiply<6, R, Pairs>,
+        multiply<7, R, Pairs>,
+        multiply<8, R, Pairs>,
+    };
+    const Shares& shares = halves.shares;
     const int64_t stretch = part.tile / halves.stretch * halves.stretch;
     for (int64_t share = 0; share < shares.count; ++share) {
         const int64_t first = shares.begin(share), count = shares.begin(share + 1) - first;
@@ -150,7 +180,7 @@ template <int R>
 void multiply_all(const uint32_t (*weights)[R][kRows], int64_t tile, int tiles, const Halves& halves,
                   float (*y)[R][kRows]) {
     using Multiply = void (*)(const uint32_t (*)[R][kRows], int, const uint32_t*, float (*)[R][kRows]);
-    constexpr Multiply kMultiply[kTokensAtOnce + 1] = {
+    constexpr Multiply kMultiply[kMostOfPrompt + 1] = {
         nullptr,
         multiply_weights<1, R>,
         multiply_weights<2, R>,
@@ -159,7 +189,7 @@ void multiply_all(const uint32_t (*weights)[R][kRows], int64_t tile, int tiles, 
         multiply_weights<5, R>,
         multiply_weights<6, R>,
     };
-    const Shares shares(halves.tokens);
+    const Shares& shares = halves.shares;
     for (int64_t share = 0; share < shares.count; ++share) {
         const int64_t first = shares.begin(share);
         kMultiply[shares.begin(share + 1) - first](weights, tiles, halves.share(tile, first), y + first);

@@ -116,14 +116,17 @@ void put_outliers(const Matrix& m, StretchOutliers& outliers, const uint32_t* ti
         const __m512i group = _mm512_srl_epi32(column, _mm_cvtsi32_si128(group_shift));
         const __m512i at = _mm512_add_epi32(_mm512_slli_epi32(group, 4), row);
         const __m512 q = _mm512_cvtepi32_ps(codes_at<B>(tiles, row, column));
-        const __m512 dense = _mm512_mul_ps(_mm512_sub_ps(q, _mm512_i32gather_ps(at, zero, 4)),
-                                           _mm512_i32gather_ps(at, scale, 4));
+        const __m512 dense =
+            _mm512_mul_ps(_mm512_sub_ps(q, _mm512_i32gather_ps(at, zero, 4)), _mm512_i32gather_ps(at, scale, 4));
         const __m512 value = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(entry, 16)));
         alignas(64) uint16_t weight[16];
         alignas(64) uint32_t place[16];  // in half-words: pair, row, side
-        _mm256_store_si256(reinterpret_cast<__m256i*>(weight), (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(dense, value)));
-        const __m512i word = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_srli_epi32(column, 1), _mm512_set1_epi32(R * kRows)), row);
-        _mm512_store_si512(place, _mm512_or_si512(_mm512_slli_epi32(word, 1), _mm512_and_si512(column, _mm512_set1_epi32(1))));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(weight),
+                           (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(dense, value)));
+        const __m512i word =
+            _mm512_add_epi32(_mm512_mullo_epi32(_mm512_srli_epi32(column, 1), _mm512_set1_epi32(R * kRows)), row);
+        _mm512_store_si512(
+            place, _mm512_or_si512(_mm512_slli_epi32(word, 1), _mm512_and_si512(column, _mm512_set1_epi32(1))));
         for (int e = 0; e < here; ++e) out[place[e]] = weight[e];
     }
 }
@@ -163,7 +166,7 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
                     const int group = group_of_tile(m, tile) * kRows;
                     put_outliers<B>(m, outliers[r], packed, (panel.first_tile + tile) * kColumns, here,
                                     statistics[r].scale + group, statistics[r].zero + group,
-                                    reinterpret_cast<uint32_t(*)[R][kRows]>(weights.pair[0][r]));
+                                    reinterpret_cast<uint32_t (*)[R][kRows]>(weights.pair[0][r]));
                 }
             }
             multiply_all<R>(weights.pair, panel.first_tile + tile, here, halves, y);

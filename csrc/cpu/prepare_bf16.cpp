@@ -29,7 +29,7 @@ inline void subtract_sums(const Halves& out, const Matrix& m, int64_t tile, int6
 
 void prepare_token(const PrepareArgs& a, const Halves& out, int64_t token) {
     const uint16_t* x = static_cast<const uint16_t*>(a.x) + token * a.x_stride;
-    const Shares shares(a.tokens);
+    const Shares& shares = out.shares;
     const int64_t begin = shares.begin(shares.of(token)), count = shares.begin(shares.of(token) + 1) - begin;
     for (int64_t tile = 0; tile < out.tiles; ++tile) {
         const int64_t first = tile * kColumns, left = a.columns - first;
@@ -50,7 +50,7 @@ void prepare_token(const PrepareArgs& a, const Halves& out, int64_t token) {
 // [column][token] of 16 tokens. What lies beside the tokens is zero.
 void transpose_tokens(const PrepareArgs& a, const Halves& out, int64_t first) {
     const int64_t count = a.tokens - first < 16 ? a.tokens - first : 16;
-    const Shares shares(a.tokens);
+    const Shares& shares = out.shares;
     int64_t begin[16], end[16];  // of each token's share
     for (int64_t t = 0; t < count; ++t) {
         const int64_t share = shares.of(first + t);

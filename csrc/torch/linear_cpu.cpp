@@ -48,11 +48,8 @@ void linear_packed(const Tensor& x, int64_t tokens, const Matrix& m, const int32
         stable::parallel_for(0, ceil_div(here, kPrepareTokens), 1, [&](int64_t first, int64_t last) {
             k.prepare(prepare, first * kPrepareTokens, std::min(here, last * kPrepareTokens));
         });
-        const LinearArgs args{m,         prepared,
-                              padded,    planes,
-                              int(here), bias,
-                              y_data + done * m.rows * element_size(dtype),
-                              m.rows,    dtype};
+        const LinearArgs args{
+            m, prepared, padded, planes, int(here), bias, y_data + done * m.rows * element_size(dtype), m.rows, dtype};
         over_row_blocks(m, [&](int64_t first, int64_t last) { k.linear(args, first, last); });
     }
 }
