@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323) over a whole model in OmniQuant's packed format: a baseline for the tables.
 
-The same calibration sequences, grids and packed layers as OmniQuant; a Hessian per input, blocks one after another, each on
-the outputs of the quantized blocks before it. Where the config quantizes activations, those outputs are made with them.
+The same calibration sequences, grids and packed layers as OmniQuant; a Hessian per input; blocks one after another,
+each on the outputs of the quantized blocks before it. Where the config quantizes activations, so do those blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_spqr.integrations.transformers import attach
 from hf_spqr.methods import gptq
 from hf_spqr.methods.base import AffineParams
 from hf_spqr.nn import AffineLinear, dense
-from hf_spqr.quantize import find_targets
+from hf_spqr.quantize import Target, find_targets
 from hf_spqr.quantize.capture import gather_hessians, hessian_or_identity
 
 __all__ = ["quantize_model"]
@@ -38,10 +38,11 @@ def quantize_model(model: nn.Module, config: OmniQuantConfig) -> float:
     recording = record(model, blocks, calibration_batches(windows))
     hidden, nbytes, weights = recording.hidden, 0, 0
     for index, block in enumerate(blocks):
-        mine = {target.local_name: target.linear for target in targets if target.block == index}
-        sums = gather_hessians(block.module, mine, hidden, recording.calls[index])
-        for name, linear in mine.items():
-            packed = _quantize_layer(linear, hessian_or_identity(sums[name]), config)
+        mine = {target.local_name: target for target in targets if target.block == index}
+        layers = {name: target.linear for name, target in mine.items()}
+        sums = gather_hessians(block.module, layers, hidden, recording.calls[index])
+        for name, target in mine.items():
+            packed = _quantize_layer(target, hessian_or_identity(sums[name]), config)
             block.module.set_submodule(name, packed)
             nbytes, weights = nbytes + packed.nbytes(), weights + packed.out_features * packed.in_features
         hidden = [replay(block.module, h, call) for h, call in zip(hidden, recording.calls[index], strict=True)]
@@ -49,9 +50,9 @@ def quantize_model(model: nn.Module, config: OmniQuantConfig) -> float:
     return 8 * nbytes / weights
 
 
-def _quantize_layer(linear: Any, hessian: torch.Tensor, config: OmniQuantConfig) -> AffineLinear:
-    weight = dense.matrix(linear)
-    layout = config.layout(*weight.shape)
+def _quantize_layer(target: Target, hessian: torch.Tensor, config: OmniQuantConfig) -> AffineLinear:
+    weight = dense.matrix(target.linear)
+    layout = config.layout(*weight.shape, target.name)
     params = AffineParams(
         bits=layout.bits,
         group_size=layout.group_size,
@@ -60,6 +61,7 @@ def _quantize_layer(linear: Any, hessian: torch.Tensor, config: OmniQuantConfig)
     )
     result = gptq.quantize(weight, hessian, params).weight
     assert isinstance(result, AffineWeight)
-    packed = AffineLinear.from_weight(result, linear.bias, weight.dtype)
+    bias: Any = target.linear.bias
+    packed = AffineLinear.from_weight(result, bias, weight.dtype)
     packed.act_bits, packed.act_sym = config.act_bits, config.act_sym
     return packed

@@ -1,12 +1,12 @@
 """One table in one format: perplexity of RTN, GPTQ, the published OmniQuant recipe and our default, per scheme.
 
-    python -m benchmarks.omniquant_table examples/demo-model examples/demo-calibration.jsonl examples/demo-heldout.jsonl
+    python -m benchmarks.omniquant_table MODEL CALIBRATION.jsonl HELDOUT.jsonl
     python -m benchmarks.omniquant_table --print
 
-Every cell quantizes the model anew, in float32, on the same calibration sequences, and scores the last documents of the
-held-out file one by one; documents that are scored never calibrate. Groups wider than a layer are one group per row of
-that layer. A cell that is already in benchmarks/results/omniquant_table_<model>.json is not computed again, so a run may
-be stopped, and cells may be asked for one at a time (--schemes, --methods).
+Every cell quantizes the model anew, in float32, on the same calibration sequences, and scores the last documents of
+the held-out file one by one; documents that are scored never calibrate. Groups wider than a layer are one group per
+row of that layer. A cell that is already in benchmarks/results/omniquant_table_<model>.json is not computed again, so
+a run may be stopped, and cells may be asked for one at a time (--schemes, --methods).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def main() -> None:
             continue
         row = cell(args.model, scheme, method, documents, dataset=calibration, tokenizer=tokenizer, **fields)
         result["rows"].append(row)
-        print("  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
+        print("  ".join(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()), flush=True)
         save(name, {key: value for key, value in result.items() if key not in ("date", "machine")})
 
 

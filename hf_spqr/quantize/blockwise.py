@@ -94,6 +94,7 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         self, block: Block, mine: dict[str, Target], full: Tensor, quantized: Tensor, calls: list[dict[str, Any]]
     ) -> BlockResult:
         linears = {name: target.linear for name, target in mine.items()}
+        layouts = {name: self.config.layout(*dense.features(t.linear), t.name) for name, t in mine.items()}
         params = self.config.params()
         if params.batch_size > 1 and not BlockRunner(block.module, calls[:2], []).batches(full[:2]):
             params = replace(params, batch_size=1)
@@ -106,8 +107,9 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         try:
             with named(block.name), torch.enable_grad():  # the caller may be under no_grad
                 return quantize_block(
-                    block.module, full, quantized, calls, params, linears, progress=progress, team=team
-                )
+                    block.module, full, quantized, calls, params, linears, layouts=layouts, progress=progress,
+                    team=team,
+                )  # fmt: skip
         except HfSpqrError as error:  # every rank judges the same samples and numbers
             error.everywhere = team.size > 1 and not isinstance(error, RankError)
             raise
