@@ -100,8 +100,9 @@ class OmniQuantRun(Run[OmniQuantConfig]):
             params = replace(params, batch_size=1)
             self.report.notes.append(f"{block.name}: its samples cannot be run together, batch_size is 1.")
 
-        def progress(step: int, steps: int, loss: float) -> None:
-            self.show(f"{block.name} step {step}/{steps} loss {loss:.3g}")
+        def progress(step: int, steps: int, loss: float, best: float) -> None:
+            text = f"{block.name} step {step}/{steps} loss {loss:.3g} best {best:.3g}"
+            self.show(text, len(mine) * step // steps)
 
         team = Team(self.ranks.rank, self.ranks.size, self.ranks.add)
         try:

@@ -2,10 +2,13 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from hf_spqr import ConfigError
 from hf_spqr.config import OmniQuantConfig
@@ -55,6 +58,20 @@ def test_sequences_of_other_lengths_are_left_out(tokenizer):
     ids = [torch.randint(0, 256, (n,)) for n in (32, 32, 20, 32)]
     report = run(tiny_model("llama"), ids, tokenizer)
     assert report.notes[0].startswith("1 calibration sequences shorter than 32 tokens")
+
+
+def test_progress_shows_step_loss_best_and_time_left(texts, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr("hf_spqr.quantize.driver.tqdm", partial(tqdm, mininterval=0, ascii=True, ncols=200))
+    config = OmniQuantConfig(bits=4, group_size=32, epochs=4, nsamples=8, seqlen=32, dataset=texts)
+    quantize_model(tiny_model("llama"), config, tokenizer=tokenizer)
+    line = r"(\d+)/14 \[\S+<(\S+),[^\r]*layers\.(\d) step (\d+)/(\d+) loss (\S+) best ([^\s\]]+)"
+    shown = re.findall(line, capsys.readouterr().err)
+    assert [(block, step) for _, _, block, step, _, _, _ in shown] == [(b, str(s)) for b in "01" for s in range(1, 9)]
+    assert [int(line[0]) for line in shown] == [0, 1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12, 13, 14]
+    assert all(line[1] != "?" for line in shown[1:])
+    for block in "01":
+        best = [float(line[6]) for line in shown if line[2] == block]
+        assert best == sorted(best, reverse=True) and best[-1] < best[0]
 
 
 def test_exclusions(texts, tokenizer):

@@ -24,7 +24,8 @@ from .shorten import short_call
 from .team import Team
 from .transforms import ChannelStatistics, Transforms, consumer_modules, start_scales
 
-Progress = Callable[[int, int, float], None]
+Progress = Callable[[int, int, float, float], None]
+"""Told the step, the number of steps, the loss of the step, and the lowest loss so far on the judged samples."""
 
 
 class Student(nn.Module):
@@ -114,9 +115,9 @@ def quantize_block(
     chain, any float dtype, host or device. kwargs: keyword arguments that the block itself receives, one mapping for
     all samples or one for each. layouts: how single layers are stored, by name; the others as ``params`` say. probe: a
     short recorded call ``(hidden [B, T, H], kwargs)`` on which equivalent transforms are verified (default: the first
-    tokens of the first sample). pairs: verified transforms, to skip the search. progress is told (step, steps, loss).
-    team: the processes that call this together, with the same arguments; they divide the samples of each step, and all
-    get the result.
+    tokens of the first sample). pairs: verified transforms, to skip the search. progress: see :data:`Progress`. team: the
+    processes that call this together, with the same arguments; they divide the samples of each step, and all get the
+    result.
 
     The block is left as it was. Parameters other than the linears' weights that transforms change are returned, not
     written.
@@ -299,12 +300,12 @@ class _Job:
             else:
                 skipped += 1
             losses.append(value)
-            if progress is not None:
-                progress(step, len(batches), value)
             if self.keeps_best and (step % every == 0 or step == len(batches)):
                 score = self._judge(student)
                 if score < best:
                     best, best_state = score, _copy(student)
+            if progress is not None:
+                progress(step, len(batches), value, best if self.keeps_best else min(losses))
         if self.keeps_best:
             student.load_state_dict(best_state)
         return losses, skipped
