@@ -6,6 +6,7 @@ Of several ranks each has all of the calibration data; they divide the samples o
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from hf_spqr.methods.omniquant.team import Team
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear, dense
 from hf_spqr.quantize.run import Run, named
 from hf_spqr.quantize.targets import Target
-from hf_spqr.report import LayerReport
+from hf_spqr.report import BlockReport, LayerReport
 
 __all__ = ["OmniQuantRun"]
 
@@ -142,14 +143,18 @@ class OmniQuantRun(Run[OmniQuantConfig]):
                     seconds=seconds / len(result.weights),
                 )
             )
-        transforms = f", {len(result.pairs)} transforms" if result.pairs else ""
-        self.report.notes.append(
-            f"{block.name}: mean squared error {result.loss_nearest:.4g} rounding to nearest,"
-            f" {result.loss_initial:.4g} before and {result.loss_final:.4g} after training{transforms}"
-            + (f"; {result.skipped} steps skipped" if result.skipped else "")
-            + ("; training did not help" if result.kept_initial else "")
-            + "."
+        learned = BlockReport(
+            name=block.name,
+            nearest=result.loss_nearest if math.isfinite(result.loss_nearest) else None,
+            initial=result.loss_initial,
+            final=result.loss_final,
+            steps=len(result.losses),
+            skipped=result.skipped,
+            kept_initial=result.kept_initial,
+            transforms=result.pairs,
         )
+        self.report.blocks.append(learned)
+        self.report.notes.append(learned.describe())
 
 
 def _keywords(block: nn.Module, call: Call) -> dict[str, Any]:

@@ -41,6 +41,9 @@ def test_every_architecture(kind, transforms, texts, tokenizer):
     assert report.nbytes == sum(m.nbytes() for m in packed.values())
     assert len(report.notes) == 2 and all("after training" in note for note in report.notes)
     assert ("transforms" in report.notes[0]) == transforms
+    for index, block in enumerate(report.blocks):
+        assert block.name.endswith(f".{index}") and block.final <= block.initial and block.steps == 2
+        assert block.skipped == 0 and bool(block.transforms) == transforms
     assert 0 < float((logits(model) - before).norm() / before.norm()) < 0.3
 
 
