@@ -5,8 +5,8 @@
 
 Seed 0 is the split that the original was given, the others draw 16 segments of 128 tokens from the training text.
 Errors as in omniquant_blocks, full training (20 epochs, 40 at 2 bits). Runs that are in
-benchmarks/results/omniquant_seeds.json already are not repeated. ``--print`` says for every setting how many seeds have
-finite numbers only, and mean and range of the held-out errors over the seeds, relative to the original's.
+benchmarks/results/omniquant_seeds.json already are not repeated. ``--print`` says for every setting how many seeds
+have finite numbers only, and mean and range of the held-out errors over the seeds, relative to the original's.
 """
 
 from __future__ import annotations

@@ -94,8 +94,9 @@ class BlockReport:
         """The block in a sentence."""
         nearest = "no finite error" if self.nearest is None else f"mean squared error {self.nearest:.4g}"
         return (
-            f"{self.name}: {nearest} rounding to nearest,"
-            f" {self.initial:.4g} before and {self.final:.4g} after training" + (f", {len(self.transforms)} transforms" if self.transforms else "")
+            f"{self.name}: {nearest} rounding to nearest, {self.initial:.4g} before and {self.final:.4g} after"
+            " training"
+            + (f", {len(self.transforms)} transforms" if self.transforms else "")
             + (f"; {self.skipped} steps skipped" if self.skipped else "")
             + ("; training did not help" if self.kept_initial else "")
             + "."

@@ -16,8 +16,8 @@ from hf_spqr.ops.activation import fake_quantize_activation
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 # Equivalent transforms of a block, counted by hand: two norms, v -> o, up -> down and q against k. A GELU between up
-# and down allows none there (gpt_neox, falcon); blocks whose attention and MLP stand side by side share a norm (falcon,
-# cohere2; gpt_neox has two); olmo2 normalizes after its layers.
+# and down allows none there (gpt_neox, falcon); blocks whose attention and MLP stand side by side share a norm
+# (falcon, cohere2; gpt_neox has two); olmo2 normalizes after its layers.
 TRANSFORMS = dict.fromkeys(ARCHITECTURES, 5) | {"gpt_neox": 4, "falcon": 3, "cohere2": 4, "olmo2": 3}
 # Relative distance of the logits. Weight-only: some kernels take float32 inputs as two bfloat16, about 16 bits. With
 # activations: where a sum falls between two of 255 steps by its last bit, it may be rounded to either.
