@@ -98,10 +98,10 @@ def test_omniquant_by_preset(run, base: Path, dataset: Path, tmp_path: Path) -> 
 
 
 def test_omniquant_with_symmetric_activations(run, base: Path, dataset: Path, tmp_path: Path) -> None:
-    options = (*FAST, "--method", "omniquant", "--preset", "W8A8", "--act-sym", "--epochs", "0", "--json")
+    options = (*FAST, "--method", "omniquant", "--preset", "W8A8", "--sym", "--act-sym", "--epochs", "0", "--json")
     result = run("quantize", base, tmp_path / "q", "-d", dataset, *options)
     assert result.code == 0
-    assert (result.json["config"]["act_bits"], result.json["config"]["act_sym"]) == (8, True)
+    assert [result.json["config"][name] for name in ("act_bits", "act_sym", "sym")] == [8, True, True]
 
 
 def test_refuses_a_full_folder_and_replaces_it_when_told(run, base: Path, dataset: Path, tmp_path: Path) -> None:
