@@ -30,9 +30,9 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import UnsupportedLayerError
+from hf_spqr.formats.tokens import fake_quantize_activation
 from hf_spqr.integrations.shards import Part, Shards
 from hf_spqr.nn import AffineLinear, PackedLinear, SpQRLinear
-from hf_spqr.ops.activation import fake_quantize_activation
 
 __all__ = ["OmniQuantVllmConfig", "PackedLinearMethod", "SpQRVllmConfig", "register"]
 

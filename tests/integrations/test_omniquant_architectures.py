@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import hf_spqr
+from hf_spqr.formats.tokens import fake_quantize_activation
 from hf_spqr.integrations.activations import attention_name
 from hf_spqr.nn import AffineLinear
-from hf_spqr.ops.activation import fake_quantize_activation
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 # Equivalent transforms of a block, counted by hand: two norms, v -> o, up -> down and q against k. A GELU between up

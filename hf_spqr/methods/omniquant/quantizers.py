@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_spqr.formats.affine import AffineLayout
-from hf_spqr.ops.activation import MIN_SCALE, code_range, token_grid
+from hf_spqr.formats.tokens import MIN_SCALE, code_range, token_grid
 
 from .params import OmniQuantParams
 
