@@ -56,13 +56,18 @@ def cell(folder: str, scheme: str, method: str, documents: list[str], **fields: 
     }  # fmt: skip
 
 
-def table(path: Path) -> str:
-    """The cells of a result file as a table: a row for each scheme, a column for each method."""
-    result = json.loads(path.read_text())
-    found = {(row["scheme"], row["method"]): row["perplexity"] for row in result["rows"]}
-    lines = [f"| {result['model']}: {result['full']:.3f} | " + " | ".join(METHODS) + " |", "|---" * 5 + "|"]
+def table(results: list[dict[str, Any]]) -> str:
+    """The cells of result files as one table: a row for each scheme, a column for each model, the lowest in bold."""
+    heads = [f"{result['model']} ({result['full']:.3f})" for result in results]
+    lines = [f"| {' / '.join(METHODS)} | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for scheme in SCHEMES:
-        cells = [f"{found[scheme, m]:.3f}" if (scheme, m) in found else "" for m in METHODS]
+        cells = []
+        for result in results:
+            found = {row["method"]: row["perplexity"] for row in result["rows"] if row["scheme"] == scheme}
+            shown = {method: f"{value:.3f}" for method, value in found.items()}
+            best = min(shown.values(), default=None, key=float)
+            texts = [shown.get(method, "–") for method in METHODS]
+            cells.append(" / ".join(f"**{text}**" if text == best else text for text in texts))
         lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -72,7 +77,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder of the model")
     parser.add_argument("calibration", nargs="?", help="txt, json or jsonl")
     parser.add_argument("heldout", nargs="?", help="txt, json or jsonl")
-    parser.add_argument("--print", action="store_true", help="print the tables of all results and stop")
+    parser.add_argument("--print", action="store_true", help="print the table of all results and stop")
     parser.add_argument("--documents", type=int, default=100, help="held-out documents, from the end of the file")
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
@@ -81,8 +86,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     args = parser.parse_args()
     if args.print:
-        for path in sorted(RESULTS.glob("omniquant_table_*.json")):
-            print(table(path), end="\n\n")
+        print(table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("omniquant_table_*.json"))]))
         return
     if args.heldout is None:
         parser.error("model, calibration and heldout are needed")

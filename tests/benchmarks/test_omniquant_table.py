@@ -67,8 +67,10 @@ def test_cells_that_are_there_are_not_made_again(
     assert rows[:1] == first and [row["method"] for row in rows] == ["rtn", "gptq"]
     assert rows[0]["perplexity"] != rows[1]["perplexity"]
     assert rows[0]["bits_per_weight"] == rows[1]["bits_per_weight"]
-    table = omniquant_table.table(found)
-    assert f"| W3A16 | {rows[0]['perplexity']:.3f} | {rows[1]['perplexity']:.3f} |  |  |" in table
+    values = [row["perplexity"] for row in rows]
+    shown = [f"**{value:.3f}**" if value == min(values) else f"{value:.3f}" for value in values]
+    table = omniquant_table.table([json.loads(found.read_text())] * 2)
+    assert f"| W3A16 | {' / '.join(shown)} / – / – | {' / '.join(shown)} / – / – |" in table
     with pytest.raises(SystemExit):
         run("--seed", "1")
     assert "other settings" in capsys.readouterr().err
