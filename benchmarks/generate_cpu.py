@@ -112,7 +112,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="1b", choices=("1b", "1.1b", "7b"), help="Llama 3.2 1B, TinyLlama, Llama 7B")
+    parser.add_argument("--model", default="1b", choices=("1b", "1.1b", "7b"), help="Llama 3.2, TinyLlama, Llama 2")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,15 +1,14 @@
 """Times packed layers on the CPU beside torch's bf16 and fp32 layers, every other library's 4-bit layer that is
 installed, and the memory's bandwidth.
 
-    python benchmarks/kernels_cpu.py [--quick] [--peers ...] [--threads 1 2] [--tokens 1 16 128 512] [--shapes 4096x4096]
+    python benchmarks/kernels_cpu.py [--quick] [--peers ...] [--shapes 4096x4096] [--threads 1 2] [--tokens 1 16 512]
 
 All candidates of a setting are called in turn, each time on the next copy of its weights; together the copies exceed
 1 GB, so that none comes from a cache, as in a decoding model. The plain read of memory is one of the candidates. Our
 layers are modules, called as a model calls them. Times are medians over calls in which the process had the processor
 (at least nine tenths of its threads' time), where there are ten such calls, else over all calls; `clean` counts them.
-Before a library with threads of its own there is a pause, in which the others' threads fall asleep, and a call that does
-not count. "of read" is a candidate's packed bytes per second over what the plain read
-reached; the ideal is a time of packed bytes / read.
+Before a library with threads of its own there is a pause, in which the others' threads fall asleep, and a call that
+does not count. "of read" is a candidate's packed bytes per second over what the plain read reached; the ideal is 1.
 
 Writes benchmarks/results/kernels_cpu-<processor>.json; settings that are not measured this time stay in it. Then
 `python benchmarks/kernels_cpu_table.py` prints the tables of docs/cpu.md and draws the plot.
@@ -49,7 +48,9 @@ def ours(n: int, k: int, quick: bool) -> list[Candidate]:
     return [module(name, layer, layer.nbytes()) for name, layer in layers.items()]
 
 
-def candidates(n: int, k: int, threads: int, quick: bool, names: Sequence[str]) -> tuple[list[Candidate], dict[str, str]]:
+def candidates(
+    n: int, k: int, threads: int, quick: bool, names: Sequence[str]
+) -> tuple[list[Candidate], dict[str, str]]:
     found = [plain_read(n * k // 2), dense(n, k, torch.bfloat16), *ours(n, k, quick)]
     if not quick:
         found.append(dense(n, k, torch.float32))
@@ -88,7 +89,7 @@ def shape(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape and fewer candidates")
-    parser.add_argument("--peers", nargs="*", default=peers.NAMES, choices=peers.NAMES, help="default: all; may be none")
+    parser.add_argument("--peers", nargs="*", default=peers.NAMES, choices=peers.NAMES, help="default all, or none")
     parser.add_argument("--shapes", type=shape, nargs="+", help="outputs x inputs, like 4096x4096")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 512])

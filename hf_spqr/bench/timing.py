@@ -17,6 +17,7 @@ __all__ = ["Candidate", "Time", "dense", "measure", "module", "plain_read", "rot
 
 ROTATE_BYTES = 1 << 30
 """Bytes of all copies together, well above any cache: a model comes back to a layer only after all the others."""
+MOST_COPIES = 256
 LEAST_TURNS = 5
 BUSY = 0.9
 """Share of its threads' time for which a process must have had a processor for a call to count as undisturbed."""
@@ -80,9 +81,9 @@ def plain_read(nbytes: int) -> Candidate:
 
 
 def rotating(candidates: Sequence[Candidate], total: int = ROTATE_BYTES) -> dict[str, list[Call]]:
-    """Calls of each candidate by name, as many that their weights together fill ``total`` bytes, at least two."""
+    """Calls of each candidate by name, so many that their weights together fill ``total`` bytes; 2 to MOST_COPIES."""
     each = total // max(1, len(candidates))
-    return {c.name: [c.copy() for _ in range(max(2, each // c.nbytes + 1))] for c in candidates}
+    return {c.name: [c.copy() for _ in range(min(MOST_COPIES, max(2, each // c.nbytes + 1)))] for c in candidates}
 
 
 @torch.no_grad()
