@@ -1,4 +1,4 @@
-"""Candidates are called in turn, each on every copy of its weights; disturbed calls are left out if there are others."""
+"""Candidates are called in turn, each on every copy of its weights; disturbed calls are left out if they can be."""
 
 from __future__ import annotations
 
