@@ -16,7 +16,10 @@ from torch import Tensor
 
 from hf_spqr.bench.timing import Candidate
 
-NAMES = ("torch_int4", "torchao_int4", "bitsandbytes_nf4", "onnxruntime_int4", "ggml", "gptqmodel_int4", "auto_round")
+NAMES = (
+    "torch_int4", "torchao_int4", "bitsandbytes_nf4", "ggml", "gptqmodel_int4", "auto_round",
+    "onnxruntime_int4",
+)  # fmt: skip
 SAMPLE_ROWS = 256
 WRONG = 0.7
 """Relative error of a product above which it is none: unrelated numbers have more than 1, rounding to 2 bits 0.6."""

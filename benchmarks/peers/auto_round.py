@@ -31,5 +31,5 @@ def candidates(weight: Tensor, threads: int) -> list[Candidate]:
             own = packed.clone()
             return lambda x: kernels.woqgemm(x, own, none, rows, columns, *kind)
 
-        found.append(Candidate(f"auto-round int{bits} g128", packed.nbytes, copy, lambda x: x.float()))
+        found.append(Candidate(f"auto-round int{bits} g128", packed.nbytes, copy, lambda x: x.float(), "auto-round"))
     return found

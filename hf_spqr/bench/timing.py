@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, groupby
 from statistics import median
 from typing import Any
 
@@ -21,9 +21,13 @@ MOST_COPIES = 256
 LEAST_TURNS = 5
 BUSY = 0.9
 """Share of its threads' time for which a process must have had a processor for a call to count as undisturbed."""
-ENOUGH = 10
-SETTLE = 0.04
+ENOUGH = 0.25
+"""Share of undisturbed calls from which on only these count."""
+SETTLE = 0.1
 """Seconds after which idle threads of other libraries have stopped spinning."""
+WAKE = 0.02
+"""Seconds in which the system finds processors for threads that were asleep."""
+TURNS_AT_A_TIME = 10
 
 Call = Callable[[Any], Any]
 
@@ -38,7 +42,7 @@ class Candidate:
 
     nbytes: bytes of weights that a call reads. copy: makes a call on weights of its own; asked once for each copy,
     after the number of threads is set. prepare: turns x [tokens, in_features] bfloat16 into what the calls take; not
-    timed. threads: whose threads it runs on.
+    timed. threads: whose threads it runs on; candidates with the same ones stand together.
     """
 
     name: str
@@ -81,9 +85,17 @@ def plain_read(nbytes: int) -> Candidate:
 
 
 def rotating(candidates: Sequence[Candidate], total: int = ROTATE_BYTES) -> dict[str, list[Call]]:
-    """Calls of each candidate by name, so many that their weights together fill ``total`` bytes; 2 to MOST_COPIES."""
-    each = total // max(1, len(candidates))
-    return {c.name: [c.copy() for _ in range(min(MOST_COPIES, max(2, each // c.nbytes + 1)))] for c in candidates}
+    """Calls of each candidate by name, on so many copies that all weights together fill ``total`` bytes.
+
+    Candidates on the same threads, which are called in turn, share what is due to their threads. 2 to MOST_COPIES.
+    """
+    groups = _groups(candidates)
+    found = {}
+    for group in groups:
+        each = total // len(groups) // len(group)
+        for one in group:
+            found[one.name] = [one.copy() for _ in range(min(MOST_COPIES, max(2, each // one.nbytes + 1)))]
+    return found
 
 
 @torch.no_grad()
@@ -92,34 +104,49 @@ def measure(
 ) -> dict[str, Time]:
     """Median time of a call of each candidate on ``x``; all are called in turn for about ``seconds``.
 
-    Before a candidate that runs on other threads than the one before it, there is a pause, in which those fall asleep
-    (they spin for a while and would take processors away), and a call that does not count.
+    Candidates that run on other threads than those before take their turns for themselves, ten at a time. Before
+    that there is a pause, in which the other threads fall asleep (they spin for a while and would take processors
+    away), and some turns that do not count, in which their own wake up.
     """
     copies = rotating(candidates) if copies is None else copies
     inputs = {c.name: c.prepare(x) for c in candidates}
-    pools = [c.threads for c in candidates]
-    starts = {c.name for c, before in zip(candidates, pools[-1:] + pools[:-1], strict=True) if c.threads != before}
     samples: dict[str, list[tuple[float, float]]] = {c.name: [] for c in candidates}
-    for name, calls in copies.items():
-        for call in calls[:2]:
-            call(inputs[name])  # whatever a first call sets up
-    endless = {name: cycle(calls) for name, calls in copies.items()}
-    threads, started, turn = torch.get_num_threads(), time.perf_counter(), 0
-    while time.perf_counter() - started < seconds or turn < LEAST_TURNS:
-        for name, given in inputs.items():
-            if name in starts:
-                time.sleep(SETTLE)
-                next(endless[name])(given)
-            call = next(endless[name])
+    calls = {name: cycle(made) for name, made in copies.items()}
+    groups = [[c.name for c in group] for group in _groups(candidates)]
+    threads = torch.get_num_threads()
+
+    def turn(names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        found = {}
+        for name in names:
+            call, given = next(calls[name]), inputs[name]
             busy, wall = time.process_time(), time.perf_counter()
             call(given)
             wall = time.perf_counter() - wall
-            samples[name].append((wall, (time.process_time() - busy) / wall / threads))
-        turn += 1
+            found[name] = (wall, (time.process_time() - busy) / wall / threads)
+        return found
+
+    for names in groups:
+        turn(names), turn(names)  # whatever a first call sets up
+    started, turns = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds or turns < LEAST_TURNS:
+        for names in groups:
+            if len(groups) > 1:
+                time.sleep(SETTLE)
+                awake = time.perf_counter() + WAKE
+                while time.perf_counter() < awake:
+                    turn(names)
+            for _ in range(TURNS_AT_A_TIME if len(groups) > 1 else 1):
+                for name, taken in turn(names).items():
+                    samples[name].append(taken)
+        turns += 1
     return {name: _time(taken) for name, taken in samples.items()}
+
+
+def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    return [list(group) for _, group in groupby(candidates, key=lambda c: c.threads)]
 
 
 def _time(taken: list[tuple[float, float]]) -> Time:
     clean = [wall for wall, share in taken if share > BUSY]
-    chosen = clean if len(clean) >= ENOUGH else [wall for wall, _ in taken]
+    chosen = clean if len(clean) >= ENOUGH * len(taken) else [wall for wall, _ in taken]
     return Time(median(chosen), len(taken), len(clean))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ def test_in_turn_and_on_each_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure(both, X, 0, rotating(both, total=600))
     turns = called[4:]  # after two calls of each to set up
     assert [name for name, _ in turns] == ["a", "b"] * timing.LEAST_TURNS
-    assert [number for name, number in turns if name == "a"] == [0, 1, 2, 3, 0]
+    assert [number for name, number in turns if name == "a"] == [2, 3, 0, 1, 2]
     assert found["a"].calls == timing.LEAST_TURNS and found["a"].seconds > 0
 
 
@@ -40,20 +41,25 @@ def test_as_many_copies_as_fill_the_bytes() -> None:
     assert {name: len(calls) for name, calls in found.items()} == {"a": 11, "b": 2, "c": timing.MOST_COPIES}
 
 
-def test_other_threads_get_a_pause_and_a_call_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_threads_take_turns_of_their_own_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[str, int]] = []
     slept: list[float] = []
     monkeypatch.setattr(timing.time, "sleep", slept.append)
+    monkeypatch.setattr(timing, "WAKE", 1e-9)
+    monkeypatch.setattr(timing, "TURNS_AT_A_TIME", 2)
     three = [recording("a", called), recording("b", called, threads="own"), recording("c", called, threads="own")]
-    found = measure(three, X, 0, rotating(three, total=600))
-    assert [name for name, _ in called[6:11]] == ["a", "a", "b", "b", "c"]
+    copies = rotating(three, total=600)
+    assert {name: len(calls) for name, calls in copies.items()} == {"a": 4, "b": 2, "c": 2}
+    found = measure(three, X, 0, copies)
+    turns = "".join(name for name, _ in called[6:])
+    assert re.fullmatch("((a){2,}(bc){2,})+", turns)
     assert slept == [timing.SETTLE] * 2 * timing.LEAST_TURNS
-    assert found["b"].calls == timing.LEAST_TURNS
+    assert found["b"].calls == 2 * timing.LEAST_TURNS  # those before it was awake do not count
 
 
 def test_disturbed_calls_are_left_out_where_enough_others_remain() -> None:
-    quiet, disturbed = [(1.0, 0.99)] * timing.ENOUGH, [(9.0, 0.3)] * 50
-    assert timing._time(quiet + disturbed) == timing.Time(1.0, 60, 10)
+    quiet, disturbed = [(1.0, 0.99)] * 10, [(9.0, 0.3)] * 30
+    assert timing._time(quiet + disturbed) == timing.Time(1.0, 40, 10)
     assert timing._time(quiet[1:] + disturbed).seconds == 9.0
 
 
