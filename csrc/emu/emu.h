@@ -311,11 +311,17 @@ HF_EMU_CALL int shuffle_xor(int v, int mask) {
 HF_EMU_CALL int shuffle(int v, int from) {
     return int(emu::show({uint32_t(v)})[from][0]);
 }
-HF_EMU_CALL int count(bool yes) {
+HF_EMU_CALL uint32_t ballot(bool yes) {
     const auto shown = emu::show({uint32_t(yes)});
-    int sum = 0;
-    for (int lane = 0; lane < 32; ++lane) sum += int(shown[lane][0]);
-    return sum;
+    uint32_t lanes = 0;
+    for (int lane = 0; lane < 32; ++lane) lanes |= shown[lane][0] << lane;
+    return lanes;
+}
+inline int count_bits(uint32_t v) {
+    return __builtin_popcount(v);
+}
+HF_EMU_CALL int count(bool yes) {
+    return count_bits(ballot(yes));
 }
 HF_EMU_CALL uint32_t max_of_warp(uint32_t v) {
     const auto shown = emu::show({v});

@@ -13,7 +13,7 @@ from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 from hf_spqr.ops import reference
-from tests.cuda.emulator import Case, Finish
+from tests.cuda.emulator import Case, Finish, Stretch
 from tests.weights import random_affine, random_spqr
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -212,8 +212,12 @@ def dequantize_cases() -> list[Case]:
             scale_dtype = F16 if j < 2 else BF16
             weight = random_affine(AffineLayout(rows, columns, bits, group, j % 2 == 1, scale_dtype), perm, bits)
             cases.append(Case(weight, dtype=dtype, part_rows=16 if j == 2 else None))
-    wide = random_spqr(SpQRLayout(2, 65600), 0.0005, seed=9)  # int64 outliers
-    return [*cases, Case(wide, dtype=F32)]
+    # int64 outliers; rows with very many and with none; a last panel of one group; statistics shared by two groups
+    wide = random_spqr(SpQRLayout(2, 65600), 0.0005, seed=9)
+    full = random_spqr(SpQRLayout(17, 1100, 3), 0.9, seed=10)
+    few = random_spqr(SpQRLayout(40, 2072, 2), 0.001, seed=11)
+    short = random_spqr(SpQRLayout(20, 1034, 4, 16, 3, 32), 0.05, seed=12)
+    return [*cases, Case(wide, dtype=F32), Case(full, dtype=F16), Case(few, dtype=BF16), Case(short, dtype=F16)]
 
 
 def test_dequantize_is_exact(run_emulated: Callable) -> None:
@@ -222,6 +226,32 @@ def test_dequantize_is_exact(run_emulated: Callable) -> None:
     for case, y in zip(cases, run_emulated(cases), strict=True):
         want = case.weight.dequantize(case.dtype)[case.first_row : case.first_row + case.rows]
         assert torch.equal(y, want), case.weight.layout
+
+
+def test_outliers_beside_each_other(run_emulated: Callable) -> None:
+    """All of a row's outliers in one block of columns, at its edges, and none elsewhere."""
+    weight = random_spqr(SpQRLayout(16, 2048), 0.0, seed=13)
+    ends = torch.tensor([511, 512, 1023, 1024, 2047])
+    columns = [torch.arange(0, 40), torch.arange(500, 530), ends, torch.arange(2048)]
+    counts = torch.tensor([len(columns[row % 4]) for row in range(16)])
+    weight = replace(
+        weight,
+        outlier_row=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int(),
+        outlier_col=torch.cat([columns[row % 4] for row in range(16)]).int(),
+        outlier_value=torch.randn(int(counts.sum()), generator=torch.Generator().manual_seed(1)).half(),
+    )
+    (y,) = run_emulated([Case(weight, dtype=F16)])
+    assert torch.equal(y, weight.dequantize(F16))
+
+
+def test_stretches_fill_the_device(run_emulated: Callable) -> None:
+    """On 132 multiprocessors: whole where that takes no more waves, otherwise cut so that few blocks are left over."""
+    wanted = {
+        (4096, 4096, 512): 4096, (11008, 4096, 512): 11008, (4096, 11008, 512): 4096, (28672, 8192, 512): 4096,
+        (100, 300, 65): 112, (1, 7, 100): 16, (50000, 65536, 100): 768, (40, 67108863, 100): 16,
+    }  # fmt: skip
+    got = run_emulated([Stretch(*shape, 132) for shape in wanted])
+    assert [int(rows) for rows in got] == list(wanted.values())
 
 
 def test_finish(run_emulated: Callable) -> None:
