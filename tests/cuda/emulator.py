@@ -38,7 +38,8 @@ def build(folder: Path) -> Path:
     program = compiler() or "g++"
 
     def compile_one(source: Path) -> Path:
-        text = subprocess.run([program, *FLAGS, "-x", "c++", "-E", str(source)], check=True, capture_output=True).stdout
+        command = [program, *FLAGS, "-x", "c++", "-E", str(source)]
+        text = subprocess.run(command, check=True, capture_output=True).stdout
         made = folder / f"{source.name}-{_key(text, *map(str.encode, FLAGS))}.o"
         if not made.exists():
             with _replacing(made) as target:

@@ -147,6 +147,43 @@ def test_few_tokens_on_any_device(run_emulated: Callable, tokens: int) -> None:
     check(run_emulated, cases)
 
 
+SIXTEEN = [
+    # rows, columns, bits, tokens, dtype, perm, outliers
+    (100, 1032, 3, 9, BF16, True, 0.1),
+    (70, 4096, 3, 16, F16, False, 0.01),
+    (300, 500, 2, 13, F32, False, 0.05),
+    (40, 777, 4, 15, BF16, False, 0.0),
+]
+
+
+def test_sixteen_tokens_in_shared_memory(run_emulated: Callable) -> None:
+    """More than eight in one block: a second tile of tokens, full and not, in all layouts that have the kernel."""
+    cases, device = [], (2, 227 << 10)
+    for seed, (rows, columns, bits, tokens, dtype, perm, share) in enumerate(SIXTEEN):
+        x, bias = inputs(tokens, columns, rows, dtype, seed)
+        weight = natural_spqr(SpQRLayout(rows, columns, bits), share, perm, seed)
+        cases.append(Case(weight, x, bias, seed=seed, device=device))
+        for group in (128, -1):
+            weight = natural_affine(AffineLayout(rows, columns, (8, 4, 3, 2)[seed], group, seed == 1), perm, seed)
+            cases.append(Case(weight, x, bias, seed=seed, device=device))
+    check(run_emulated, cases)
+
+
+@pytest.mark.parametrize("tokens", [12, 16, 20, 64])
+def test_many_rows_share_x(run_emulated: Callable, tokens: int) -> None:
+    """On a device with one multiprocessor a few hundred rows are many."""
+    rows, columns, device = 200, 2100, (1, 99 << 10)
+    x, bias = inputs(tokens, columns, rows, F16, tokens)
+    weights = [
+        natural_spqr(SpQRLayout(rows, columns), 0.02, False, 1),
+        natural_spqr(SpQRLayout(rows, columns, 4, 64), 0.02, tokens == 16, 2),
+        natural_affine(AffineLayout(rows, columns, 4, 128), False, 3),
+        natural_affine(AffineLayout(rows, columns, 8, -1), tokens == 20, 4),
+        natural_affine(AffineLayout(rows, columns, 2, 64), False, 5),
+    ]
+    check(run_emulated, [Case(weight, x, bias, seed=tokens, device=device) for weight in weights])
+
+
 def test_statistics_of_any_size(run_emulated: Callable) -> None:
     """Scales of both signs and very different sizes: the power of two that fits them into fp16 is found per step."""
     layout = SpQRLayout(32, 600)
