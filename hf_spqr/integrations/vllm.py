@@ -31,10 +31,10 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import UnsupportedLayerError
+from hf_spqr.formats.tokens import fake_quantize_activation
 from hf_spqr.integrations.shards import Part, Shards
 from hf_spqr.integrations.vllm_experts import PackedExpertsMethod, projection_names
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear, GroupedLinear, PackedLinear, SpQRGroupedLinear, SpQRLinear
-from hf_spqr.ops.activation import fake_quantize_activation
 
 __all__ = ["OmniQuantVllmConfig", "PackedLinearMethod", "SpQRVllmConfig", "register"]
 
@@ -114,7 +114,7 @@ class PackedVllmConfig(QuantizationConfig):
 
     @property
     def act_sym(self) -> bool:
-        """Whether they are quantized on a symmetric grid."""
+        """Whether the grid of a token is symmetric around 0."""
         return getattr(self.config, "act_sym", False)
 
 
