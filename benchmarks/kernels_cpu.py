@@ -5,7 +5,8 @@ installed, and the memory's bandwidth.
 
 All candidates of a setting are called in turn, each time on the next copy of its weights; together the copies exceed
 1 GB, so that none comes from a cache, as in a decoding model. The plain read of memory is one of the candidates. Our
-layers are modules, called as a model calls them. Times are medians over calls in which the process had the processor
+layers are modules, called as a model calls them; each candidate is called twice in its turn, and the second call counts.
+Times are medians over calls in which the process had the processor
 (at least nine tenths of its threads' time), where a quarter of the calls are such, else over all calls; `clean` counts
 them. Libraries with threads of their own take turns for themselves, after a pause in which the others' threads fall
 asleep. "of read" is a candidate's packed bytes per second over what the plain read reached; the ideal is 1.
