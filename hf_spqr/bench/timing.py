@@ -104,8 +104,8 @@ def measure(
 ) -> dict[str, Time]:
     """Median time of a call of each candidate on ``x``; all are called in turn for about ``seconds``.
 
-    In each turn a candidate is called twice, on two copies, and the second call counts: in a model too the layer before
-    was of the same kind, and its code and ``x`` are in the cache, its weights are not.
+    In each turn a candidate is called twice, on two copies, and the second call counts: in a model too the layer
+    before was of the same kind, so that its code is in the cache, its weights are not.
 
     Candidates that run on other threads than those before take their turns for themselves, ten at a time. Before
     that there is a pause, in which the other threads fall asleep (they spin for a while and would take processors
