@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from machine import save
 from torch import Tensor
 
 from hf_spqr import ops
+from hf_spqr.bench.cuda import seconds_per_byte, time_graph
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 
@@ -29,34 +29,6 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 ROTATE_BYTES = 240 << 20  # at least twice the L2 cache of the largest GPUs
 OUTLIERS = 0.01
-
-
-def seconds_per_byte() -> float:
-    """Of bytes read and written by an elementwise kernel over much more than the cache. (A copy inside of a graph is a
-    memcpy, which reached only two thirds of this on an H200.)"""
-    source = torch.empty(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return time_graph([lambda: torch.add(source, 1.0, out=target)]) / (8 * source.numel())
-
-
-def time_graph(calls: list[Callable[[], Any]], replays: int = 20) -> float:
-    """Median seconds per call."""
-    for call in calls[:3]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return median(times[3:])
 
 
 def copies_of(nbytes: int) -> int:

@@ -11,18 +11,6 @@
 namespace hf_spqr {
 namespace {
 
-// Code of one weight.
-inline int code_at(const uint32_t* tile, int bits, int row, int column) {
-    const int pair = column / 2, side = column % 2 * 16;
-    if (bits != 3) {
-        const int per_half = 16 / bits;
-        return tile[pair / per_half * kRows + row] >> (bits * (pair % per_half) + side) & ((1 << bits) - 1);
-    }
-    if (pair < 15) return tile[kVector3[pair] * kRows + row] >> (kShift3[pair] + side) & 7;
-    return (tile[row] >> (15 + side) & 1) | (tile[kRows + row] >> (14 + side) & 2) |
-           (tile[2 * kRows + row] >> (13 + side) & 4);
-}
-
 // Recomputes in fp32 the weights of a panel that have outliers.
 template <int B>
 void put_outliers(const Matrix& m, const Panel& panel, const PanelScales& statistics, int64_t block, int rows,
@@ -37,10 +25,10 @@ void put_outliers(const Matrix& m, const Panel& panel, const PanelScales& statis
             const uint64_t column = (m.outlier ? entry & 0xffff : entry & 0xffffffff) - first;  // of the panel
             if (column >= width) break;
             const int group = m.group == kPerChannel ? 0 : int(column / m.group);
-            const int q = code_at(panel.tiles + column / kColumns * B * kRows, B, r, int(column % kColumns));
+            const uint32_t q = code_at<B>(panel.tiles + column / kColumns * B * kRows + r, int(column % kColumns));
             const float s = statistics.scale[group * kRows + r], z = statistics.zero[group * kRows + r];
             const float value = from_f16(uint16_t(m.outlier ? entry >> 16 : entry >> 32));
-            out[r * stride + first + column] = to_bf16((float(q) - z) * s + value);
+            out[r * stride + first + column] = to_bf16((float(int(q)) - z) * s + value);
         }
     }
 }

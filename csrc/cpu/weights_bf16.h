@@ -61,5 +61,17 @@ __attribute__((always_inline)) inline void pairs_from(const Values<B>& values, c
     }
 }
 
+// The code of one row in a column of a tile; `tile` points at the row's word.
+template <int B>
+inline uint32_t code_at(const uint32_t* tile, int column) {
+    const int pair = column / 2, side = column % 2 * 16;
+    if constexpr (B != 3) {
+        constexpr int kPerHalf = 16 / B;
+        return tile[pair / kPerHalf * kRows] >> (B * (pair % kPerHalf) + side) & ((1 << B) - 1);
+    }
+    if (pair < 15) return tile[kVector3[pair] * kRows] >> (kShift3[pair] + side) & 7;
+    return (tile[0] >> (15 + side) & 1) | (tile[kRows] >> (14 + side) & 2) | (tile[2 * kRows] >> (13 + side) & 4);
+}
+
 }  // namespace
 }  // namespace hf_spqr
