@@ -2,6 +2,7 @@
 // packed words to the finished rows, which is why outliers are put in afterwards.
 #include <immintrin.h>
 #include "cpu/bf16.h"
+#include "cpu/outlier_weights.h"
 #include "cpu/weights_bf16.h"
 #include "cpu/panels.h"
 #include "cpu/statistics_avx512.h"
@@ -10,40 +11,6 @@
 
 namespace hf_spqr {
 namespace {
-
-// Code of one weight.
-inline int code_at(const uint32_t* tile, int bits, int row, int column) {
-    const int pair = column / 2, side = column % 2 * 16;
-    if (bits != 3) {
-        const int per_half = 16 / bits;
-        return tile[pair / per_half * kRows + row] >> (bits * (pair % per_half) + side) & ((1 << bits) - 1);
-    }
-    if (pair < 15) return tile[kVector3[pair] * kRows + row] >> (kShift3[pair] + side) & 7;
-    return (tile[row] >> (15 + side) & 1) | (tile[kRows + row] >> (14 + side) & 2) |
-           (tile[2 * kRows + row] >> (13 + side) & 4);
-}
-
-// Recomputes in fp32 the weights of a panel that have outliers.
-template <int B>
-void put_outliers(const Matrix& m, const Panel& panel, const PanelScales& statistics, int64_t block, int rows,
-                  int32_t* next, uint16_t* out, int64_t stride) {
-    const int64_t first = panel.first_tile * kColumns;
-    const uint64_t width = panel.count * kColumns;
-    for (int r = 0; r < rows; ++r) {
-        const int32_t end = m.outlier_row[block * kRows + r + 1];
-        for (; next[r] < end; ++next[r]) {
-            const int32_t i = next[r];
-            const uint64_t entry = m.outlier ? m.outlier[i] : m.outlier_wide[i];
-            const uint64_t column = (m.outlier ? entry & 0xffff : entry & 0xffffffff) - first;  // of the panel
-            if (column >= width) break;
-            const int group = m.group == kPerChannel ? 0 : int(column / m.group);
-            const int q = code_at(panel.tiles + column / kColumns * B * kRows, B, r, int(column % kColumns));
-            const float s = statistics.scale[group * kRows + r], z = statistics.zero[group * kRows + r];
-            const float value = from_f16(uint16_t(m.outlier ? entry >> 16 : entry >> 32));
-            out[r * stride + first + column] = to_bf16((float(q) - z) * s + value);
-        }
-    }
-}
 
 template <int B>
 void dequantize_rows(const DequantizeArgs& a, int64_t first_block, int64_t last_block) {
@@ -76,7 +43,12 @@ void dequantize_rows(const DequantizeArgs& a, int64_t first_block, int64_t last_
                 transpose(words[0], reinterpret_cast<char*>(part), sizeof part[0]);
                 for (int r = 0; r < rows; ++r) memcpy(out + r * a.out_stride + first, part[r], columns * 2);
             }
-            if (m.outlier_row) put_outliers<B>(m, panel, statistics, block, rows, next, out, a.out_stride);
+            if (m.outlier_row == nullptr) continue;
+            const int64_t first = panel.first_tile * kColumns;
+            for_each_outlier<B>(m, panel, panel.count, statistics, block, rows, next,
+                                [&](int row, int64_t column, float weight) {
+                                    out[row * a.out_stride + first + column] = to_bf16(weight);
+                                });
         }
     }
 }

@@ -29,13 +29,15 @@ struct Kernels {
     bool (*any_tokens)(DType);
     // Activations, for tokens [first, last); first is a multiple of kPrepareTokens.
     void (*prepare)(const PrepareArgs&, int64_t first, int64_t last);
-    // Row blocks [first, last), at most kMaxTokens tokens.
+    // Row blocks [first, last), at most most_tokens tokens.
     void (*linear)(const LinearArgs&, int64_t first, int64_t last);
     // Row blocks [first, last); out is where row block `first` begins.
     void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last);
     // Exclusive or over words (a multiple of 64 of them): what a plain read of memory costs.
     uint32_t (*read)(const uint32_t*, int64_t words);
     const IntegerKernels& integers;
+    // Tokens that prepare and linear take at once, of so many; null: kMaxTokens.
+    int64_t (*most_tokens)(const Matrix&, DType, int64_t tokens) = nullptr;
 };
 
 extern const Kernels kScalarKernels;
@@ -44,10 +46,11 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kVnniKernels;  // AVX-512 with VNNI and VBMI
 const Kernels& bf16_kernels();      // the same with BF16
+const Kernels& amx_kernels();       // the same with AMX tiles of bf16 and int8
 #endif
 
-enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3, avx512_bf16 = 4 };
-constexpr int kIsaCount = 5;
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3, avx512_bf16 = 4, amx = 5 };
+constexpr int kIsaCount = 6;
 const char* isa_name(Isa);
 Isa best_isa();            // of this machine
 Isa current_isa();         // best_isa() unless lowered

@@ -2,6 +2,7 @@
 #include <cstring>
 #include "cpu/bf16.h"
 #include "cpu/halves.h"
+#include "cpu/tokens_bf16.h"
 #include "cpu/transpose.h"
 
 namespace hf_spqr {
@@ -30,16 +31,7 @@ inline void subtract_sums(const Halves& out, const Matrix& m, int64_t tile, int6
 void prepare_token(const PrepareArgs& a, const Halves& out, int64_t token) {
     const uint16_t* x = static_cast<const uint16_t*>(a.x) + token * a.x_stride;
     for (int64_t tile = 0; tile < out.tiles; ++tile) {
-        const int64_t first = tile * kColumns, left = a.columns - first;
-        const __mmask32 mask = left >= kColumns ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0u;
-        __m512i v;
-        if (a.perm) {
-            alignas(64) uint16_t columns[kColumns] = {};
-            for (int64_t i = 0; i < kColumns && i < left; ++i) columns[i] = x[a.perm[first + i]];
-            v = _mm512_load_si512(columns);
-        } else {
-            v = _mm512_maskz_loadu_epi16(mask, x + first);
-        }
+        const __m512i v = load_columns(a, x, tile * kColumns);
         _mm512_storeu_si512(out.tile(tile) + token * kPairs, v);
         subtract_sums(out, *a.weight, tile, token, sums_of_eight(v));
     }

@@ -18,12 +18,13 @@ int64_t element_size(DType dtype) {
     return dtype == DType::f32 ? 4 : 2;
 }
 
-// Straight from the packed weights, at most kMaxTokens tokens at a time.
+// Straight from the packed weights, as many tokens at a time as the kernels take.
 void linear_packed(const Tensor& x, int64_t tokens, const Matrix& m, const int32_t* perm, const void* bias, Tensor& y,
                    DType dtype) {
     const Kernels& k = kernels();
     const int64_t padded = ceil_div(m.columns, kColumns) * kColumns;
-    const int64_t at_once = ceil_div(tokens, ceil_div(tokens, kMaxTokens));
+    const int64_t most = k.most_tokens ? k.most_tokens(m, dtype, tokens) : kMaxTokens;
+    const int64_t at_once = ceil_div(tokens, ceil_div(tokens, most));
     const int64_t x_bytes = padded * 4 * at_once;
     const int64_t planes_bytes = k.planes_bytes ? k.planes_bytes(m, dtype, at_once) : 0;
     Tensor scratch = stable::new_empty(x, {x_bytes + planes_bytes}, ScalarType::Byte);
