@@ -30,9 +30,9 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import UnsupportedLayerError
+from hf_spqr.formats.tokens import fake_quantize_activation
 from hf_spqr.integrations.shards import Part, Shards
 from hf_spqr.nn import AffineLinear, PackedLinear, SpQRLinear
-from hf_spqr.ops.activation import fake_quantize_activation
 
 __all__ = ["OmniQuantVllmConfig", "PackedLinearMethod", "SpQRVllmConfig", "register"]
 
@@ -113,6 +113,11 @@ class PackedVllmConfig(QuantizationConfig):
     def act_bits(self) -> int | None:
         """Bits to which each token is quantized before it is multiplied; None leaves it alone."""
         return getattr(self.config, "act_bits", None)
+
+    @property
+    def act_sym(self) -> bool:
+        """Whether the grid of a token is symmetric around 0."""
+        return getattr(self.config, "act_sym", False)
 
 
 @register_quantization_config(SpQRConfig.quant_method)
@@ -199,7 +204,7 @@ class PackedLinearMethod(LinearMethodBase):
         modules = shards.modules(None if later else layer.bias)
         for module in modules:
             if isinstance(module, AffineLinear) and inputs is None:
-                module.act_bits = act_bits
+                module.act_bits, module.act_sym = act_bits, self.quant_config.act_sym
         layer.packed_modules = nn.ModuleList(modules)
         layer.weight = nn.Parameter(torch.empty(0, dtype=shards.dtype, device=shards.device), requires_grad=False)
 
@@ -212,7 +217,8 @@ class PackedLinearMethod(LinearMethodBase):
         dtype, act_bits = x.dtype, self.quant_config.act_bits
         if layer.packed_inputs is not None:
             x = tensor_model_parallel_all_gather(x)
-            x = x if act_bits is None else fake_quantize_activation(x.float(), act_bits)
+            if act_bits is not None:
+                x = fake_quantize_activation(x.float(), act_bits, self.quant_config.act_sym)
             x = x.index_select(-1, layer.packed_inputs)
         outputs = [module(x) for module in layer.packed_modules]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)).to(dtype)

@@ -50,7 +50,8 @@ def quantize_model(
         config: method, layers and calibration data. Fields that were left to the method are filled in.
         tokenizer: tokenizer for text data; else ``config.tokenizer``, else the one of ``model.name_or_path``.
         device: where the blocks are computed; by default where they are.
-        progress: show a bar with layer, error, bits per weight and time left.
+        progress: show a bar with layer, error, bits per weight (of a block in training: step, loss, best loss on the
+            samples kept out) and time left.
 
     Returns:
         The report; it is also kept as ``model.quantization_report``.
@@ -116,7 +117,8 @@ def _quantize(
         with ranks.together():
             batches = ranks.part(batches)
     names = _names_in_order(model, targets, experts)
-    bar = tqdm(total=len(names), desc="Quantizing", unit="layer", disable=not (progress and ranks.first))
+    shown = progress and ranks.first
+    bar = tqdm(total=len(names), desc="Quantizing", unit="layer", miniters=0, disable=not shown)
     with bar, _evaluating(model):
         for stack in stacks:
             with ranks.together():

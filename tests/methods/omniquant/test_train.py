@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from hf_spqr.calibration.blocks import find_blocks, record
 from hf_spqr.errors import CalibrationError, NonFiniteError, UnsupportedLayerError
+from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.methods.omniquant import BlockResult, OmniQuantParams, preset, quantize_block
 from hf_spqr.methods.omniquant.runner import BlockRunner
 
@@ -63,6 +64,31 @@ def test_stored_tensors_reproduce_the_reported_output(name: str, reference: bool
         out = runner(hidden, range(len(hidden)), tensors, bits, bits)
         torch.testing.assert_close(runner(hidden, range(len(hidden))), result.outputs_fp, rtol=1e-5, atol=1e-5)
     close = (out - result.outputs_q).abs() < 1e-4  # at few activation bits, a rounding may fall the other way
+    assert close.float().mean() > (0.999 if bits is None else 0.9)
+
+
+@pytest.mark.parametrize("name", ["W2A16g32", "W4A4"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_layers_of_a_block_may_be_stored_in_their_own_ways(name: str, reference: bool) -> None:
+    params = replace(preset(name, reference=reference), **FAST)
+    block, hidden, kwargs = make_block()
+    linears = linears_of(block)
+    own = {
+        "mlp.down_proj": AffineLayout(32, 48, 8, -1),
+        "self_attn.q_proj": AffineLayout(32, 32, 4, params.group_size, symmetric=True),
+    }
+    same = quantize_block(block, hidden, hidden, kwargs, params, linears)
+    result = quantize_block(block, hidden, hidden, kwargs, params, linears, layouts=own)
+    for layer, weight in result.weights.items():
+        assert weight.layout == own.get(layer, params.layout(*linears[layer].weight.shape))
+        assert int(weight.codes.max()) < 2**weight.layout.bits
+    assert int(result.weights["mlp.down_proj"].codes.max()) > 15
+    assert result.loss_nearest < same.loss_nearest and result.loss_final <= result.loss_initial
+    tensors = {f"{key}.weight": weight.dequantize() for key, weight in result.weights.items()} | result.folded
+    runner, bits = BlockRunner(block, kwargs, list(linears)), params.act_bits
+    with torch.no_grad():
+        out = runner(hidden, range(len(hidden)), tensors, bits, bits)
+    close = (out - result.outputs_q).abs() < 1e-4
     assert close.float().mean() > (0.999 if bits is None else 0.9)
 
 
