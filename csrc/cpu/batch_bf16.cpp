@@ -20,9 +20,9 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
     const Halves halves(m, a.tokens, a.planes);
     const CodesBf16<B> to_codes;
     const int block_tiles = Pairs == kPairs ? plane_block(m) / kColumns : 1;
-    alignas(64) float y[kMaxTokens][R][kRows];
+    alignas(64) float y[kPromptTokens][R][kRows];
     memset(y, 0, a.tokens * sizeof y[0]);
-    Codes<R> codes;
+    Unpacked<R> codes;
     PanelScales statistics[R];
     int64_t block = 0;  // of columns
     OutlierPrefetch outliers(m, row_block, R);
@@ -31,8 +31,8 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
         const Panel& panel = walk.panel;
         outliers.panel();
         for (int r = 0; r < R; ++r) statistics[r].load(m, panel.statistics + r * m.words, panel.groups);
-        for (int64_t tile = 0; tile < panel.count; tile += kTiles) {
-            const int here = panel.count - tile < kTiles ? int(panel.count - tile) : kTiles;
+        for (int64_t tile = 0; tile < panel.count; tile += halves.stretch) {
+            const int here = int(panel.count - tile < halves.stretch ? panel.count - tile : halves.stretch);
             for (int r = 0; r < R; ++r) {
                 const uint32_t* packed = panel.tiles + r * m.words + tile * B * kRows;
                 prefetch_lines(reinterpret_cast<const char*>(packed) + ahead, here * B);
@@ -52,22 +52,21 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
                 part.scale[r] = statistics[r].scale + group * kRows;
                 part.zero[r] = statistics[r].zero + group * kRows;
             }
-            part.x = halves.tile(panel.first_tile + tile);
-            part.minus_sum = halves.minus_sum(block);
-            part.tokens = a.tokens;
-            if (part.blocks) multiply_all<R, Pairs>(part, y);
+            part.tile = panel.first_tile + tile;
+            part.block = block;
+            if (part.blocks) multiply_all<R, Pairs>(part, halves, y);
             block += part.blocks;
             if (const int rest = here - whole * block_tiles) {  // of a block that the matrix ends in
                 part.codes += whole * block_tiles * kPairs;
-                part.x += whole * block_tiles * a.tokens * kPairs;
-                part.minus_sum += part.blocks * a.tokens;
+                part.tile += whole * block_tiles;
+                part.block += part.blocks;
                 for (int r = 0; r < R; ++r) {
                     part.scale[r] += part.blocks * part.group_stride;
                     part.zero[r] += part.blocks * part.group_stride;
                 }
                 part.blocks = 1;
                 part.tiles = rest;
-                multiply_all<R, Pairs>(part, y);
+                multiply_all<R, Pairs>(part, halves, y);
                 ++block;
             }
         }

@@ -2,7 +2,6 @@
 // packed words to the finished rows, which is why outliers are put in afterwards.
 #include <immintrin.h>
 #include "cpu/bf16.h"
-#include "cpu/outlier_weights.h"
 #include "cpu/weights_bf16.h"
 #include "cpu/panels.h"
 #include "cpu/statistics_avx512.h"
@@ -11,6 +10,24 @@
 
 namespace hf_spqr {
 namespace {
+
+// Recomputes in fp32 the weights of a panel that have outliers.
+template <int B>
+void put_outliers(const Matrix& m, const Panel& panel, const PanelScales& statistics, int64_t block, int rows,
+                  int32_t* next, uint16_t* out, int64_t stride) {
+    const int64_t first = panel.first_tile * kColumns;
+    const uint64_t width = panel.count * kColumns;
+    for (int r = 0; r < rows; ++r) {
+        const int32_t end = m.outlier_row[block * kRows + r + 1];
+        for (; next[r] < end; ++next[r]) {
+            const Outlier outlier(m, next[r]);
+            const uint64_t column = outlier.column - first;
+            if (column >= width) break;
+            out[r * stride + first + column] =
+                to_bf16(weight_at<B>(m, panel, statistics, r, int(column)) + outlier.value);
+        }
+    }
+}
 
 template <int B>
 void dequantize_rows(const DequantizeArgs& a, int64_t first_block, int64_t last_block) {
@@ -43,12 +60,7 @@ void dequantize_rows(const DequantizeArgs& a, int64_t first_block, int64_t last_
                 transpose(words[0], reinterpret_cast<char*>(part), sizeof part[0]);
                 for (int r = 0; r < rows; ++r) memcpy(out + r * a.out_stride + first, part[r], columns * 2);
             }
-            if (m.outlier_row == nullptr) continue;
-            const int64_t first = panel.first_tile * kColumns;
-            for_each_outlier<B>(m, panel, panel.count, statistics, block, rows, next,
-                                [&](int row, int64_t column, float weight) {
-                                    out[row * a.out_stride + first + column] = to_bf16(weight);
-                                });
+            if (m.outlier_row) put_outliers<B>(m, panel, statistics, block, rows, next, out, a.out_stride);
         }
     }
 }

@@ -1,11 +1,17 @@
 #include <atomic>
 #include "cpu/kernels.h"
-#if defined(HF_SPQR_AMX)
+#if defined(HF_SPQR_AMX) && !defined(HF_SPQR_EMU_AMX)
 #include "cpu/permission_amx.h"
 #endif
 
 namespace hf_spqr {
 namespace {
+
+#if defined(HF_SPQR_EMU_AMX)
+bool may_use_amx() {  // csrc/emu/amx.h
+    return true;
+}
+#endif
 
 Isa detect() {
 #if defined(__x86_64__)

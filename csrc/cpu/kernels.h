@@ -6,6 +6,7 @@
 namespace hf_spqr {
 
 constexpr int kMaxTokens = 64;      // of one call of a linear kernel
+constexpr int kPromptTokens = 512;  // of one call where takes_prompts
 constexpr int kPrepareTokens = 16;  // which prepare takes together
 
 // out[tokens, padded_columns] = fp32 x, columns in stored order (stored column j is original column perm[j]).
@@ -25,19 +26,18 @@ struct PrepareArgs {
 struct Kernels {
     // Bytes of x in the form of the kernels; null where they take it in fp32.
     int64_t (*planes_bytes)(const Matrix&, DType, int64_t tokens);
-    // Whether linear is also the fastest way for more tokens than kMaxTokens, so many at a time; null: never.
-    bool (*any_tokens)(DType);
+    // Whether linear is also the fastest way for more tokens than kMaxTokens, kPromptTokens at a time; null: never.
+    // The accuracy is then that of a product in their dtype.
+    bool (*takes_prompts)(DType);
     // Activations, for tokens [first, last); first is a multiple of kPrepareTokens.
     void (*prepare)(const PrepareArgs&, int64_t first, int64_t last);
-    // Row blocks [first, last), at most most_tokens tokens.
+    // Row blocks [first, last), at most kMaxTokens tokens, or kPromptTokens where takes_prompts.
     void (*linear)(const LinearArgs&, int64_t first, int64_t last);
     // Row blocks [first, last); out is where row block `first` begins.
     void (*dequantize)(const DequantizeArgs&, int64_t first, int64_t last);
     // Exclusive or over words (a multiple of 64 of them): what a plain read of memory costs.
     uint32_t (*read)(const uint32_t*, int64_t words);
     const IntegerKernels& integers;
-    // Tokens that prepare and linear take at once, of so many; null: kMaxTokens.
-    int64_t (*most_tokens)(const Matrix&, DType, int64_t tokens) = nullptr;
 };
 
 extern const Kernels kScalarKernels;

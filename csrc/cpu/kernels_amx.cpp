@@ -7,10 +7,6 @@ bool in_tiles(const Matrix& m, DType dtype, int64_t tokens) {
     return dtype == DType::bf16 && has_prompt_amx(m, tokens);
 }
 
-int64_t most_tokens(const Matrix& m, DType dtype, int64_t tokens) {
-    return in_tiles(m, dtype, tokens) ? kMostTokensAmx : kMaxTokens;
-}
-
 int64_t planes_bytes(const Matrix& m, DType dtype, int64_t tokens) {
     return in_tiles(m, dtype, tokens) ? tokens_bytes_amx(m, tokens) : bf16_kernels().planes_bytes(m, dtype, tokens);
 }
@@ -40,8 +36,7 @@ void integer_linear(const IntegerArgs& a, int64_t first, int64_t last) {
 const Kernels& amx_kernels() {
     static const IntegerKernels integers = {kVnniIntegers.quantize, prepared_bytes, prepare_integers, integer_linear};
     const Kernels& b = bf16_kernels();
-    static const Kernels kernels = {planes_bytes, b.any_tokens, prepare,  linear,
-                                    b.dequantize, b.read,       integers, most_tokens};
+    static const Kernels kernels = {planes_bytes, b.takes_prompts, prepare, linear, b.dequantize, b.read, integers};
     return kernels;
 }
 

@@ -11,7 +11,7 @@ int64_t planes_bytes(const Matrix& m, DType dtype, int64_t tokens) {
     return in_halves(dtype, tokens) ? halves_bytes(m, tokens) : kVnniKernels.planes_bytes(m, dtype, tokens);
 }
 
-bool any_tokens(DType dtype) {
+bool takes_prompts(DType dtype) {
     return dtype == DType::bf16;
 }
 
@@ -22,7 +22,7 @@ void prepare(const PrepareArgs& a, int64_t first, int64_t last) {
 void linear(const LinearArgs& a, int64_t first, int64_t last) {
     if (!in_halves(a.dtype, a.tokens)) {
         kVnniKernels.linear(a, first, last);
-    } else if (a.prompt && has_prefill_bf16(a.weight)) {
+    } else if (a.tokens > kMaxTokens && has_prefill_bf16(a.weight)) {
         prefill_bf16(a, first, last);
     } else {
         batch_bf16(a, first, last);
@@ -32,7 +32,7 @@ void linear(const LinearArgs& a, int64_t first, int64_t last) {
 }  // namespace
 
 const Kernels& bf16_kernels() {
-    static const Kernels kernels = {planes_bytes,      any_tokens,           prepare, linear, dequantize_bf16,
+    static const Kernels kernels = {planes_bytes,      takes_prompts,        prepare, linear, dequantize_bf16,
                                     kVnniKernels.read, kVnniKernels.integers};
     return kernels;
 }

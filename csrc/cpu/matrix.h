@@ -39,7 +39,6 @@ struct LinearArgs {
     int64_t x_stride;
     char* planes;  // integer form of x, where the kernels want one
     int tokens;
-    bool prompt;  // these are some of more than kMaxTokens tokens: the accuracy of a product in their dtype will do
     const void* bias;  // of dtype, or null
     void* y;
     int64_t y_stride;

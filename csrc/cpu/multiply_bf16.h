@@ -6,12 +6,9 @@
 namespace hf_spqr {
 namespace {
 
-constexpr int kTiles = 4;  // unpacked at a time: a block of columns, or several
-constexpr int kTokensAtOnce = 6;
-
-// The codes of R row blocks in kTiles tiles.
+// R row blocks of a stretch of tiles, two columns to a word: their codes in bf16, or their weights.
 template <int R>
-struct Codes {
+struct Unpacked {
     alignas(64) uint32_t pair[kTiles * kPairs][R][kRows];
 };
 
@@ -22,14 +19,12 @@ struct Part {
     int blocks, tiles;
     const float *scale[R], *zero[R];  // of the first block
     int64_t group_stride;             // to those of the next one
-    const uint32_t* x;                // [tile][token][pair]
-    const float* minus_sum;           // [block][token]
-    int64_t tokens;
+    int64_t tile, block;              // the first ones of the matrix
 };
 
-// y += scale * (sum of code * x - zero * sum of x), for T tokens from `token` on and R row blocks.
+// y += scale * (sum of code * x - zero * sum of x), for T tokens from `token` on and R row blocks. x: [tile][T][pair].
 template <int T, int R, int Pairs>
-void multiply(const Part<R>& part, int64_t token, float (*y)[R][kRows]) {
+void multiply(const Part<R>& part, const uint32_t* x, const float* minus_sum, int64_t tokens, float (*y)[R][kRows]) {
     // Totals stay in registers over short blocks, and leave their place to more sums over long ones.
     constexpr bool kKeep = Pairs < kPairs;
     __m512 total[T][R];
@@ -37,15 +32,12 @@ void multiply(const Part<R>& part, int64_t token, float (*y)[R][kRows]) {
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) total[t][r] = _mm512_load_ps(y[token + t][r]);
+            for (int r = 0; r < R; ++r) total[t][r] = _mm512_load_ps(y[t][r]);
         }
     }
     const uint32_t (*codes)[R][kRows] = part.codes;
-    const uint32_t* x = part.x + token * kPairs;
-    const float* minus_sum = part.minus_sum + token;
-    const int64_t tile_stride = part.tokens * kPairs;
     int pair = 0;  // in the tile
-    for (int block = 0; block < part.blocks; ++block, minus_sum += part.tokens) {
+    for (int block = 0; block < part.blocks; ++block, minus_sum += tokens) {
         __m512 sum[T][R];
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
@@ -69,7 +61,7 @@ void multiply(const Part<R>& part, int64_t token, float (*y)[R][kRows]) {
                 }
             }
             pair = (pair + Pairs) % kPairs;
-            if (pair == 0) x += tile_stride;
+            if (pair == 0) x += T * kPairs;
         }
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
@@ -79,7 +71,7 @@ void multiply(const Part<R>& part, int64_t token, float (*y)[R][kRows]) {
                 if constexpr (kKeep) {
                     total[t][r] = _mm512_fmadd_ps(scale, sum[t][r], total[t][r]);
                 } else {
-                    float* at = y[token + t][r];
+                    float* at = y[t][r];
                     _mm512_store_ps(at, _mm512_fmadd_ps(scale, sum[t][r], _mm512_load_ps(at)));
                 }
             }
@@ -89,14 +81,44 @@ void multiply(const Part<R>& part, int64_t token, float (*y)[R][kRows]) {
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) _mm512_store_ps(y[token + t][r], total[t][r]);
+            for (int r = 0; r < R; ++r) _mm512_store_ps(y[t][r], total[t][r]);
         }
     }
 }
 
+// y += sum of weight * x, for T tokens and R row blocks in `pairs` pairs of columns.
+template <int T, int R>
+void multiply_weights(const uint32_t (*weights)[R][kRows], int tiles, const uint32_t* x, float (*y)[R][kRows]) {
+    __m512 sum[T][R];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sum[t][r] = _mm512_load_ps(y[t][r]);
+    }
+    for (int tile = 0; tile < tiles; ++tile, weights += kPairs, x += T * kPairs) {
+#pragma GCC unroll 16
+        for (int p = 0; p < kPairs; ++p) {
+            __m512bh w[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) w[r] = (__m512bh)_mm512_load_si512(weights[p][r]);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const __m512bh b = (__m512bh)_mm512_set1_epi32(int(x[t * kPairs + p]));
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) sum[t][r] = _mm512_dpbf16_ps(sum[t][r], w[r], b);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) _mm512_store_ps(y[t][r], sum[t][r]);
+    }
+}
+
 template <int R, int Pairs>
-void multiply_all(const Part<R>& part, float (*y)[R][kRows]) {
-    using Multiply = void (*)(const Part<R>&, int64_t, float (*)[R][kRows]);
+void multiply_all(const Part<R>& part, const Halves& halves, float (*y)[R][kRows]) {
+    using Multiply = void (*)(const Part<R>&, const uint32_t*, const float*, int64_t, float (*)[R][kRows]);
     constexpr Multiply kMultiply[kTokensAtOnce + 1] = {nullptr,
                                                        multiply<1, R, Pairs>,
                                                        multiply<2, R, Pairs>,
@@ -104,11 +126,33 @@ void multiply_all(const Part<R>& part, float (*y)[R][kRows]) {
                                                        multiply<4, R, Pairs>,
                                                        multiply<5, R, Pairs>,
                                                        multiply<6, R, Pairs>};
-    // As equal shares as can be: four and four tokens are faster than six and two.
-    const int64_t shares = ceil_div(part.tokens, kTokensAtOnce);
-    for (int64_t share = 0; share < shares; ++share) {
-        const int64_t token = part.tokens * share / shares, next = part.tokens * (share + 1) / shares;
-        kMultiply[next - token](part, token, y);
+    const Shares shares(halves.tokens);
+    const int64_t stretch = part.tile / halves.stretch * halves.stretch;
+    for (int64_t share = 0; share < shares.count; ++share) {
+        const int64_t first = shares.begin(share), count = shares.begin(share + 1) - first;
+        const uint32_t* x = halves.share(stretch, first) + (part.tile - stretch) * count * kPairs;
+        kMultiply[count](part, x, halves.minus_sum(part.block) + first, halves.tokens, y + first);
+    }
+}
+
+// For a whole stretch.
+template <int R>
+void multiply_all(const uint32_t (*weights)[R][kRows], int64_t tile, int tiles, const Halves& halves,
+                  float (*y)[R][kRows]) {
+    using Multiply = void (*)(const uint32_t (*)[R][kRows], int, const uint32_t*, float (*)[R][kRows]);
+    constexpr Multiply kMultiply[kTokensAtOnce + 1] = {
+        nullptr,
+        multiply_weights<1, R>,
+        multiply_weights<2, R>,
+        multiply_weights<3, R>,
+        multiply_weights<4, R>,
+        multiply_weights<5, R>,
+        multiply_weights<6, R>,
+    };
+    const Shares shares(halves.tokens);
+    for (int64_t share = 0; share < shares.count; ++share) {
+        const int64_t first = shares.begin(share);
+        kMultiply[shares.begin(share + 1) - first](weights, tiles, halves.share(tile, first), y + first);
     }
 }
 

@@ -38,11 +38,7 @@ bool system_gives_tiles() {
 }
 
 bool may_use_amx() {
-#if defined(HF_SPQR_EMU_AMX)
-    return true;
-#else
     return cpu_has_amx() && system_saves_tiles() && system_gives_tiles();
-#endif
 }
 
 }  // namespace

@@ -30,9 +30,11 @@ inline void subtract_sums(const Halves& out, const Matrix& m, int64_t tile, int6
 
 void prepare_token(const PrepareArgs& a, const Halves& out, int64_t token) {
     const uint16_t* x = static_cast<const uint16_t*>(a.x) + token * a.x_stride;
+    const Shares shares(a.tokens);
+    const int64_t begin = shares.begin(shares.of(token)), count = shares.begin(shares.of(token) + 1) - begin;
     for (int64_t tile = 0; tile < out.tiles; ++tile) {
         const __m512i v = load_columns(a, x, tile * kColumns);
-        _mm512_storeu_si512(out.tile(tile) + token * kPairs, v);
+        _mm512_storeu_si512(out.tile(tile, token, begin, count), v);
         subtract_sums(out, *a.weight, tile, token, sums_of_eight(v));
     }
 }
@@ -40,9 +42,18 @@ void prepare_token(const PrepareArgs& a, const Halves& out, int64_t token) {
 // [column][token] of 16 tokens. What lies beside the tokens is zero.
 void transpose_tokens(const PrepareArgs& a, const Halves& out, int64_t first) {
     const int64_t count = a.tokens - first < 16 ? a.tokens - first : 16;
+    const Shares shares(a.tokens);
+    int64_t begin[16], end[16];  // of each token's share
+    for (int64_t t = 0; t < count; ++t) {
+        const int64_t share = shares.of(first + t);
+        begin[t] = shares.begin(share);
+        end[t] = shares.begin(share + 1);
+    }
     for (int64_t tile = 0; tile < out.tiles; ++tile) {
         alignas(64) uint32_t tokens[16][kPairs] = {}, pairs[kPairs][16];
-        for (int64_t t = 0; t < count; ++t) memcpy(tokens[t], out.tile(tile) + (first + t) * kPairs, sizeof tokens[0]);
+        for (int64_t t = 0; t < count; ++t) {
+            memcpy(tokens[t], out.tile(tile, first + t, begin[t], end[t] - begin[t]), sizeof tokens[0]);
+        }
         transpose(tokens[0], reinterpret_cast<char*>(pairs), sizeof pairs[0]);
         for (int p = 0; p < kPairs; ++p) {
             const __m512i pair = _mm512_load_si512(pairs[p]);

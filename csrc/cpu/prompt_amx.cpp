@@ -30,7 +30,7 @@ struct Pass {
     const LinearArgs& a;
     const TokenTiles& x;
     WeightStage<B, Codes> stage;
-    alignas(64) Sums y[kMostTokensAmx];
+    alignas(64) Sums y[kPromptTokens];
 
     Pass(const LinearArgs& args, const TokenTiles& tokens, int64_t first, int64_t blocks)
         : a(args), x(tokens), stage(args.weight, first, blocks) {}

@@ -3,9 +3,9 @@
 #pragma once
 #include <type_traits>
 #include "cpu/codes_bf16.h"
-#include "cpu/outlier_weights.h"
 #include "cpu/statistics_avx512.h"
 #include "cpu/tokens_amx.h"
+#include "cpu/vec.h"
 #include "cpu/weights_bf16.h"
 
 namespace hf_spqr {
@@ -92,11 +92,18 @@ private:
         Panel own = walk.panel;
         own.tiles += r * m.words;
         uint16_t* const out = reinterpret_cast<uint16_t*>(weights[r][at]);
-        for_each_outlier<B>(m, own, tile + count, statistics[r], first_block + r, rows_of(r), next_outlier[r],
-                            [&](int row, int64_t column, float weight) {
-                                const int64_t pair = (column - tile * kColumns) / 2;
-                                out[(pair * kRows + row) * 2 + column % 2] = to_bf16(weight);
-                            });
+        const int64_t first = (own.first_tile + tile) * kColumns;
+        const uint64_t width = count * kColumns;
+        for (int row = 0; row < rows_of(r); ++row) {
+            int32_t& next = next_outlier[r][row];
+            for (const int32_t end = m.outlier_row[(first_block + r) * kRows + row + 1]; next < end; ++next) {
+                const Outlier outlier(m, next);
+                const uint64_t column = outlier.column - first;
+                if (column >= width) break;
+                const float w = weight_at<B>(m, own, statistics[r], row, int(tile * kColumns + column));
+                out[(column / 2 * kRows + row) * 2 + column % 2] = to_bf16(w + outlier.value);
+            }
+        }
     }
 
     struct Nothing {};

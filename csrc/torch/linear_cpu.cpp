@@ -18,12 +18,11 @@ int64_t element_size(DType dtype) {
     return dtype == DType::f32 ? 4 : 2;
 }
 
-// Straight from the packed weights, as many tokens at a time as the kernels take.
+// Straight from the packed weights, at most so many tokens at a time.
 void linear_packed(const Tensor& x, int64_t tokens, const Matrix& m, const int32_t* perm, const void* bias, Tensor& y,
-                   DType dtype) {
+                   DType dtype, int64_t most) {
     const Kernels& k = kernels();
     const int64_t padded = ceil_div(m.columns, kColumns) * kColumns;
-    const int64_t most = k.most_tokens ? k.most_tokens(m, dtype, tokens) : kMaxTokens;
     const int64_t at_once = ceil_div(tokens, ceil_div(tokens, most));
     const int64_t x_bytes = padded * 4 * at_once;
     const int64_t planes_bytes = k.planes_bytes ? k.planes_bytes(m, dtype, at_once) : 0;
@@ -51,8 +50,8 @@ void linear_packed(const Tensor& x, int64_t tokens, const Matrix& m, const int32
         });
         const LinearArgs args{m,         prepared,
                               padded,    planes,
-                              int(here), tokens > kMaxTokens,
-                              bias,      y_data + done * m.rows * element_size(dtype),
+                              int(here), bias,
+                              y_data + done * m.rows * element_size(dtype),
                               m.rows,    dtype};
         over_row_blocks(m, [&](int64_t first, int64_t last) { k.linear(args, first, last); });
     }
@@ -130,11 +129,12 @@ Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::o
     if (tokens == 0) return stable::new_empty(x, shape);
     const Tensor flat = stable::reshape(stable::contiguous(x), {tokens, m.columns});
     const Kernels& k = kernels();
-    if (tokens > kMaxTokens && !(k.any_tokens && k.any_tokens(dtype))) {
+    const bool takes_prompts = k.takes_prompts && k.takes_prompts(dtype);
+    if (tokens > kMaxTokens && !takes_prompts) {
         return stable::reshape(linear_dense(flat, m, perm, bias, dtype), shape);
     }
     Tensor y = stable::new_empty(x, shape);
-    linear_packed(flat, tokens, m, order, bias_data, y, dtype);
+    linear_packed(flat, tokens, m, order, bias_data, y, dtype, takes_prompts ? kPromptTokens : kMaxTokens);
     return y;
 }
 
