@@ -12,14 +12,14 @@ struct TileProduct {
     const char* x;    // tiles of 16 tokens, one after another
     int64_t x_block;  // to those of the next 16 tokens
     const char* w;
-    int64_t w_block;             // to the next row block
-    int64_t w_stride, w_tile;    // between the rows of a tile, and between tiles
-    int tiles;                   // products that are summed up
-    char* sums;                  // [token][row], the next row block's 16 rows behind those of the first
-    int64_t stride;              // from token to token
-    bool add;                    // to the sums that are there
-    const char* ahead = nullptr; // memory to fetch meanwhile
-    int ahead_lines = 0;         // of it with each tile
+    int64_t w_block;              // to the next row block
+    int64_t w_stride, w_tile;     // between the rows of a tile, and between tiles
+    int tiles;                    // products that are summed up
+    char* sums;                   // [token][row], the next row block's 16 rows behind those of the first
+    int64_t stride;               // from token to token
+    bool add;                     // to the sums that are there
+    const char* ahead = nullptr;  // memory to fetch meanwhile
+    int ahead_lines = 0;          // of it with each tile
 };
 
 // For 16 * T tokens and R row blocks; of integers (int8 tokens, uint8 weights) or bf16.

@@ -64,8 +64,11 @@ struct Pass {
                   int64_t stride, bool add) {
         const char* tokens_at = x.token_block(token / kTokenTile) + (at + first) * kAmxTile;
         const char* w = reinterpret_cast<const char*>(stage.weights[r][first]);
-        const TileProduct p{tokens_at, x.block_bytes(), w, sizeof stage.weights[0], 64, kAmxTile, tiles,
-                            reinterpret_cast<char*>(sums), stride, add};
+        const TileProduct p{tokens_at, x.block_bytes(),
+                            w,         sizeof stage.weights[0],
+                            64,        kAmxTile,
+                            tiles,     reinterpret_cast<char*>(sums),
+                            stride,    add};
         multiply_tiles<false>(p, tokens > kTokenTile, blocks == 2);
     }
 

@@ -8,15 +8,15 @@
 #include "emu/amx.h"
 #else
 // Compilers do not know what memory a tile is loaded from: what was written before must be there.
-#define HF_TILE_LOAD(tile, from, stride)          \
-    do {                                          \
-        __asm__ volatile("" ::: "memory");        \
-        _tile_loadd(tile, from, stride);          \
+#define HF_TILE_LOAD(tile, from, stride)   \
+    do {                                   \
+        __asm__ volatile("" ::: "memory"); \
+        _tile_loadd(tile, from, stride);   \
     } while (0)
-#define HF_TILE_STORE(tile, to, stride)           \
-    do {                                          \
-        _tile_stored(tile, to, stride);           \
-        __asm__ volatile("" ::: "memory");        \
+#define HF_TILE_STORE(tile, to, stride)    \
+    do {                                   \
+        _tile_stored(tile, to, stride);    \
+        __asm__ volatile("" ::: "memory"); \
     } while (0)
 #define HF_TILE_ZERO(tile) _tile_zero(tile)
 #define HF_TILE_DPBF16PS(sum, x, w) _tile_dpbf16ps(sum, x, w)  // fp32 += bf16 bf16

@@ -6,9 +6,9 @@
 namespace hf_spqr {
 namespace {
 
-constexpr int kTokenTile = 16;    // tokens of a tile
-constexpr int kStageTiles = 16;   // of weights, unpacked at a time: two row blocks of them fit the nearest cache
-constexpr int kTileWords = 256;   // of 16 tokens x 32 columns, or of 32 columns x 16 rows of weights
+constexpr int kTokenTile = 16;   // tokens of a tile
+constexpr int kStageTiles = 16;  // of weights, unpacked at a time: two row blocks of them fit the nearest cache
+constexpr int kTileWords = 256;  // of 16 tokens x 32 columns, or of 32 columns x 16 rows of weights
 
 // Codes are multiplied as they are, and scales applied to sums.
 inline bool takes_codes(const Matrix& m) {

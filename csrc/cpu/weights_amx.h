@@ -1,5 +1,5 @@
-// Packed row blocks as AMX tiles of bf16: codes as they are, or weights rounded to bf16 with their outliers in place. A
-// tile of the format is a tile of AMX: row j has column pair j of 16 rows. Internal linkage (see vec.h).
+// Packed row blocks as AMX tiles of bf16: codes as they are, or weights rounded to bf16 with their outliers in place.
+// A tile of the format is a tile of AMX: row j has column pair j of 16 rows. Internal linkage (see vec.h).
 #pragma once
 #include <type_traits>
 #include "cpu/codes_bf16.h"
@@ -53,7 +53,7 @@ struct WeightStage {
         }
     }
 
-private:
+  private:
     void next_panel() {
         walk.next();
         tile = 0;

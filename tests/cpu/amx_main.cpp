@@ -33,7 +33,8 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     prepare.weight = &m;
     prepare.tokens = h.tokens;
     prepare.planes = tiles.as<char>();
-    in_two_parts(h.tokens, kPrepareTokens, [&](int64_t first, int64_t last) { prepare_prompt_amx(prepare, first, last); });
+    in_two_parts(h.tokens, kPrepareTokens,
+                 [&](int64_t first, int64_t last) { prepare_prompt_amx(prepare, first, last); });
     LinearArgs a{};
     a.weight = m;
     a.planes = tiles.as<char>();
@@ -50,8 +51,9 @@ void run_int8_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y)
     expect(has_integer_amx(m, h.tokens), "no kernel for this matrix");
     const Bytes prepared(prepared_bytes_amx(m, h.tokens));
     memset(prepared.data, 0xEE, size_t(prepared.size));
-    const IntegerArgs a{m,      code->as<int8_t>(), scale->as<float>(), zero->as<int32_t>(), h.tokens, prepared.as<char>(),
-                        bias->data, y.data, DType(h.dtype)};
+    const IntegerArgs a{
+        m,      code->as<int8_t>(), scale->as<float>(), zero->as<int32_t>(), h.tokens, prepared.as<char>(), bias->data,
+        y.data, DType(h.dtype)};
     in_two_parts(h.tokens, 1, [&](int64_t first, int64_t last) { prepare_integer_amx(a, first, last); });
     in_two_parts(ceil_div(m.rows, kRows), 1, [&](int64_t first, int64_t last) { integer_linear_amx(a, first, last); });
 }

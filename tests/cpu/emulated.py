@@ -11,11 +11,12 @@ from pathlib import Path
 
 from tests.cuda.emulator import CSRC, ROOT, compiler
 
-SOURCES = [*(CSRC / f"cpu/{name}_amx.cpp" for name in ("prompt", "prepare", "integer")), ROOT / "tests/cpu/amx_main.cpp"]
+KERNELS = ("prompt", "prepare", "integer")
+SOURCES = [*(CSRC / f"cpu/{name}_amx.cpp" for name in KERNELS), ROOT / "tests/cpu/amx_main.cpp"]
 NEEDED = "avx512f avx512bw avx512vl avx512dq avx512_vnni avx512vbmi avx512_bf16".split()
 """Beside the tiles the kernels are made of ordinary AVX-512, as /proc/cpuinfo names it, which is not emulated."""
-FLAGS = ["-std=c++20", "-O1", "-g1", "-DHF_SPQR_EMU_AMX", "-ffp-contract=off", f"-I{CSRC}", "-mavx2", "-mfma", "-mf16c",
-         *(f"-m{name.replace('_', '')}" for name in NEEDED), "-Wno-psabi",
+FLAGS = ["-std=c++20", "-O1", "-g1", "-DHF_SPQR_EMU_AMX", "-ffp-contract=off", f"-I{CSRC}", "-mavx2", "-mfma",
+         "-mf16c", *(f"-m{name.replace('_', '')}" for name in NEEDED), "-Wno-psabi",
          "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The AMX kernels with emulated tiles against float64 and the reference, over shapes that fill tiles and that do not."""
+"""The AMX kernels with emulated tiles against float64 and the reference, over shapes that fill tiles or do not."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Case:
 
 
 def compare(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: bool) -> None:
-    """``y`` against float64, with the size of the summands as the measure, so that cancellation is not held against it.
+    """Against float64, with the size of the summands as the measure, so that cancellation is not held against ``y``.
 
     ``rounded``: weights may have been rounded to bfloat16.
     """
