@@ -112,7 +112,8 @@ class BuildKernels(BuildExtension):
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text(AMX_PROBE)
         try:
-            self.compiler.compile([str(probe)], extra_postargs=[*CXX_FLAGS, *ISA_FLAGS["_amx.cpp"]])
+            flags = [*CXX_FLAGS, *ISA_FLAGS["_amx.cpp"]]
+            self.compiler.compile([str(probe)], output_dir=self.build_temp, extra_postargs=flags)
         except CompileError:
             return False
         return True
