@@ -10,8 +10,7 @@ constexpr int kFewestBf16 = 2;  // tokens from which these beat the VNNI kernels
 int64_t halves_bytes(const Matrix&, int64_t tokens);
 void prepare_halves(const PrepareArgs&, int64_t first, int64_t last);
 void batch_bf16(const LinearArgs&, int64_t first, int64_t last);
-// The same rounding the weights to bf16, for the many tokens of a prompt and matrices that has_prefill_bf16 accepts.
-bool has_prefill_bf16(const Matrix&);
+// The same where rounds_weights (halves.h).
 void prefill_bf16(const LinearArgs&, int64_t first, int64_t last);
 // Dense rows.
 void dequantize_bf16(const DequantizeArgs&, int64_t first, int64_t last);

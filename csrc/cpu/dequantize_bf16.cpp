@@ -20,11 +20,15 @@ void put_outliers(const Matrix& m, const Panel& panel, const PanelScales& statis
     for (int r = 0; r < rows; ++r) {
         const int32_t end = m.outlier_row[block * kRows + r + 1];
         for (; next[r] < end; ++next[r]) {
-            const Outlier outlier(m, next[r]);
-            const uint64_t column = outlier.column - first;
+            const int32_t i = next[r];
+            const uint64_t entry = m.outlier ? m.outlier[i] : m.outlier_wide[i];
+            const uint64_t column = (m.outlier ? entry & 0xffff : entry & 0xffffffff) - first;  // of the panel
             if (column >= width) break;
-            out[r * stride + first + column] =
-                to_bf16(weight_at<B>(m, panel, statistics, r, int(column)) + outlier.value);
+            const int group = m.group == kPerChannel ? 0 : int(column / m.group);
+            const uint32_t q = code_at<B>(panel.tiles + column / kColumns * B * kRows + r, int(column % kColumns));
+            const float s = statistics.scale[group * kRows + r], z = statistics.zero[group * kRows + r];
+            const float value = from_f16(uint16_t(m.outlier ? entry >> 16 : entry >> 32));
+            out[r * stride + first + column] = to_bf16((float(int(q)) - z) * s + value);
         }
     }
 }

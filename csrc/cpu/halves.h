@@ -1,5 +1,6 @@
 // Activations in bf16 for several tokens, in the order in which the kernels of BF16 take them.
 #pragma once
+#include "cpu/kernels.h"
 #include "cpu/planes.h"
 
 namespace hf_spqr {
@@ -9,9 +10,16 @@ constexpr int kPairs = kColumns / 2;
 constexpr int kTiles = 8;         // most of a stretch
 constexpr int kTokensAtOnce = 6;  // most of a share
 
+// Whether the tokens are so many, a prompt, that they are multiplied by weights rounded to bf16. Fewer are multiplied by
+// codes, and their sums by scales in fp32, which rounds nothing of the weights.
+inline bool rounds_weights(const Matrix& m, int64_t tokens) {
+    return tokens > kMaxTokens && m.bits >= 2 && m.bits <= 4;
+}
+
 // Tiles of a stretch: what is unpacked at a time. A panel is whole stretches, unless the matrix ends in one.
-inline int stretch_tiles(const Matrix& m) {
-    return m.format == Format::spqr && m.group == 8 ? 4 : kTiles;
+inline int stretch_tiles(const Matrix& m, int64_t tokens) {
+    const bool short_panels = m.format == Format::spqr && m.group == 8;
+    return rounds_weights(m, tokens) && !short_panels ? kTiles : kTiles / 2;
 }
 
 // The tokens in as equal shares as can be, which are multiplied together: four and four are faster than six and two.
@@ -29,6 +37,7 @@ struct Shares {
 
 // Where the parts lie:
 // - [stretch][share][tile][token]: 32 columns, two neighbours to a word, zero padded;
+// and unless rounds_weights
 // - [block][token]: minus the sum of a block of columns in fp32 (a group, at most 128 columns);
 // - [column][token], tokens padded to 16, 32 or a multiple of 64, only where the matrix has outliers.
 struct Halves {
@@ -36,12 +45,12 @@ struct Halves {
     char* memory;
 
     Halves(const Matrix& m, int64_t token_count, char* start)
-        : stretch(stretch_tiles(m)),
+        : stretch(stretch_tiles(m, token_count)),
           tokens(token_count),
-          padded_tokens(m.outlier_row ? padded(token_count) : 0),
+          padded_tokens(m.outlier_row && !rounds_weights(m, token_count) ? padded(token_count) : 0),
           memory(start) {
         tiles = ceil_div(m.columns, 128) * 4;
-        blocks = tiles * kColumns / plane_block(m);
+        blocks = rounds_weights(m, token_count) ? 0 : tiles * kColumns / plane_block(m);
     }
 
     static int64_t padded(int64_t tokens) { return tokens <= 16 ? 16 : tokens <= 32 ? 32 : ceil_div(tokens, 64) * 64; }

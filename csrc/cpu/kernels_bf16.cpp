@@ -1,4 +1,5 @@
 #include "cpu/bf16.h"
+#include "cpu/halves.h"
 
 namespace hf_spqr {
 namespace {
@@ -22,7 +23,7 @@ void prepare(const PrepareArgs& a, int64_t first, int64_t last) {
 void linear(const LinearArgs& a, int64_t first, int64_t last) {
     if (!in_halves(a.dtype, a.tokens)) {
         kVnniKernels.linear(a, first, last);
-    } else if (a.tokens > kMaxTokens && has_prefill_bf16(a.weight)) {
+    } else if (rounds_weights(a.weight, a.tokens)) {
         prefill_bf16(a, first, last);
     } else {
         batch_bf16(a, first, last);

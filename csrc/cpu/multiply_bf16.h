@@ -22,6 +22,13 @@ struct Part {
     int64_t tile, block;              // the first ones of the matrix
 };
 
+// The place of x that corresponds in the next share.
+template <int T>
+__attribute__((always_inline)) inline void prefetch_tokens(const uint32_t* x) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) _mm_prefetch(reinterpret_cast<const char*>(x + t * kPairs), _MM_HINT_T0);
+}
+
 // y += scale * (sum of code * x - zero * sum of x), for T tokens from `token` on and R row blocks. x: [tile][T][pair].
 template <int T, int R, int Pairs>
 void multiply(const Part<R>& part, const uint32_t* x, const float* minus_sum, int64_t tokens, float (*y)[R][kRows]) {
@@ -36,6 +43,7 @@ void multiply(const Part<R>& part, const uint32_t* x, const float* minus_sum, in
         }
     }
     const uint32_t (*codes)[R][kRows] = part.codes;
+    const int64_t share_words = int64_t(part.blocks) * part.tiles * T * Pairs;
     int pair = 0;  // in the tile
     for (int block = 0; block < part.blocks; ++block, minus_sum += tokens) {
         __m512 sum[T][R];
@@ -48,6 +56,7 @@ void multiply(const Part<R>& part, const uint32_t* x, const float* minus_sum, in
             }
         }
         for (int tile = 0; tile < part.tiles; ++tile, codes += Pairs) {
+            if (pair == 0) prefetch_tokens<T>(x + share_words);
 #pragma GCC unroll 16
             for (int p = 0; p < Pairs; ++p) {
                 __m512bh w[R];
@@ -96,6 +105,7 @@ void multiply_weights(const uint32_t (*weights)[R][kRows], int tiles, const uint
         for (int r = 0; r < R; ++r) sum[t][r] = _mm512_load_ps(y[t][r]);
     }
     for (int tile = 0; tile < tiles; ++tile, weights += kPairs, x += T * kPairs) {
+        prefetch_tokens<T>(x + tiles * T * kPairs);
 #pragma GCC unroll 16
         for (int p = 0; p < kPairs; ++p) {
             __m512bh w[R];

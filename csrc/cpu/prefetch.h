@@ -24,7 +24,7 @@ struct OutlierPrefetch {
     int64_t lines_left = 0, lines_per_panel = 0;
 
     OutlierPrefetch(const Matrix& m, int64_t block, int blocks) {
-        if (m.outlier_row == nullptr) return;
+        if (m.outlier_row == nullptr || block * kRows >= m.rows) return;
         const int64_t rows = (block + blocks) * kRows < m.rows ? (block + blocks) * kRows : m.rows;
         const int64_t first = m.outlier_row[block * kRows], last = m.outlier_row[rows], size = m.outlier ? 4 : 8;
         next = m.outlier ? reinterpret_cast<const char*>(m.outlier + first)

@@ -35,7 +35,7 @@ void prepare_token(const PrepareArgs& a, const Halves& out, int64_t token) {
     for (int64_t tile = 0; tile < out.tiles; ++tile) {
         const __m512i v = load_columns(a, x, tile * kColumns);
         _mm512_storeu_si512(out.tile(tile, token, begin, count), v);
-        subtract_sums(out, *a.weight, tile, token, sums_of_eight(v));
+        if (out.blocks) subtract_sums(out, *a.weight, tile, token, sums_of_eight(v));
     }
 }
 

@@ -1,7 +1,6 @@
 // The weights of a tile in bf16. Internal linkage (see vec.h).
 #pragma once
 #include "cpu/codes_bf16.h"
-#include "cpu/statistics_avx512.h"
 
 namespace hf_spqr {
 namespace {
@@ -62,34 +61,17 @@ __attribute__((always_inline)) inline void pairs_from(const Values<B>& values, c
     }
 }
 
-// The weight of row r and column `column` of a panel, in fp32.
+// The code of one row in a column of a tile; `tile` points at the row's word.
 template <int B>
-inline float weight_at(const Matrix& m, const Panel& panel, const PanelScales& statistics, int r, int column) {
-    const uint32_t* tile = panel.tiles + column / kColumns * B * kRows + r;
-    const int pair = column % kColumns / 2, side = column % 2 * 16;
-    uint32_t q;
-    if (B == 3 && pair == 15) {
-        q = (tile[0] >> (15 + side) & 1) | (tile[kRows] >> (14 + side) & 2) | (tile[2 * kRows] >> (13 + side) & 4);
-    } else if (B == 3) {
-        q = tile[kVector3[pair] * kRows] >> (kShift3[pair] + side) & 7;
-    } else {
+inline uint32_t code_at(const uint32_t* tile, int column) {
+    const int pair = column / 2, side = column % 2 * 16;
+    if constexpr (B != 3) {
         constexpr int kPerHalf = 16 / B;
-        q = tile[pair / kPerHalf * kRows] >> (B * (pair % kPerHalf) + side) & ((1 << B) - 1);
+        return tile[pair / kPerHalf * kRows] >> (B * (pair % kPerHalf) + side) & ((1 << B) - 1);
     }
-    const int at = (m.group == kPerChannel ? 0 : column / m.group) * kRows + r;
-    return (float(int(q)) - statistics.zero[at]) * statistics.scale[at];
+    if (pair < 15) return tile[kVector3[pair] * kRows] >> (kShift3[pair] + side) & 7;
+    return (tile[0] >> (15 + side) & 1) | (tile[kRows] >> (14 + side) & 2) | (tile[2 * kRows] >> (13 + side) & 4);
 }
-
-struct Outlier {
-    uint64_t column;
-    float value;
-
-    Outlier(const Matrix& m, int64_t i) {
-        const uint64_t entry = m.outlier ? m.outlier[i] : m.outlier_wide[i];
-        column = m.outlier ? entry & 0xffff : entry & 0xffffffff;
-        value = _cvtsh_ss(uint16_t(m.outlier ? entry >> 16 : entry >> 32));
-    }
-};
 
 }  // namespace
 }  // namespace hf_spqr

@@ -71,6 +71,17 @@ def test_one_token_in_common_layouts(isa, bits, group_size):
         case.check(*inputs(case, 1, torch.float32, bias=True))
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_prompts_in_common_layouts(isa, bits, group_size):
+    """More tokens than are taken together, over several panels and a ragged end, with rows full of outliers."""
+    spqr_weight = spqr_case(spqr.SpQRLayout(88, 1000, bits, group_size), 0.1)
+    affine_weight = affine_case(affine.AffineLayout(88, 1000, bits, group_size))
+    for tokens in (65, 520):
+        for case in (spqr_weight, affine_weight):
+            case.check(*inputs(case, tokens, torch.bfloat16, bias=True))
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 64])
 def test_exact_to_one_in_ten_thousand(isa, tokens):
     """Relative to the result, which is what a model sees, with a few channels a hundred times larger than the rest."""
@@ -88,6 +99,7 @@ def test_wide_matrix_with_64_bit_outliers(isa):
     assert case.tensors[2].dtype == torch.int64
     for tokens in (1, 3):
         case.check(*inputs(case, tokens, torch.float32, bias=False))
+    case.check(*inputs(case, 65, torch.bfloat16, bias=False))
     check_dense(case, torch.float32)
 
 
