@@ -6,9 +6,8 @@ namespace hf_spqr {
 
 constexpr int kFewestAmx = 16;  // tokens that fill a tile
 
-// Many bf16 tokens, up to kPromptTokens. Where scales are for 32 columns or more and there are no outliers the weights
-// stay exact; else (2 to 4 bit, more than kMaxTokens tokens) weights are rounded to bf16, together with their
-// outliers.
+// 16 to kPromptTokens bf16 tokens. Where rounds_weights (halves.h) weights are rounded to bf16, together with their
+// outliers; else scales must be for 32 columns or more, and there must be no outliers.
 bool has_prompt_amx(const Matrix&, int64_t tokens);
 int64_t tokens_bytes_amx(const Matrix&, int64_t tokens);
 void prepare_prompt_amx(const PrepareArgs&, int64_t first, int64_t last);

@@ -112,7 +112,7 @@ void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
 }  // namespace
 
 bool has_prompt_amx(const Matrix& m, int64_t tokens) {
-    return takes_codes(m) ? tokens >= kFewestAmx : tokens > kMaxTokens && m.bits >= 2 && m.bits <= 4;
+    return rounds_weights(m, tokens) || (takes_codes(m, tokens) && tokens >= kFewestAmx);
 }
 
 void prompt_amx(const LinearArgs& a, int64_t first, int64_t last) {
@@ -121,7 +121,7 @@ void prompt_amx(const LinearArgs& a, int64_t first, int64_t last) {
                                all_row_blocks<4, true>, all_row_blocks<5, true>, all_row_blocks<6, true>,
                                all_row_blocks<7, true>, all_row_blocks<8, true>};
     constexpr Run kRounded[3] = {all_row_blocks<2, false>, all_row_blocks<3, false>, all_row_blocks<4, false>};
-    (takes_codes(a.weight) ? kCodes[a.weight.bits - 1] : kRounded[a.weight.bits - 2])(a, first, last);
+    (rounds_weights(a.weight, a.tokens) ? kRounded[a.weight.bits - 2] : kCodes[a.weight.bits - 1])(a, first, last);
 }
 
 }  // namespace hf_spqr

@@ -1,7 +1,7 @@
 // bf16 activations in the order in which AMX takes them, and how a matrix is multiplied by them. Internal linkage (see
 // vec.h).
 #pragma once
-#include "cpu/panels.h"
+#include "cpu/halves.h"
 
 namespace hf_spqr {
 namespace {
@@ -10,14 +10,14 @@ constexpr int kTokenTile = 16;   // tokens of a tile
 constexpr int kStageTiles = 16;  // of weights, unpacked at a time: two row blocks of them fit the nearest cache
 constexpr int kTileWords = 256;  // of 16 tokens x 32 columns, or of 32 columns x 16 rows of weights
 
-// Codes are multiplied as they are, and scales applied to sums.
-inline bool takes_codes(const Matrix& m) {
-    return m.outlier_row == nullptr && (m.group == kPerChannel || m.group >= kColumns);
+// Whether codes are multiplied as they are, and scales applied to sums: not to those of less than a tile.
+inline bool takes_codes(const Matrix& m, int64_t tokens) {
+    return !rounds_weights(m, tokens) && m.outlier_row == nullptr && (m.group == kPerChannel || m.group >= kColumns);
 }
 
-// Tiles of weights whose products have one sum: of a group, or as many as there are at a time.
+// Tiles of codes whose products have one sum, of a stage: of a group, or all.
 inline int tiles_of_sum(const Matrix& m) {
-    return takes_codes(m) && m.group != kPerChannel ? m.group / kColumns : kStageTiles;
+    return m.group == kPerChannel ? kStageTiles : m.group / kColumns;
 }
 
 // Where the parts lie:
@@ -31,7 +31,7 @@ struct TokenTiles {
         tiles = ceil_div(m.columns, kColumns);
         token_blocks = ceil_div(tokens, kTokenTile);
         group_tiles = m.group == kPerChannel ? tiles : tiles_of_sum(m);
-        blocks = takes_codes(m) ? ceil_div(tiles, group_tiles) : 0;
+        blocks = takes_codes(m, tokens) ? ceil_div(tiles, group_tiles) : 0;
     }
     int64_t block_bytes() const { return tiles * kTileWords * 4; }  // of 16 tokens
     int64_t bytes() const { return token_blocks * (block_bytes() + blocks * kTokenTile * 4); }

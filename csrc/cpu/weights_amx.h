@@ -89,19 +89,22 @@ struct WeightStage {
     }
 
     void put_outliers(int r, int at, int count) {
-        Panel own = walk.panel;
-        own.tiles += r * m.words;
+        const uint32_t* tiles = walk.panel.tiles + r * m.words + tile * B * kRows;
         uint16_t* const out = reinterpret_cast<uint16_t*>(weights[r][at]);
-        const int64_t first = (own.first_tile + tile) * kColumns;
+        const int64_t first = (walk.panel.first_tile + tile) * kColumns;
         const uint64_t width = count * kColumns;
         for (int row = 0; row < rows_of(r); ++row) {
             int32_t& next = next_outlier[r][row];
             for (const int32_t end = m.outlier_row[(first_block + r) * kRows + row + 1]; next < end; ++next) {
-                const Outlier outlier(m, next);
-                const uint64_t column = outlier.column - first;
+                const uint64_t entry = m.outlier ? m.outlier[next] : m.outlier_wide[next];
+                const uint64_t column = (m.outlier ? entry & 0xffff : entry & 0xffffffff) - first;
                 if (column >= width) break;
-                const float w = weight_at<B>(m, own, statistics[r], row, int(tile * kColumns + column));
-                out[(column / 2 * kRows + row) * 2 + column % 2] = to_bf16(w + outlier.value);
+                const uint32_t q = code_at<B>(tiles + column / kColumns * B * kRows + row, int(column % kColumns));
+                const int group = m.group == kPerChannel ? 0 : int((tile * kColumns + column) / m.group);
+                const int of_row = group * kRows + row;
+                const float dense = (float(int(q)) - statistics[r].zero[of_row]) * statistics[r].scale[of_row];
+                const float value = from_f16(uint16_t(m.outlier ? entry >> 16 : entry >> 32));
+                out[(column / 2 * kRows + row) * 2 + column % 2] = to_bf16(dense + value);
             }
         }
     }
