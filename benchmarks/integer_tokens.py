@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_spqr
 from hf_spqr.formats import affine
+from hf_spqr.formats.tokens import code_range, token_grid
 from hf_spqr.nn import AffineLinear
-from hf_spqr.ops.activation import code_range, token_grid
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PRESETS = ("W8A8", "W6A6", "W4A8", "W4A4")

@@ -1,10 +1,13 @@
-"""One table in one format: perplexity of RTN, the published OmniQuant recipe and our default, per scheme.
+"""One table in one format: perplexity of RTN, GPTQ, the published OmniQuant recipe and our default, per scheme.
 
-    python -m benchmarks.omniquant_table MODEL CALIBRATION HELDOUT --documents 100 --out results.json
+    python -m benchmarks.omniquant_table MODEL CALIBRATION.jsonl HELDOUT.jsonl
+    python -m benchmarks.omniquant_table --print
 
-Every cell quantizes MODEL anew with ``hf_spqr.quantize_model`` and scores the last documents of HELDOUT one by one;
-documents that are scored never calibrate. Schemes whose
-groups are wider than a layer fall back to one group per row of that layer.
+Every cell quantizes the model anew, in float32, on the same calibration sequences, and scores the last documents of
+the held-out file one by one; documents that are scored never calibrate. Groups wider than a layer are one group per
+row of that layer. A cell that is already in benchmarks/results/omniquant_table_<model>.json is not computed again, so
+a run may be stopped, and cells may be asked for one at a time (--schemes, --methods). Other draws of the calibration
+data (--seed) have files of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import argparse
 import itertools
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,59 +23,100 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_spqr
-from benchmarks.machine import machine
+from benchmarks import gptq_models
+from benchmarks.machine import RESULTS, save
 from hf_spqr.calibration.data import iter_documents
 from hf_spqr.evaluate import perplexity
 
 SCHEMES = ("W2A16g64", "W3A16", "W3A16g128", "W4A16g128", "W4A4", "W6A6", "W8A8")
-METHODS = ("rtn", "reference", "default")
+METHODS = ("rtn", "gptq", "reference", "default")
+SETTINGS = ("documents", "nsamples", "seqlen", "seed")
 
 
 def config_of(scheme: str, method: str, **fields: Any) -> hf_spqr.OmniQuantConfig:
-    """RTN is the same code with nothing to learn."""
-    if method == "rtn":
+    """RTN is the same code with nothing to learn; of GPTQ's config only the format counts."""
+    if method in ("rtn", "gptq"):
         fields |= {"rounding": False, "lwc": False, "let": False, "epochs": 0}
     return hf_spqr.OmniQuantConfig.from_preset(scheme, reference=method == "reference", **fields)
 
 
+def cell(folder: str, scheme: str, method: str, documents: list[str], **fields: Any) -> dict[str, Any]:
+    """Quantize the model of ``folder`` and score ``documents``."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = config_of(scheme, method, **fields)
+    begin = time.process_time()
+    if method == "gptq":
+        bits = gptq_models.quantize_model(model, config)
+    else:
+        bits = hf_spqr.quantize_model(model, config, progress=False).bits_per_weight
+    seconds = time.process_time() - begin
+    score = perplexity(model, fields["tokenizer"], documents, batch_size=32)
+    return {
+        "scheme": scheme, "method": method, "perplexity": score.perplexity, "bits_per_weight": bits,
+        "cpu_seconds": round(seconds, 1), "tokens": score.tokens,
+    }  # fmt: skip
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The cells of result files as one table: a row for each scheme, a column for each model, the lowest in bold."""
+    heads = [f"{result['model']} ({result['full']:.3f})" for result in results]
+    lines = [f"| {' / '.join(METHODS)} | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for scheme in SCHEMES:
+        cells = []
+        for result in results:
+            found = {row["method"]: row["perplexity"] for row in result["rows"] if row["scheme"] == scheme}
+            shown = {method: f"{value:.3f}" for method, value in found.items()}
+            best = min(shown.values(), default=None, key=float)
+            texts = [shown.get(method, "–") for method in METHODS]
+            cells.append(" / ".join(f"**{text}**" if text == best else text for text in texts))
+        lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("calibration", help="txt, json or jsonl")
-    parser.add_argument("heldout", help="txt, json or jsonl")
+    parser.add_argument("model", nargs="?", help="folder of the model")
+    parser.add_argument("calibration", nargs="?", help="txt, json or jsonl")
+    parser.add_argument("heldout", nargs="?", help="txt, json or jsonl")
+    parser.add_argument("--print", action="store_true", help="print the table of what is there and stop")
     parser.add_argument("--documents", type=int, default=100, help="held-out documents, from the end of the file")
     parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=128)
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.print:
+        results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("omniquant_table_*.json"))]
+        print(table([result for result in results if result["seed"] == args.seed]))
+        return
+    if args.heldout is None:
+        parser.error("model, calibration and heldout are needed")
     torch.set_num_threads(1)
+    name = f"omniquant_table_{Path(args.model).name}" + (f"_seed{args.seed}" if args.seed else "")
+    settings = {key: getattr(args, key) for key in SETTINGS}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     documents = [text for text in iter_documents(args.heldout) if isinstance(text, str)][-args.documents :]
+    known = RESULTS / f"{name}.json"
+    if known.exists():
+        result = json.loads(known.read_text())
+        if any(result[key] != settings[key] for key in SETTINGS):
+            parser.error(f"{known} was made with other settings; move it away first")
+    else:
+        full = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        base = perplexity(full, tokenizer, documents, batch_size=32)
+        result = {"model": Path(args.model).name, "full": base.perplexity, **settings, "rows": []}
     kept_out = set(documents)
     calibration = [text for text in iter_documents(args.calibration) if text not in kept_out]
-    full = AutoModelForCausalLM.from_pretrained(args.model).eval()
-    base = perplexity(full, tokenizer, documents, protocol="per-document")
-    rows: list[dict[str, Any]] = []
-    print(f"full precision {base.perplexity:.4f}")
+    fields = {"nsamples": args.nsamples, "seqlen": args.seqlen, "seed": args.seed}
+    done = {(row["scheme"], row["method"]) for row in result["rows"]}
     for scheme, method in itertools.product(args.schemes, args.methods):
-        config = config_of(
-            scheme, method, dataset=calibration, tokenizer=tokenizer, nsamples=args.nsamples, seqlen=args.seqlen
-        )
-        model = AutoModelForCausalLM.from_pretrained(args.model).eval()
-        begin = time.process_time()
-        report = hf_spqr.quantize_model(model, config, progress=False)
-        seconds = time.process_time() - begin
-        score = perplexity(model, tokenizer, documents, protocol="per-document")
-        rows.append({
-            "scheme": scheme, "method": method, "bits_per_weight": report.bits_per_weight, "cpu_seconds": seconds,
-            "perplexity": score.perplexity, **asdict(score),
-        })  # fmt: skip
-        print(f"{scheme} {method}: {score.perplexity:.4f}, {report.bits_per_weight:.3f} bits, {seconds:.0f} CPU-s")
-        result = {"model": args.model, "full": base.perplexity, "nsamples": args.nsamples, "seqlen": args.seqlen,
-                  "machine": machine(), "rows": rows}  # fmt: skip
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        if (scheme, method) in done:
+            continue
+        row = cell(args.model, scheme, method, documents, dataset=calibration, tokenizer=tokenizer, **fields)
+        result["rows"].append(row)
+        print("  ".join(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()), flush=True)
+        save(name, {key: value for key, value in result.items() if key not in ("date", "machine")})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// Activations as integers, one grid per token (hf_spqr/ops/activation.py): equal to the PyTorch reference to the last
+// Activations as integers, one grid per token (hf_spqr/formats/tokens.py): equal to the PyTorch reference to the last
 // bit, every step being one fp32 operation, rounded, in its order.
 #pragma once
 #include "cuda/kernels.h"

@@ -74,6 +74,9 @@ def quantize_command(
             help="Inputs that share a scale: 8 to 128, or -1 for a whole row. Default: 16; OmniQuant 128.",
         ),
     ] = None,
+    sym: Annotated[
+        bool | None, typer.Option("--sym/--asym", help="OmniQuant: symmetric weights, no zero points. Default: no.")
+    ] = None,
     act_bits: Annotated[
         int | None, typer.Option("--act-bits", help="OmniQuant: bits of the activations, 2 to 8. Default: none.")
     ] = None,
@@ -161,6 +164,7 @@ def quantize_command(
                 mode=None if mode is None else mode.value,
                 bits=bits,
                 group_size=group_size,
+                sym=sym,
                 act_bits=act_bits,
                 act_sym=act_sym,
                 epochs=epochs,

@@ -42,8 +42,10 @@ class OmniQuantConfig(PackedConfig):
         learning: further fields of :class:`hf_spqr.methods.omniquant.OmniQuantParams`, by name.
         scale_dtype: ``"float16"`` or ``"bfloat16"``, in which scales are stored.
         act_sym: symmetric activations (zero point 0); else the grid of a token spans its minimum and maximum.
+        overrides: ``{pattern: {field: value}}`` changes of ``bits``, ``group_size`` and ``sym`` for some layers, later
+            ones win. With ``act_bits``, ``group_size`` is -1 for all of them.
         dataset, tokenizer, nsamples, seqlen, seed, modules_to_not_convert, backend, format_version: as in
-            :class:`~hf_spqr.config.SpQRConfig`. All layers of a model share the fields above, there are no overrides.
+            :class:`~hf_spqr.config.SpQRConfig`.
 
     Raises:
         ConfigError: a field is outside its range.
@@ -51,6 +53,7 @@ class OmniQuantConfig(PackedConfig):
     """
 
     quant_method = "omniquant"
+    LAYER_FIELDS = ("bits", "group_size", "sym")
 
     def __init__(
         self,
@@ -112,7 +115,8 @@ class OmniQuantConfig(PackedConfig):
         params["scale_dtype"] = next(key for key, value in SCALE_DTYPES.items() if value == params["scale_dtype"])
         del params["seed"]
         own = {key: params.pop(key) for key in list(params) if key in cls._own_fields()}
-        return cls(**{**own, "learning": params, **fields})
+        learning = {**params, **(fields.pop("learning", None) or {})}
+        return cls(**{**own, "learning": learning, **fields})
 
     @staticmethod
     def _own_fields() -> set[str]:
@@ -123,18 +127,7 @@ class OmniQuantConfig(PackedConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.overrides:
-            raise ConfigError(
-                "overrides: OmniQuant learns the layers of a block together; use modules_to_not_convert."
-            )
-        self.params()
-
-    def validate_layer_fields(self, fields: Mapping[str, Any]) -> None:
-        check_int("bits", self.bits, 2, 8)
-        check_choice("group_size", self.group_size, GROUP_SIZES)
-        if self.act_bits is not None:
-            check_int("act_bits", self.act_bits, 2, 8)
-        for name in ("sym", "act_sym", "lwc", "rounding"):
+        for name in ("act_sym", "lwc", "rounding"):
             check_flag(name, getattr(self, name))
         if self.let is not None:
             check_flag("let", self.let)
@@ -145,21 +138,36 @@ class OmniQuantConfig(PackedConfig):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0)
         check_choice("scale_dtype", self.scale_dtype, tuple(SCALE_DTYPES))
+        self.params()
+
+    def validate_layer_fields(self, fields: Mapping[str, Any]) -> None:
+        check_int("bits", fields["bits"], 2, 8)
+        check_choice("group_size", fields["group_size"], GROUP_SIZES)
+        check_flag("sym", fields["sym"])
+        if self.act_bits is None:
+            return
+        check_int("act_bits", self.act_bits, 2, 8)
+        if fields["group_size"] != -1:
+            raise ConfigError(
+                f"group_size={fields['group_size']}: quantized activations (act_bits) need weights with one scale per"
+                " channel, group_size=-1."
+            )
 
     def layout(self, out_features: int, in_features: int, *names: str) -> AffineLayout:
         from hf_spqr.formats.affine import AffineLayout
 
+        fields = self.layer_fields(*names)
         return AffineLayout(
             out_features=out_features,
             in_features=in_features,
-            bits=self.bits,
-            group_size=self.group_size,
-            symmetric=self.sym,
+            bits=fields["bits"],
+            group_size=fields["group_size"],
+            symmetric=fields["sym"],
             scale_dtype=SCALE_DTYPES[self.scale_dtype],
         )
 
     def params(self) -> OmniQuantParams:
-        """The arguments of :func:`hf_spqr.methods.omniquant.quantize_block`."""
+        """The parameters of :func:`hf_spqr.methods.omniquant.quantize_block`; overrides are in :meth:`layout`."""
         from hf_spqr.methods.omniquant import OmniQuantParams
 
         known = {field.name for field in fields(OmniQuantParams)} - self._own_fields() - {"seed"}

@@ -11,8 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_spqr.config import OmniQuantConfig
+from hf_spqr.formats.tokens import fake_quantize_activation
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear
-from hf_spqr.ops.activation import fake_quantize_activation
 
 __all__ = ["enforce", "register_attention", "release"]
 

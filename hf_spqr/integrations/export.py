@@ -176,7 +176,14 @@ def to_compressed_tensors(model: nn.Module, layers: Layers) -> Written:
     }
     if any("weight_packed" in parts and "weight_zero_point" in parts for parts in tensors.values()):
         # Transformers with compressed-tensors 0.20 reads packed zero points only on the way to dense weights; on the
-        # other way, which makes them dense at the first forward pass, it stops with a shape mismatch.
+        # other way, which makes them dense at the first forward pass, it stops with a shape mismatch. That way knows
+        # one scheme for all layers, and would read the others wrongly.
+        if len(groups) > 1:
+            raise UnsupportedLayerError(
+                "This model has layers of several kinds (overrides), and asymmetric ones of less than 8 bits among"
+                " them. Transformers reads such layers from compressed-tensors only where all are alike: quantize with"
+                " sym=True, or without overrides."
+            )
         config["dequantize"] = True
     return tensors, config
 

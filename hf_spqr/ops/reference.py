@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
-from hf_spqr.ops.activation import quantize_activation
+from hf_spqr.formats.tokens import code_range, token_grid
 
 __all__ = [
     "affine_dequantize", "affine_linear", "quantize_activation", "spqr_dequantize", "spqr_linear", "w_int8_linear",
@@ -94,6 +94,25 @@ def affine_linear(
         packed, perm, out_features, x.shape[-1], bits, group_size, symmetric, scale_bf16, torch.float32
     )
     return _linear(x, weight, bias)
+
+
+def quantize_activation(x: Tensor, perm: Tensor | None, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``x [..., K]`` as integers: int8 code ``[..., K]``, float32 scale and int32 zero ``[..., 1]``.
+
+    ``x`` is about ``scale * (code - zero)`` on the grid of :func:`token_grid`, ``round(x / scale)`` to nearest even.
+    Asymmetric codes and zero points are stored shifted by ``2 ** (bits - 1)``, so that they fit int8. Column j of the
+    codes is column ``perm[j]`` of ``x`` (int32 [K]). bits 2 to 8. A token whose scale is NaN has zeros for its codes
+    and its zero point: all that is made from it is NaN. Raises ValueError if bits is not 2 to 8.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"quantize_activation: bits must be 2 to 8, got {bits}")
+    if perm is not None:
+        x = x.index_select(-1, perm)
+    scale, zero = token_grid(x, bits, symmetric)
+    shift = 0 if symmetric else 2 ** (bits - 1)
+    steps = ((x.float() / scale).round() + zero).clamp(*code_range(bits, symmetric)) - shift
+    bad = scale.isnan()
+    return steps.masked_fill(bad, 0).to(torch.int8), scale, (zero - shift).masked_fill(bad, 0).to(torch.int32)
 
 
 def w_int8_linear(

@@ -6,6 +6,7 @@ Of several ranks each has all of the calibration data; they divide the samples o
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from hf_spqr.methods.omniquant.team import Team
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear, dense
 from hf_spqr.quantize.run import Run, named
 from hf_spqr.quantize.targets import Target
-from hf_spqr.report import LayerReport
+from hf_spqr.report import BlockReport, LayerReport
 
 __all__ = ["OmniQuantRun"]
 
@@ -61,14 +62,7 @@ class OmniQuantRun(Run[OmniQuantConfig]):
 
     def _quantize_projection(self, name: str, weight: Tensor, hessian: Tensor) -> LayerResult:
         """Experts are not learned: each sees too few of the tokens. They get the same grid by GPTQ."""
-        layout = self.config.layout(*weight.shape, name)
-        params = AffineParams(
-            bits=layout.bits,
-            group_size=layout.group_size,
-            symmetric=layout.symmetric,
-            scale_dtype=layout.scale_dtype,
-        )
-        return gptq.quantize(weight, hessian, params)
+        return gptq.quantize(weight, hessian, AffineParams.of(self.config.layout(*weight.shape, name)))
 
     def _put_experts(self, block: Block, experts: dict[str, nn.Module]) -> None:
         self.put(block, experts)
@@ -94,20 +88,23 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         self, block: Block, mine: dict[str, Target], full: Tensor, quantized: Tensor, calls: list[dict[str, Any]]
     ) -> BlockResult:
         linears = {name: target.linear for name, target in mine.items()}
+        layouts = {name: self.config.layout(*dense.features(t.linear), t.name) for name, t in mine.items()}
         params = self.config.params()
         if params.batch_size > 1 and not BlockRunner(block.module, calls[:2], []).batches(full[:2]):
             params = replace(params, batch_size=1)
             self.report.notes.append(f"{block.name}: its samples cannot be run together, batch_size is 1.")
 
-        def progress(step: int, steps: int, loss: float) -> None:
-            self.show(f"{block.name} step {step}/{steps} loss {loss:.3g}")
+        def progress(step: int, steps: int, loss: float, best: float) -> None:
+            text = f"{block.name} step {step}/{steps} loss {loss:.3g} best {best:.3g}"
+            self.show(text, len(mine) * step // steps)
 
         team = Team(self.ranks.rank, self.ranks.size, self.ranks.add)
         try:
             with named(block.name), torch.enable_grad():  # the caller may be under no_grad
                 return quantize_block(
-                    block.module, full, quantized, calls, params, linears, progress=progress, team=team
-                )
+                    block.module, full, quantized, calls, params, linears, layouts=layouts, progress=progress,
+                    team=team,
+                )  # fmt: skip
         except HfSpqrError as error:  # every rank judges the same samples and numbers
             error.everywhere = team.size > 1 and not isinstance(error, RankError)
             raise
@@ -139,14 +136,18 @@ class OmniQuantRun(Run[OmniQuantConfig]):
                     seconds=seconds / len(result.weights),
                 )
             )
-        transforms = f", {len(result.pairs)} transforms" if result.pairs else ""
-        self.report.notes.append(
-            f"{block.name}: mean squared error {result.loss_nearest:.4g} rounding to nearest,"
-            f" {result.loss_initial:.4g} before and {result.loss_final:.4g} after training{transforms}"
-            + (f"; {result.skipped} steps skipped" if result.skipped else "")
-            + ("; training did not help" if result.kept_initial else "")
-            + "."
+        learned = BlockReport(
+            name=block.name,
+            nearest=result.loss_nearest if math.isfinite(result.loss_nearest) else None,
+            initial=result.loss_initial,
+            final=result.loss_final,
+            steps=len(result.losses),
+            skipped=result.skipped,
+            kept_initial=result.kept_initial,
+            transforms=result.pairs,
         )
+        self.report.blocks.append(learned)
+        self.report.notes.append(learned.describe())
 
 
 def _keywords(block: nn.Module, call: Call) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_spqr.calibration.blocks import find_stacks, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows
-from hf_spqr.config import OmniQuantConfig, SpQRConfig
+from hf_spqr.config import OmniQuantConfig, SpQRConfig, name_matches
 from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import ExpertsTarget, find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
@@ -50,7 +50,8 @@ def quantize_model(
         config: method, layers and calibration data. Fields that were left to the method are filled in.
         tokenizer: tokenizer for text data; else ``config.tokenizer``, else the one of ``model.name_or_path``.
         device: where the blocks are computed; by default where they are.
-        progress: show a bar with layer, error, bits per weight and time left.
+        progress: show a bar with layer, error, bits per weight (of a block in training: step, loss, best loss on the
+            samples kept out) and time left.
 
     Returns:
         The report; it is also kept as ``model.quantization_report``.
@@ -116,7 +117,11 @@ def _quantize(
         with ranks.together():
             batches = ranks.part(batches)
     names = _names_in_order(model, targets, experts)
-    bar = tqdm(total=len(names), desc="Quantizing", unit="layer", disable=not (progress and ranks.first))
+    for pattern in config.overrides:
+        if not any(name_matches(pattern, name) for name in names):
+            report.notes.append(f"overrides: {pattern!r} selects no layer that is quantized.")
+    shown = progress and ranks.first
+    bar = tqdm(total=len(names), desc="Quantizing", unit="layer", miniters=0, disable=not shown)
     with bar, _evaluating(model):
         for stack in stacks:
             with ranks.together():

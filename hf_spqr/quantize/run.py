@@ -139,16 +139,16 @@ class Run(Generic[ConfigT]):
                 if id(parameter) not in kept:
                     parameter.data = parameter.data.new_empty(0)
 
-    def show(self, text: str) -> None:
-        """Say beside the bar what is being done."""
-        self.bar.set_postfix_str(text)
+    def show(self, text: str, layers: int = 0) -> None:
+        """Say beside the bar what is being done; ``layers``: the work of how many is done, beside finished ones."""
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(max(len(self.report.layers) + layers - self.bar.n, 0))
 
     def done(self, layer: LayerReport) -> None:
         """Note a finished layer."""
         self.report.layers.append(layer)
         error = "" if layer.error is None else f" error {layer.error:.4f},"
         self.show(f"{layer.name}{error} {layer.bits_per_weight:.3f} bits")
-        self.bar.update()
 
 
 class named(AbstractContextManager[None]):

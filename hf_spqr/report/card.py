@@ -97,7 +97,8 @@ def model_card(
         notes=report.notes,
         skipped=skipped,
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        config=json.dumps(config, indent=2),
+        config={"overrides": None, **config},
+        config_json=json.dumps(config, indent=2),
     )
 
 

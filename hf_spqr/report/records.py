@@ -17,7 +17,7 @@ from typing import Any
 
 from hf_spqr.errors import CheckpointError
 
-__all__ = ["REPORT_NAME", "CalibrationReport", "LayerReport", "QuantizationReport", "library_versions"]
+__all__ = ["REPORT_NAME", "BlockReport", "CalibrationReport", "LayerReport", "QuantizationReport", "library_versions"]
 
 REPORT_NAME = "quantization_report.json"
 REPORT_VERSION = 1
@@ -69,6 +69,41 @@ class LayerReport:
 
 
 @dataclass
+class BlockReport:
+    """One block that learned its layers together.
+
+    name          module name of the block, e.g. ``model.layers.0``
+    nearest       mean squared error of its output when its weights are rounded to nearest, on the samples kept out
+    initial       the same at the starting point of the training
+    final         the same as stored; never more than ``initial``
+    steps         training steps, ``skipped`` of them for a loss or gradient that was not finite
+    kept_initial  training did not help, the starting point was stored
+    transforms    names of the equivalent transforms in use
+    """
+
+    name: str
+    nearest: float | None
+    initial: float
+    final: float
+    steps: int
+    skipped: int = 0
+    kept_initial: bool = False
+    transforms: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """The block in a sentence."""
+        nearest = "no finite error" if self.nearest is None else f"mean squared error {self.nearest:.4g}"
+        return (
+            f"{self.name}: {nearest} rounding to nearest, {self.initial:.4g} before and {self.final:.4g} after"
+            " training"
+            + (f", {len(self.transforms)} transforms" if self.transforms else "")
+            + (f"; {self.skipped} steps skipped" if self.skipped else "")
+            + ("; training did not help" if self.kept_initial else "")
+            + "."
+        )
+
+
+@dataclass
 class CalibrationReport:
     """The data that the run saw.
 
@@ -92,6 +127,7 @@ class QuantizationReport:
     config       the quantization config as a JSON object
     calibration  the data, None where the method needs none
     layers       one entry per quantized layer, in the model's order
+    blocks       one entry per block where a method learns block by block
     skipped      names of the linear layers that were left as they were
     notes        what the run wants to say in words: the chosen threshold, damping that had to be raised, ...
     seconds      wall-clock time of the whole run
@@ -104,6 +140,7 @@ class QuantizationReport:
     config: dict[str, Any]
     calibration: CalibrationReport | None = None
     layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -179,6 +216,7 @@ class QuantizationReport:
                 config=dict(data["config"]),
                 calibration=None if calibration is None else CalibrationReport(**calibration),
                 layers=[_layer(entry) for entry in data["layers"]],
+                blocks=[BlockReport(**entry) for entry in data.get("blocks", [])],
                 skipped=list(data["skipped"]),
                 notes=list(data["notes"]),
                 seconds=data["seconds"],

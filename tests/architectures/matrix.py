@@ -1,4 +1,4 @@
-"""Every architecture of the table in docs/architectures.md, and what is checked on each."""
+"""Every architecture of the table in docs/status.md, and what is checked on each."""
 
 from __future__ import annotations
 

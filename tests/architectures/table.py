@@ -1,58 +1,55 @@
-"""Writes the table of docs/architectures.md: ``python -m tests.architectures.table``.
-
-Every check of the matrix is run anew; what fails is written down as failing, with the exception.
-"""
+"""The table in docs/status.md: a row for every architecture of the matrix, a cell for every method."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 
-import torch
-import transformers
+from tests.architectures.matrix import ARCHITECTURES, METHODS
 
-from tests.architectures.matrix import ARCHITECTURES, METHODS, Architecture, check
+DOCUMENT = Path(__file__).parents[2] / "docs" / "status.md"
+COMMAND = "pytest tests/architectures --write-table"
+START, END = f"<!-- table: {COMMAND} -->", "<!-- end of table -->"
+HEAD = f"| model type | kind | {' | '.join(METHODS)} |\n|---|---|{'---|' * len(METHODS)}"
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
-START, END = "<!-- table: python -m tests.architectures.table -->", "<!-- end of table -->"
+Cells = dict[tuple[str, str], str]
+"""What came out, by model type and method."""
 
 
-def documented(text: str) -> list[str]:
-    """The model types that the table in ``text`` lists, in its order."""
+def read(text: str) -> Cells:
+    """The cells of the table in ``text``, in its order."""
     table = text.partition(START)[2].partition(END)[0]
-    return re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (.+) \|$", table, re.MULTILINE)
+    return {
+        (kind, method): cell for kind, row in rows for method, cell in zip(METHODS, row.split(" | "), strict=True)
+    }
 
 
-def cell(architecture: Architecture, method: str) -> str:
-    """What came out for one architecture and method."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            outcome = check(architecture, method, Path(folder))
-        except Exception as error:
-            reason = str(error).partition("\n")[0][:80]
-            return f"fails: {type(error).__name__} {reason}".strip().replace("|", "/")
-    return f"yes, {outcome.packed} packed, {outcome.skipped} left"
-
-
-def make_table() -> str:
-    """The table in Markdown."""
-    lines = [f"| model type | kind | {' | '.join(METHODS)} |", f"|---|---|{'---|' * len(METHODS)}"]
+def render(cells: Cells) -> str:
+    """The table in Markdown: the architectures of the matrix, in its order, "not run" where there is no cell."""
+    lines = [HEAD]
     for architecture in ARCHITECTURES:
-        cells = [cell(architecture, method) for method in METHODS]
-        lines.append(f"| `{architecture.kind}` | {architecture.group} | {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
+        row = [cells.get((architecture.kind, method), "not run") for method in METHODS]
+        lines.append(f"| `{architecture.kind}` | {architecture.group} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(START)
-    text = f"{before}{START}\nTransformers {transformers.__version__}\n\n{make_table()}\n{END}{rest.partition(END)[2]}"
-    DOCUMENT.write_text(text, encoding="utf-8")
+def replace(text: str, cells: Cells) -> str:
+    """``text`` with the table of ``cells``."""
+    before, _, rest = text.partition(START)
+    return f"{before}{START}\n{render(cells)}\n{END}{rest.partition(END)[2]}"
 
 
-if __name__ == "__main__":
-    main()
+class Documented:
+    """The table as it is committed, and what the tests of this run found."""
+
+    def __init__(self, cells: Cells, write: bool) -> None:
+        self.cells, self.write = cells, write
+
+    def enter(self, kind: str, method: str, cell: str) -> None:
+        """Note an outcome, or compare it with the document's."""
+        if self.write:
+            self.cells[kind, method] = cell
+        else:
+            found = self.cells.get((kind, method))
+            assert cell == found, f"{DOCUMENT.name} has {found!r} for {kind} and {method}: run `{COMMAND}`"

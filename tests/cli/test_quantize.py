@@ -74,6 +74,18 @@ def test_overrides_and_skip_reach_the_layers(run, base: Path, dataset: Path, tmp
     assert {name.rpartition(".")[2] for name, width in bits.items() if width == 5} == {"down_proj"}
 
 
+def test_omniquant_with_overrides(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    options = (*FAST, "--method", "omniquant", "--preset", "W3A16g32", "--epochs", "0", "--json")
+    mixed = ("--overrides", '{"down_proj": {"bits": 6, "group_size": -1}}')
+    assert run("quantize", base, tmp_path / "q", "-d", dataset, *options, *mixed).code == 0
+    for layer in run("inspect", tmp_path / "q", "--json").json["layers"]:
+        expected = (6, -1) if layer["name"].endswith("down_proj") else (3, 32)
+        assert (layer["bits"], layer["group_size"]) == expected
+    wrong = ("--overrides", '{"down_proj": {"outlier_threshold": 1}}')
+    result = run("quantize", base, tmp_path / "p", "-d", dataset, *options, *wrong)
+    assert result.code == 1 and "cannot differ per layer; use bits, group_size, sym" in result.err
+
+
 def test_omniquant_by_preset(run, base: Path, dataset: Path, tmp_path: Path) -> None:
     options = (*FAST, "--method", "omniquant", "--preset", "W4A16g32", "--epochs", "1", "--json")
     result = run("quantize", base, tmp_path / "q", "-d", dataset, *options)
@@ -86,10 +98,10 @@ def test_omniquant_by_preset(run, base: Path, dataset: Path, tmp_path: Path) -> 
 
 
 def test_omniquant_with_symmetric_activations(run, base: Path, dataset: Path, tmp_path: Path) -> None:
-    options = (*FAST, "--method", "omniquant", "--preset", "W8A8", "--act-sym", "--epochs", "0", "--json")
+    options = (*FAST, "--method", "omniquant", "--preset", "W8A8", "--sym", "--act-sym", "--epochs", "0", "--json")
     result = run("quantize", base, tmp_path / "q", "-d", dataset, *options)
     assert result.code == 0
-    assert (result.json["config"]["act_bits"], result.json["config"]["act_sym"]) == (8, True)
+    assert [result.json["config"][name] for name in ("act_bits", "act_sym", "sym")] == [8, True, True]
 
 
 def test_refuses_a_full_folder_and_replaces_it_when_told(run, base: Path, dataset: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_spqr
 from hf_spqr.nn import AffineLinear
-from tests.tiny_models import ARCHITECTURES, tiny_model
+from tests.tiny_models import tiny_model
 
 
 def quantized(kind: str, name: str = "W8A8", **fields: object) -> torch.nn.Module:
@@ -30,7 +30,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", (*ARCHITECTURES, "gpt2"))
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_scheme_survives_saving(kind: str, tmp_path: Path) -> None:
     reference = logits(tiny_model(kind))
     model = quantized(kind)

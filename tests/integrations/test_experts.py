@@ -136,10 +136,12 @@ def test_an_expert_without_tokens_is_as_good_as_the_others(texts, tokenizer):
             module.check()
 
 
-def test_overrides_and_exclusions(texts, tokenizer, tmp_path):
+@pytest.mark.parametrize("kind", [SpQRConfig, OmniQuantConfig])
+def test_overrides_and_exclusions(kind, texts, tokenizer, tmp_path):
     model = tiny_model("qwen3_moe")
-    config = SpQRConfig(
-        bits=4, dataset=texts, nsamples=2, seqlen=32, overrides={"down_proj": {"bits": 6, "group_size": 32}},
+    config = kind(
+        bits=4, group_size=16, dataset=texts, nsamples=2, seqlen=32,
+        overrides={"down_proj": {"bits": 6, "group_size": 32}},
         modules_to_not_convert=["layers.0.mlp.experts.up_proj"],
     )  # fmt: skip
     quantize_model(model, config, tokenizer=tokenizer, progress=False)

@@ -123,6 +123,47 @@ def test_what_a_format_cannot_say_is_refused_and_nothing_is_written(tmp_path):
     assert not out.exists()
 
 
+def mixed_model(texts, tokenizer, **own):
+    """A tiny Llama quantized with overrides; ``own`` of the layers that have none."""
+    config = OmniQuantConfig(
+        bits=4, group_size=16, epochs=1, dataset=texts, nsamples=2, seqlen=32,
+        overrides={"down_proj": {"bits": 8, "group_size": -1}, "q_proj": {"bits": 8, "sym": False}}, **own,
+    )  # fmt: skip
+    model = tiny_model("llama", torch.float32)
+    quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    return model
+
+
+def test_overrides_of_a_quantized_model_are_written(texts, tokenizer, tmp_path):
+    model = mixed_model(texts, tokenizer, sym=True)
+    with pytest.raises(UnsupportedLayerError, match=r"one width and group size.*Use compressed-tensors"):
+        export_model(model, tmp_path / "gptq", "gptq_v2")
+    export_model(model, tmp_path / "ct", "compressed-tensors")
+    written = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    said = {}
+    for group in written["config_groups"].values():
+        scheme = group["weights"]
+        said |= dict.fromkeys(group["targets"], (scheme["num_bits"], scheme["group_size"], scheme["symmetric"]))
+    assert said == {
+        f"model.layers.{index}.{name}_proj": kind
+        for index in range(2)
+        for kind, names in {
+            (4, 16, True): ("self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up"),
+            (8, 16, False): ("self_attn.q",),
+            (8, None, True): ("mlp.down",),
+        }.items()
+        for name in names
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded), logits(model.dequantize()), rtol=1e-3, atol=1e-4)
+
+
+def test_mixed_layers_that_transformers_would_read_wrongly_are_refused(texts, tokenizer, tmp_path):
+    with pytest.raises(UnsupportedLayerError, match="sym=True"):
+        export_model(mixed_model(texts, tokenizer), tmp_path / "ct", "compressed-tensors")
+    assert not (tmp_path / "ct").exists()
+
+
 @pytest.mark.parametrize("act_sym", [False, True])
 def test_the_activation_scheme_is_written(act_sym, tmp_path):
     model = affine_model(bits=4, group_size=-1)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_spqr
 from hf_spqr import ops
 from hf_spqr.formats import affine
+from hf_spqr.formats.tokens import code_range, token_grid
 from hf_spqr.nn import AffineLinear
-from hf_spqr.ops.activation import code_range, token_grid
 from tests.tiny_models import tiny_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_spqr
 from hf_spqr.nn import AffineLinear
+from hf_spqr.report.checkpoint import inspect_checkpoint
 from tests.integrations.conftest import IDS
 from tests.tiny_models import ARCHITECTURES
 
@@ -31,6 +32,29 @@ def test_round_trip(kind, model_dir, texts, tmp_path):
     left, right = model.state_dict(), again.state_dict()
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     assert torch.equal(logits(model), logits(again))
+
+
+@pytest.mark.parametrize("act_bits", [None, 8])
+def test_mixed_widths(act_bits, model_dir, texts, tmp_path):
+    group_size = 32 if act_bits is None else -1
+    config = hf_spqr.OmniQuantConfig(
+        bits=3, group_size=group_size, act_bits=act_bits, epochs=1, nsamples=4, seqlen=32, dataset=texts,
+        overrides={r"layers\.1\.mlp": {"bits": 8, "group_size": -1}, "model.layers.0.self_attn.o_proj": {"sym": True}},
+    )  # fmt: skip
+    model = load(model_dir("llama"), quantization_config=config)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    layouts = {name: m.layout for name, m in again.named_modules() if isinstance(m, AffineLinear)}
+    assert {name for name, layout in layouts.items() if layout.bits == 8} == {
+        f"model.layers.1.mlp.{p}_proj" for p in ("gate", "up", "down")
+    }
+    assert [name for name, lay in layouts.items() if lay.symmetric] == ["model.layers.0.self_attn.o_proj"]
+    assert all(m.act_bits == act_bits for m in again.modules() if isinstance(m, AffineLinear))
+    assert torch.equal(logits(model), logits(again))
+    shown = inspect_checkpoint(tmp_path)
+    assert {layer.name: (layer.bits, layer.group_size) for layer in shown.layers} == {
+        name: (layout.bits, layout.group_size) for name, layout in layouts.items()
+    }
 
 
 def test_preset_tied_and_dequantized(model_dir, texts, tmp_path):

@@ -33,7 +33,13 @@ KINDS = {
         dataset=texts, overrides={"k_proj": {"bits": 4}}, modules_to_not_convert=["v_proj", "1.mlp.up_proj"], **DATA
     ),
     "w4": lambda texts: OmniQuantConfig(dataset=texts, bits=4, group_size=16, epochs=0, **DATA),
+    "w4 mixed": lambda texts: OmniQuantConfig(
+        dataset=texts, bits=4, group_size=16, epochs=0, overrides={"k_proj": {"bits": 8, "group_size": -1}}, **DATA
+    ),
     "w4a8": lambda texts: OmniQuantConfig(dataset=texts, bits=4, group_size=-1, act_bits=8, epochs=0, **DATA),
+    "w8a8 sym": lambda texts: OmniQuantConfig(
+        dataset=texts, bits=8, group_size=-1, act_bits=8, act_sym=True, epochs=0, **DATA
+    ),
     "channel": lambda texts: OmniQuantConfig(dataset=texts, bits=3, group_size=-1, sym=True, epochs=0, **DATA),
 }
 
@@ -162,6 +168,7 @@ def test_matrices_are_joined_where_they_can_be(packed, world):
     assert len(make(packed["w4a8"], "gate_up_proj").packed_modules) == 1
     mixed = make(packed["mixed"], "qkv_proj")  # 3 bit, 4 bit, not packed
     assert [getattr(getattr(m, "layout", None), "bits", None) for m in mixed.packed_modules] == [3, 4, None]
+    assert [m.layout.bits for m in make(packed["w4 mixed"], "qkv_proj").packed_modules] == [4, 8, 4]
     assert make(packed["w4a8"], "o_proj").packed_modules[0].act_bits == 8
 
 
@@ -206,7 +213,7 @@ def test_two_ranks_make_the_whole(packed, world, kind, which, monkeypatch):
         world(rank, 2)
         monkeypatch.setattr(plugin, "tensor_model_parallel_all_gather", lambda part: x)
         layer = make(packed[kind], which)
-        assert (layer.packed_inputs is not None) == (kind in ("ordered", "w4a8") and not rows)  # exchanged
+        assert (layer.packed_inputs is not None) == (kind in ("ordered", "w4a8", "w8a8 sym") and not rows)  # exchanged
         outputs.append(layer(x) if rows else layer(x[:, rank * width // 2 : (rank + 1) * width // 2]))
     expected = packed[kind].outputs(block, names, x)
     if rows:
@@ -317,12 +324,6 @@ def test_another_format_version_is_refused(packed):
 def test_quantized_attention_is_not_silent(packed):
     with pytest.warns(UserWarning, match="inside attention"):
         packed["w4a8"].config()
-
-
-def test_experts_are_refused(packed):
-    experts = plugin.EXPERTS[0].__new__(plugin.EXPERTS[0])
-    with pytest.raises(UnsupportedLayerError, match="experts do not run in vLLM"):
-        packed["spqr"].config().get_quant_method(experts, "model.layers.0.mlp.experts")
 
 
 def test_unknown_ways_of_splitting_are_refused(packed, world):

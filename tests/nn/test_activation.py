@@ -6,8 +6,8 @@ import torch
 from hf_spqr import ops
 from hf_spqr.formats import affine
 from hf_spqr.formats.affine import AffineLayout, AffineWeight
+from hf_spqr.formats.tokens import fake_quantize_activation, token_grid
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear
-from hf_spqr.ops.activation import fake_quantize_activation, token_grid
 from tests.weights import random_affine
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

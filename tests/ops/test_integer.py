@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hf_spqr import ops
 from hf_spqr.formats import affine
+from hf_spqr.formats.tokens import MIN_SCALE, fake_quantize_activation, token_grid
 from hf_spqr.ops import reference
-from hf_spqr.ops.activation import MIN_SCALE, fake_quantize_activation, token_grid
 from tests.ops.test_kernels import EXAMPLES
 from tests.weights import random_affine
 

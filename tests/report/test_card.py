@@ -38,7 +38,7 @@ def test_card_of_an_spqr_model() -> None:
         "threshold 0.31 chosen", "lm_head", '"group_size": 16', report.hardware,
     ):  # fmt: skip
         assert part in text, part
-    assert "/home/me" not in text
+    assert "/home/me" not in text and "stored otherwise" not in text
     assert "{{" not in text and "{%" not in text and "\n\n\n" not in text
 
 
@@ -49,6 +49,8 @@ def test_card_of_a_model_about_which_little_is_known() -> None:
     report.base_model = "/home/me/model"
     text = model_card(report, "me/x")
     assert "4-bit weights, one scale per output channel, 4-bit activations per token." in text
+    report.config["overrides"] = {"down_proj": {"bits": 8}}
+    assert "per token. Some layers are stored otherwise: see `overrides`" in model_card(report, "me/x")
     assert "base_model" not in ModelCard(text).data.to_dict() and "/home/me" not in text
     assert "perplexity" not in text and "Calibration" not in text and "Versions" not in text
 

@@ -4,7 +4,15 @@ import math
 import pytest
 
 from hf_spqr.errors import CheckpointError
-from hf_spqr.report import REPORT_NAME, CalibrationReport, LayerReport, QuantizationReport, library_versions, to_csv
+from hf_spqr.report import (
+    REPORT_NAME,
+    BlockReport,
+    CalibrationReport,
+    LayerReport,
+    QuantizationReport,
+    library_versions,
+    to_csv,
+)
 
 
 def make_report() -> QuantizationReport:
@@ -17,6 +25,7 @@ def make_report() -> QuantizationReport:
         config={"bits": 3, "group_size": 16},
         calibration=CalibrationReport("list of 4 texts", 4, 2048, 512),
         layers=layers,
+        blocks=[BlockReport("model.layers.0", 0.5, 0.4, 0.1, 30, skipped=2, transforms=["a -> b"])],
         skipped=["lm_head"],
         notes=["threshold 0.31 chosen for 4.0 bits"],
         seconds=1.5,
@@ -43,6 +52,23 @@ def test_round_trip_through_a_file(tmp_path) -> None:
     data = json.loads(path.read_text())
     assert data["totals"]["bits_per_weight"] == report.bits_per_weight
     assert data["layers"][0]["bits_per_weight"] == 4.0
+
+
+def test_a_report_of_before_there_were_blocks() -> None:
+    data = make_report().to_dict()
+    del data["blocks"]
+    assert QuantizationReport.from_dict(data).blocks == []
+
+
+def test_a_block_in_a_sentence() -> None:
+    assert make_report().blocks[0].describe() == (
+        "model.layers.0: mean squared error 0.5 rounding to nearest, 0.4 before and 0.1 after training, 1 transforms;"
+        " 2 steps skipped."
+    )
+    bad = BlockReport("b", None, 0.4, 0.4, 30, kept_initial=True)
+    assert bad.describe() == (
+        "b: no finite error rounding to nearest, 0.4 before and 0.4 after training; training did not help."
+    )
 
 
 def test_without_layers_and_not_finite_errors_are_json(tmp_path) -> None:

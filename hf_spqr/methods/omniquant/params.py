@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_spqr.errors import ConfigError
+from hf_spqr.formats.affine import AffineLayout
 
 PAIR_KINDS = ("norm", "value", "mlp", "qk")
 
@@ -96,3 +97,14 @@ class OmniQuantParams:
     def transforms(self) -> bool:
         """Whether equivalent transforms are used."""
         return self.act_bits is not None if self.let is None else self.let
+
+    def layout(self, out_features: int, in_features: int) -> AffineLayout:
+        """The packed layout of a layer [out_features, in_features]."""
+        return AffineLayout(
+            out_features,
+            in_features,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.sym,
+            scale_dtype=self.scale_dtype,
+        )

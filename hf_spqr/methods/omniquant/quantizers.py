@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_spqr.errors import ConfigError
 from hf_spqr.formats.affine import AffineLayout
-from hf_spqr.ops.activation import MIN_SCALE, code_range, token_grid
+from hf_spqr.formats.tokens import MIN_SCALE, code_range, token_grid
 
 from .params import OmniQuantParams
 
@@ -112,23 +113,18 @@ class WeightQuantizer(nn.Module):
 
     The grid is *relative* to the minimum and maximum of each group of the weight that :meth:`forward` is given, so it
     keeps its meaning while equivalent transforms rescale that weight. Groups run along K; a short last group is padded
-    with zeros, which never widen a range (it always holds 0).
+    with zeros, which never widen a range (it always holds 0). ``layout`` says how the weight is stored.
     """
 
-    def __init__(self, weight: Tensor, params: OmniQuantParams) -> None:
+    def __init__(self, weight: Tensor, params: OmniQuantParams, layout: AffineLayout) -> None:
         super().__init__()
         self.rows, self.columns = weight.shape
-        size = self.columns if params.group_size == -1 else min(params.group_size, self.columns)
-        self.size, self.groups = size, -(-self.columns // size)
-        self.bits, self.sym, self.scale_dtype = params.bits, params.sym, params.scale_dtype
-        self.layout = AffineLayout(
-            self.rows,
-            self.columns,
-            params.bits,
-            params.group_size,
-            symmetric=params.sym,
-            scale_dtype=params.scale_dtype,
-        )
+        if (layout.out_features, layout.in_features) != (self.rows, self.columns):
+            raise ConfigError(f"the layout {layout} is not that of a weight [{self.rows}, {self.columns}]")
+        self.layout = layout
+        self.bits, self.sym, self.scale_dtype = layout.bits, layout.symmetric, layout.scale_dtype
+        self.size = self.columns if layout.per_channel else min(layout.group_size, self.columns)
+        self.groups = -(-self.columns // self.size)
         self.zero_grad_through = params.zero_grad
         self._fixed: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -196,8 +192,8 @@ class WeightQuantizer(nn.Module):
 class ClippingQuantizer(WeightQuantizer):
     """The paper's learnable weight clipping (section 3.2, equation 2): ``[sigmoid(b) min, sigmoid(g) max]``."""
 
-    def __init__(self, weight: Tensor, params: OmniQuantParams) -> None:
-        super().__init__(weight, params)
+    def __init__(self, weight: Tensor, params: OmniQuantParams, layout: AffineLayout) -> None:
+        super().__init__(weight, params, layout)
         shape = (self.rows, self.groups, 1)
         self.upper = nn.Parameter(torch.full(shape, LWC_INIT, device=weight.device))
         self.lower = nn.Parameter(torch.full(shape, LWC_INIT, device=weight.device))
@@ -216,8 +212,8 @@ class RoundingQuantizer(WeightQuantizer):
     codes: a scale can neither change sign nor reach zero.
     """
 
-    def __init__(self, weight: Tensor, params: OmniQuantParams) -> None:
-        super().__init__(weight, params)
+    def __init__(self, weight: Tensor, params: OmniQuantParams, layout: AffineLayout) -> None:
+        super().__init__(weight, params, layout)
         self.range = params.rounding_range
         self.offset = nn.Parameter(torch.zeros(self.rows, self.groups, self.size, device=weight.device))
         self.learns_grid = params.lwc
@@ -247,11 +243,13 @@ class RoundingQuantizer(WeightQuantizer):
         return learned
 
 
-def make_quantizer(weight: Tensor, params: OmniQuantParams) -> WeightQuantizer:
-    """The quantizer that ``params`` ask for: learned rounding, the paper's clipping, or plain rounding to nearest."""
-    if params.rounding:
-        return RoundingQuantizer(weight, params)
-    return ClippingQuantizer(weight, params) if params.lwc else WeightQuantizer(weight, params)
+def make_quantizer(weight: Tensor, params: OmniQuantParams, layout: AffineLayout | None = None) -> WeightQuantizer:
+    """The quantizer that ``params`` ask for: learned rounding, the paper's clipping, or plain rounding to nearest.
+
+    layout: how the weight ``[N, K]`` is stored, where that is not what ``params`` say.
+    """
+    kind = RoundingQuantizer if params.rounding else ClippingQuantizer if params.lwc else WeightQuantizer
+    return kind(weight, params, layout or params.layout(*weight.shape))
 
 
 def _range(grouped: Tensor) -> tuple[Tensor, Tensor]:

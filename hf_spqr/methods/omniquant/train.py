@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_spqr.errors import CalibrationError, NonFiniteError
-from hf_spqr.formats.affine import AffineWeight
+from hf_spqr.formats.affine import AffineLayout, AffineWeight
 
 from .pairs import EquivalencePair
 from .params import OmniQuantParams
@@ -24,7 +24,8 @@ from .shorten import short_call
 from .team import Team
 from .transforms import ChannelStatistics, Transforms, consumer_modules, start_scales
 
-Progress = Callable[[int, int, float], None]
+Progress = Callable[[int, int, float, float], None]
+"""Told the step, the number of steps, the loss of the step, and the lowest loss so far on the judged samples."""
 
 
 class Student(nn.Module):
@@ -36,13 +37,14 @@ class Student(nn.Module):
         tensors: Mapping[str, Tensor],
         pairs: Sequence[EquivalencePair],
         params: OmniQuantParams,
+        layouts: Mapping[str, AffineLayout],
         device: torch.device,
     ) -> None:
         super().__init__()
         self.names = list(linears)
         self._turned = {name for name, module in linears.items() if not isinstance(module, nn.Linear)}
         self.transforms = Transforms(pairs, device, params.let_log, shift=params.act_bits is not None)
-        made = [make_quantizer(self.matrix(name, tensors), params) for name in self.names]
+        made = [make_quantizer(self.matrix(name, tensors), params, layouts.get(name)) for name in self.names]
         self.quantizers = nn.ModuleList(made)
         self.params, self._layer = params, dict(zip(self.names, made, strict=True))
         moving = {site.param for pair in pairs for site in pair.scales}
@@ -99,6 +101,7 @@ def quantize_block(
     params: OmniQuantParams,
     linears: Mapping[str, nn.Module],
     *,
+    layouts: Mapping[str, AffineLayout] | None = None,
     probe: tuple[Tensor, Kwargs] | None = None,
     pairs: Sequence[EquivalencePair] | None = None,
     progress: Progress | None = None,
@@ -110,16 +113,18 @@ def quantize_block(
 
     inputs_fp, inputs_q: hidden states ``[S, T, H]`` that enter the block in the full-precision and in the quantized
     chain, any float dtype, host or device. kwargs: keyword arguments that the block itself receives, one mapping for
-    all samples or one for each. probe: a short recorded call ``(hidden [B, T, H], kwargs)`` on which equivalent
-    transforms are verified (default: the first tokens of the first sample). pairs: verified transforms, to skip the
-    search. progress is told (step, steps, loss). team: the processes that call this together, with the same arguments;
-    they divide the samples of each step, and all get the result.
+    all samples or one for each. layouts: how single layers are stored, by name; the others as ``params`` say. probe: a
+    short recorded call ``(hidden [B, T, H], kwargs)`` on which equivalent transforms are verified (default: the first
+    tokens of the first sample). pairs: verified transforms, to skip the search. progress: see :data:`Progress`. team:
+    the processes that call this together, with the same arguments; they divide the samples of each step, and all get
+    the result.
 
     The block is left as it was. Parameters other than the linears' weights that transforms change are returned, not
     written.
 
     Raises:
         CalibrationError: shapes of the two streams differ, or there are no samples.
+        ConfigError: a layout is not that of its layer.
         NonFiniteError: the block's full-precision output, or its output before training, is not finite.
     """
     if inputs_fp.shape != inputs_q.shape or inputs_fp.dim() != 3 or not len(inputs_fp):
@@ -127,7 +132,8 @@ def quantize_block(
             f"expected two streams [samples, tokens, hidden] of one shape, got {tuple(inputs_fp.shape)}"
             f" and {tuple(inputs_q.shape)}"
         )
-    return _Job(block, inputs_fp, inputs_q, kwargs, params, linears, team or Team()).run(probe, pairs, progress)
+    job = _Job(block, inputs_fp, inputs_q, kwargs, params, linears, layouts or {}, team or Team())
+    return job.run(probe, pairs, progress)
 
 
 class _Job:
@@ -141,9 +147,10 @@ class _Job:
         kwargs: Kwargs | Sequence[Kwargs],
         params: OmniQuantParams,
         linears: Mapping[str, nn.Module],
+        layouts: Mapping[str, AffineLayout],
         team: Team,
     ) -> None:
-        self.block, self.params, self.linears, self.team = block, params, linears, team
+        self.block, self.params, self.linears, self.layouts, self.team = block, params, linears, layouts, team
         self.inputs_fp, self.inputs_q, self.kwargs = inputs_fp, inputs_q, kwargs
         self.runner = BlockRunner(block, kwargs, list(linears), params.autocast)
         self.generator = torch.Generator().manual_seed(params.seed)
@@ -174,8 +181,8 @@ class _Job:
         self.target_same = self._stream(self.inputs_q) if params.aug_loss else None
 
         plain = replace(params, rounding=False, lwc=False)
-        nearest = self._judge(Student(self.linears, runner.tensors, [], plain, runner.device))
-        student = Student(self.linears, runner.tensors, pairs, params, runner.device)
+        nearest = self._judge(Student(self.linears, runner.tensors, [], plain, self.layouts, runner.device))
+        student = Student(self.linears, runner.tensors, pairs, params, self.layouts, runner.device)
         if pairs:
             self._start(student, statistics)
         initial = self._judge(student)
@@ -294,12 +301,12 @@ class _Job:
             else:
                 skipped += 1
             losses.append(value)
-            if progress is not None:
-                progress(step, len(batches), value)
             if self.keeps_best and (step % every == 0 or step == len(batches)):
                 score = self._judge(student)
                 if score < best:
                     best, best_state = score, _copy(student)
+            if progress is not None:
+                progress(step, len(batches), value, best if self.keeps_best else min(losses))
         if self.keeps_best:
             student.load_state_dict(best_state)
         return losses, skipped

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from hf_spqr.formats.affine import AffineWeight, pack, unpack
+from hf_spqr.formats.tokens import fake_quantize_activation, token_grid
 from hf_spqr.methods.omniquant import OmniQuantParams
 from hf_spqr.methods.omniquant.quantizers import fake_quantize, make_quantizer, quantize_tokens
-from hf_spqr.ops.activation import fake_quantize_activation, token_grid
 
 KINDS = {
     "nearest": OmniQuantParams(bits=3, group_size=32, rounding=False, lwc=False),

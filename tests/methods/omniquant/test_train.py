@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from hf_spqr.calibration.blocks import find_blocks, record
-from hf_spqr.errors import CalibrationError, NonFiniteError, UnsupportedLayerError
+from hf_spqr.errors import CalibrationError, ConfigError, NonFiniteError, UnsupportedLayerError
+from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.methods.omniquant import BlockResult, OmniQuantParams, preset, quantize_block
 from hf_spqr.methods.omniquant.runner import BlockRunner
 
@@ -63,6 +64,31 @@ def test_stored_tensors_reproduce_the_reported_output(name: str, reference: bool
         out = runner(hidden, range(len(hidden)), tensors, bits, bits)
         torch.testing.assert_close(runner(hidden, range(len(hidden))), result.outputs_fp, rtol=1e-5, atol=1e-5)
     close = (out - result.outputs_q).abs() < 1e-4  # at few activation bits, a rounding may fall the other way
+    assert close.float().mean() > (0.999 if bits is None else 0.9)
+
+
+@pytest.mark.parametrize("name", ["W2A16g32", "W4A4"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_layers_of_a_block_may_be_stored_in_their_own_ways(name: str, reference: bool) -> None:
+    params = replace(preset(name, reference=reference), **FAST)
+    block, hidden, kwargs = make_block()
+    linears = linears_of(block)
+    own = {
+        "mlp.down_proj": AffineLayout(32, 48, 8, -1),
+        "self_attn.q_proj": AffineLayout(32, 32, 4, params.group_size, symmetric=True),
+    }
+    same = quantize_block(block, hidden, hidden, kwargs, params, linears)
+    result = quantize_block(block, hidden, hidden, kwargs, params, linears, layouts=own)
+    for layer, weight in result.weights.items():
+        assert weight.layout == own.get(layer, params.layout(*linears[layer].weight.shape))
+        assert int(weight.codes.max()) < 2**weight.layout.bits
+    assert int(result.weights["mlp.down_proj"].codes.max()) > 15
+    assert result.loss_nearest < same.loss_nearest and result.loss_final <= result.loss_initial
+    tensors = {f"{key}.weight": weight.dequantize() for key, weight in result.weights.items()} | result.folded
+    runner, bits = BlockRunner(block, kwargs, list(linears)), params.act_bits
+    with torch.no_grad():
+        out = runner(hidden, range(len(hidden)), tensors, bits, bits)
+    close = (out - result.outputs_q).abs() < 1e-4
     assert close.float().mean() > (0.999 if bits is None else 0.9)
 
 
@@ -147,8 +173,11 @@ def test_attention_that_cannot_be_quantized_is_refused() -> None:
         quantize_block(block, hidden, hidden, {}, preset("W4A4"), linears_of(block))
 
 
-def test_streams_must_agree() -> None:
+def test_streams_and_layouts_must_agree() -> None:
     block, hidden, kwargs = make_block()
+    wrong = {"mlp.down_proj": AffineLayout(48, 32, 4)}
+    with pytest.raises(ConfigError, match=r"not that of a weight \[32, 48\]"):
+        quantize_block(block, hidden, hidden, kwargs, OmniQuantParams(), linears_of(block), layouts=wrong)
     with pytest.raises(CalibrationError, match="two streams"):
         quantize_block(block, hidden, hidden[:2], kwargs, OmniQuantParams(), linears_of(block))
 

@@ -1,4 +1,4 @@
-"""Quantization of activations: dynamic, one grid per token. Plain PyTorch, any device."""
+"""The grid of a token: how activations are quantized, dynamically, each token by itself."""
 
 from __future__ import annotations
 
@@ -30,25 +30,6 @@ def token_grid(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, T
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """The lowest and the highest code, before the shift of asymmetric ones."""
     return (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-
-
-def quantize_activation(x: Tensor, perm: Tensor | None, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """``x [..., K]`` as integers: int8 code ``[..., K]``, float32 scale and int32 zero ``[..., 1]``.
-
-    ``x`` is about ``scale * (code - zero)`` on the grid of :func:`token_grid`, ``round(x / scale)`` to nearest even.
-    Asymmetric codes and zero points are stored shifted by ``2 ** (bits - 1)``, so that they fit int8. Column j of the
-    codes is column ``perm[j]`` of ``x`` (int32 [K]). bits 2 to 8. A token whose scale is NaN has zeros for its codes
-    and its zero point: all that is made from it is NaN. Raises ValueError if bits is not 2 to 8.
-    """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"quantize_activation: bits must be 2 to 8, got {bits}")
-    if perm is not None:
-        x = x.index_select(-1, perm)
-    scale, zero = token_grid(x, bits, symmetric)
-    shift = 0 if symmetric else 2 ** (bits - 1)
-    steps = ((x.float() / scale).round() + zero).clamp(*code_range(bits, symmetric)) - shift
-    bad = scale.isnan()
-    return steps.masked_fill(bad, 0).to(torch.int8), scale, (zero - shift).masked_fill(bad, 0).to(torch.int32)
 
 
 def fake_quantize_activation(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
