@@ -72,5 +72,5 @@ def test_cells_that_are_there_are_not_made_again(
     table = omniquant_table.table([json.loads(found.read_text())] * 2)
     assert f"| W3A16 | {' / '.join(shown)} / – / – | {' / '.join(shown)} / – / – |" in table
     with pytest.raises(SystemExit):
-        run("--seed", "1")
+        run("--documents", "1")
     assert "other settings" in capsys.readouterr().err
