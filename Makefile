@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc _build_backend -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' \) 2>/dev/null)
 
-.PHONY: help setup demo test test-all lint format types bench clean
+.PHONY: help setup demo test test-all lint format types bench gpu clean
 
 help:
 	@echo "make demo    quantize the demo model, save, reload, generate, measure (a few minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-all   with the slow ones: every architecture, every CUDA kernel compiled for every GPU generation"
 	@echo "make lint    ruff and clang-format    make format   apply them    make types   mypy"
 	@echo "make bench   benchmarks that need nothing beside the checkout; results in benchmarks/results"
+	@echo "make gpu     on a machine with a GPU: its tests and benchmarks, 12 minutes; results in benchmarks/results"
 	@echo "make clean   remove build outputs and out/; the virtual environment stays"
 
 setup: $(VENV)/.installed
@@ -68,6 +69,10 @@ types: setup
 
 bench: setup
 	@for name in $(BENCHMARKS); do echo "$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+gpu: setup
+	HF_SPQR_CUDA=1 HF_SPQR_FORCE_EXT=1 $(BIN)/python setup.py build_ext --inplace
+	PYTHON=$(BIN)/python benchmarks/gpu_session.sh $(ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info hf_spqr/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

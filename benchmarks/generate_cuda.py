@@ -146,6 +146,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="at most so many layers")
     parser.add_argument("--generate", action="store_true", help="transformers' generate, compiled (slow to start)")
     parser.add_argument("--seconds-budget", type=float, default=float("inf"), help="start no model after this time")
+    parser.add_argument("--ending", default="", help="of the name of the results' file")
     found = parser.parse_args()
     if found.layers is not None and found.layers < 1:
         parser.error("--layers must be at least 1")
@@ -163,7 +164,7 @@ def main() -> None:
     release()
     print(f"{gpu}: an addition moves {1e-12 * per_second:.2f} TB/s", flush=True)
     how = "generate_compiled_cuda" if asked.generate else "generate_cuda"
-    name = f"{how}-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}"
+    name = f"{how}-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}{asked.ending}"
     results: list[dict[str, Any]] = []
     left_out: list[str] = []
     for model in asked.models:

@@ -2,53 +2,54 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_spqr.formats import affine, spqr
-from hf_spqr.formats.affine import AffineLayout, AffineWeight
-from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
-from hf_spqr.nn import AffineLinear, PackedLinear, SpQRLinear
+from hf_spqr.bench import weights
+from hf_spqr.nn import PackedLinear
 
 KINDS = ("bf16", "spqr", "affine")
-OUTLIERS = 0.01
-SAMPLE_ROWS = 64
-"""Rows that are packed; the others repeat them. No kernel can tell, and packing a whole model would take minutes."""
 
 
 def llama(name: str, layers: int | None = None) -> LlamaConfig:
-    """The shape of Llama ``7b`` or ``70b``, with fewer layers if asked."""
-    hidden, intermediate, all_layers, heads, kv_heads = {
-        "7b": (4096, 11008, 32, 32, 32),
-        "70b": (8192, 28672, 80, 64, 8),
+    """The shape of Llama 3.2 ``1b``, TinyLlama ``1.1b``, Llama 2 ``7b`` or ``70b``, with fewer layers if asked."""
+    hidden, intermediate, all_layers, heads, kv_heads, vocabulary = {
+        "1b": (2048, 8192, 16, 32, 8, 128256),
+        "1.1b": (2048, 5632, 22, 32, 4, 32000),
+        "7b": (4096, 11008, 32, 32, 32, 32000),
+        "70b": (8192, 28672, 80, 64, 8, 32000),
     }[name]
     return LlamaConfig(
-        vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers or all_layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=4096, dtype="bfloat16",
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=layers or all_layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        max_position_embeddings=4096, tie_word_embeddings=name == "1b", dtype="bfloat16",
     )  # fmt: skip
 
 
 def build(config: LlamaConfig, kind: str, device: str) -> LlamaForCausalLM:
-    """A model in bf16 whose decoder linears are of ``kind``; embedding, head and norms are always dense."""
+    """A model in bf16 whose decoder linears are of ``kind``; embedding, head and norms are always dense.
+
+    "spqr" is 3 bit in groups of 16 with 1 % of outliers, "affine" 4 bit in groups of 128.
+    """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    sample_spqr.cache_clear()
-    sample_affine.cache_clear()
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     if kind != "bf16":
-        packed = spqr_linear if kind == "spqr" else affine_linear
+        packed: Any = weights.spqr_linear if kind == "spqr" else weights.affine_linear
         for name, module in list(model.model.layers.named_modules()):
             if isinstance(module, nn.Linear):
-                model.model.layers.set_submodule(name, packed(module.out_features, module.in_features, device))
+                model.model.layers.set_submodule(name, packed(module.out_features, module.in_features, device=device))
     for module in model.modules():
         for name, weight in list(module._parameters.items()):
             if weight is not None and weight.is_meta:
                 module._parameters[name] = nn.Parameter(random_dense(weight, device), requires_grad=False)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
     with torch.device(device):  # its frequencies are computed, not drawn
         model.model.rotary_emb = LlamaRotaryEmbedding(config)
     return model.eval()
@@ -59,68 +60,6 @@ def random_dense(like: Tensor, device: str) -> Tensor:
     return weight.fill_(1) if weight.ndim == 1 else weight.normal_(std=weight.shape[1] ** -0.5)
 
 
-@lru_cache
-def sample_spqr(columns: int, device: str) -> Tensor:
-    layout = SpQRLayout(SAMPLE_ROWS, columns)
-    groups = (SAMPLE_ROWS, layout.groups)
-    second = torch.tensor([0.05 * columns**-0.5, -2, 1, 0], dtype=torch.float16, device=device)
-    weight = SpQRWeight(
-        layout,
-        random_codes((SAMPLE_ROWS, columns), layout.bits, device),
-        random_codes(groups, layout.stat_bits, device),
-        random_codes(groups, layout.stat_bits, device),
-        second.expand(layout.row_blocks, layout.second_groups, 4).contiguous(),
-        torch.zeros(SAMPLE_ROWS + 1, dtype=torch.int32, device=device),
-        torch.zeros(0, dtype=torch.int32, device=device),
-        torch.zeros(0, dtype=torch.float16, device=device),
-    )
-    return spqr.pack(weight)["packed"]
-
-
-@lru_cache
-def sample_affine(columns: int, device: str) -> Tensor:
-    layout = AffineLayout(SAMPLE_ROWS, columns, 4, 128)
-    groups = (SAMPLE_ROWS, layout.groups)
-    weight = AffineWeight(
-        layout,
-        random_codes((SAMPLE_ROWS, columns), 4, device),
-        torch.full(groups, 0.2 * columns**-0.5, dtype=torch.float16, device=device),
-        random_codes(groups, 4, device),
-    )
-    return affine.pack(weight)["packed"]
-
-
-def random_codes(shape: tuple[int, int], bits: int, device: str) -> Tensor:
-    return torch.randint(0, 2**bits, shape, dtype=torch.uint8, device=device)
-
-
-def repeat_rows(sample: Tensor, layout: SpQRLayout | AffineLayout) -> Tensor:
-    """[row_blocks, words]: memory of its own, so that a cache holds no more of it than of any matrix."""
-    return sample.repeat(-(-layout.row_blocks // sample.shape[0]), 1)[: layout.row_blocks].contiguous()
-
-
-def spqr_linear(rows: int, columns: int, device: str) -> SpQRLinear:
-    """3 bit, groups of 16, 1 % of outliers: one at random in each of equal stretches of a row."""
-    layout = SpQRLayout(rows, columns)
-    per_row = max(1, round(OUTLIERS * columns))
-    stretch = columns // per_row
-    column = torch.randint(0, stretch, (rows, per_row), dtype=torch.int32, device=device)
-    column += torch.arange(per_row, dtype=torch.int32, device=device) * stretch
-    tensors = {
-        "packed": repeat_rows(sample_spqr(columns, device), layout),
-        "outlier_row": torch.arange(rows + 1, dtype=torch.int32, device=device) * per_row,
-        "outlier": (column.flatten() | (0x2000 << 16)).contiguous(),  # 2^-7 in float16
-    }
-    return SpQRLinear(layout, tensors, dtype=torch.bfloat16)
-
-
-def affine_linear(rows: int, columns: int, device: str) -> AffineLinear:
-    """4 bit, groups of 128."""
-    layout = AffineLayout(rows, columns, 4, 128)
-    packed = repeat_rows(sample_affine(columns, device), layout)
-    return AffineLinear(layout, {"packed": packed}, dtype=torch.bfloat16)
-
-
 def linear_bytes(config: LlamaConfig) -> int:
     """Bytes of one decoder layer's matrices in bf16."""
     hidden = config.hidden_size
@@ -129,9 +68,9 @@ def linear_bytes(config: LlamaConfig) -> int:
 
 
 def read_per_token(model: LlamaForCausalLM) -> int:
-    """Bytes of weights that a token needs: all but the embedding, of which it reads one row."""
+    """Bytes of weights that a token needs: all but an embedding of its own, of which it reads one row."""
     total = sum(weight.nbytes for weight in model.parameters())
-    return total - model.model.embed_tokens.weight.nbytes
+    return total if model.config.tie_word_embeddings else total - model.model.embed_tokens.weight.nbytes
 
 
 def packed_modules(model: LlamaForCausalLM) -> int:

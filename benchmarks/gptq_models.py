@@ -52,13 +52,7 @@ def quantize_model(model: nn.Module, config: OmniQuantConfig) -> float:
 
 def _quantize_layer(target: Target, hessian: torch.Tensor, config: OmniQuantConfig) -> AffineLinear:
     weight = dense.matrix(target.linear)
-    layout = config.layout(*weight.shape, target.name)
-    params = AffineParams(
-        bits=layout.bits,
-        group_size=layout.group_size,
-        symmetric=layout.symmetric,
-        scale_dtype=layout.scale_dtype,
-    )
+    params = AffineParams.of(config.layout(*weight.shape, target.name))
     result = gptq.quantize(weight, hessian, params).weight
     assert isinstance(result, AffineWeight)
     bias: Any = target.linear.bias

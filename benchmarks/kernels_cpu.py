@@ -1,174 +1,132 @@
-"""Times the CPU kernels beside torch's bf16, fp32 and 4-bit products, and holds them against the memory's bandwidth.
+"""Times packed layers on the CPU beside torch's bf16 and fp32 layers, every other library's 4-bit layer that is
+installed, and the memory's bandwidth.
 
-    python benchmarks/kernels_cpu.py [--quick] [--threads 1 2] [--tokens 1 16 128 512]
+    python benchmarks/kernels_cpu.py [--quick] [--peers ...] [--shapes 4096x4096] [--threads 1 2] [--tokens 1 16 512]
 
-All candidates of a setting are called in turn, each time on the next copy of its weights; together the copies exceed
-1 GB, so that none comes from a cache, as in a decoding model. The plain read of memory is one of the candidates.
-Times are medians over calls in which the process had the processor (at least nine tenths of its threads' time), where
-there are ten such calls, else over all calls; `clean` counts them. "of read" is a kernel's packed bytes per second
-over what the plain read reached. Writes benchmarks/results/kernels_cpu-<processor>.json.
+All candidates of a setting are called in turn, each time on the next copies of its weights; together the copies exceed
+1 GB, so that none comes from a cache, as in a decoding model. The plain read of memory is one of the candidates. Our
+layers are modules, called as a model calls them. Each candidate is called twice in its turn, and the second call
+counts. Times are medians over calls in which the process had the processor (at least nine tenths of its threads'
+time), where a quarter of the calls are such, else over all calls; `clean` counts them. Libraries with threads of their
+own take turns for themselves, after a pause in which the others' threads fall asleep. "of read" is a candidate's
+packed bytes per second over what the plain read reached; the ideal is 1.
+
+Writes benchmarks/results/kernels_cpu-<processor>.json; settings that are not measured this time stay in it. Then
+`python benchmarks/kernels_cpu_table.py` prints the tables of docs/cpu.md and draws the plot.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import time
-from collections.abc import Callable
-from statistics import median
-from typing import Any
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 
+import peers
 import torch
-from machine import machine, save
-from torch import Tensor
+from machine import file_name, machine, merge, save
 
 from hf_spqr import ops
-from hf_spqr.formats import affine, spqr
-from hf_spqr.formats.columns import nbytes
+from hf_spqr.bench import weights
+from hf_spqr.bench.timing import Candidate, dense, measure, module, plain_read, rotating
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
-ROTATE_BYTES = 1 << 30
-OUTLIERS = 0.01
-Call = Callable[[Tensor], Any]
+SETTING = ("shape", "threads", "tokens")
 
 
-def random_codes(bits: int, rows: int, columns: int) -> Tensor:
-    return torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8)
-
-
-def random_spqr(n: int, k: int, bits: int, outliers: float) -> tuple[Call, int, list[Tensor]]:
-    layout = spqr.SpQRLayout(n, k, bits, 16)
-    per_row = torch.binomial(torch.full((n,), float(k)), torch.full((n,), float(outliers))).int()
-    column = torch.cat([torch.randperm(k)[:count].sort().values for count in per_row.tolist()])
-    second = (
-        torch.tensor([0.002, -3.0, 0.7, -1.0]) * torch.empty(layout.row_blocks, layout.second_groups, 4).uniform_()
-    )
-    weight = spqr.SpQRWeight(
-        layout,
-        random_codes(bits, n, k),
-        random_codes(3, n, layout.groups),
-        random_codes(3, n, layout.groups),
-        second.half(),
-        torch.cat([torch.zeros(1, dtype=torch.int32), per_row.cumsum(0).int()]),
-        column.int(),
-        torch.randn(len(column)).mul(0.05).half(),
-    )
-    packed = spqr.pack(weight)
-
-    def call(x: Tensor, tensors: list[Tensor]) -> Tensor:
-        return ops.spqr_linear(x, *tensors, None, None, n, bits, 16, 3, 16)
-
-    return call, nbytes(packed), [packed["packed"], packed["outlier_row"], packed["outlier"]]
-
-
-def random_affine(n: int, k: int, bits: int, group: int) -> tuple[Call, int, list[Tensor]]:
-    layout = affine.AffineLayout(n, k, bits, group)
-    scales = torch.empty(n, layout.groups).uniform_(0.001, 0.02).half()
-    weight = affine.AffineWeight(layout, random_codes(bits, n, k), scales, random_codes(bits, n, layout.groups))
-    packed = affine.pack(weight)
-
-    def call(x: Tensor, tensors: list[Tensor]) -> Tensor:
-        return ops.affine_linear(x, *tensors, None, None, n, bits, group, False, False)
-
-    return call, nbytes(packed), [packed["packed"]]
-
-
-def torch_dense(n: int, k: int, dtype: torch.dtype) -> tuple[Call, int, list[Tensor]]:
-    weight = torch.randn(n, k).to(dtype)
-    return (lambda x, t: torch.nn.functional.linear(x.to(dtype), t[0])), weight.nbytes, [weight]
-
-
-def torch_int4(n: int, k: int, group: int) -> tuple[Call, int, list[Tensor]]:
-    codes = random_codes(4, n, k).int()
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-    scales = torch.randn(k // group, n, 2).bfloat16()
-    call = lambda x, t: torch.ops.aten._weight_int4pack_mm_for_cpu(x, t[0], group, t[1])  # noqa: E731
-    return call, packed.nbytes + scales.nbytes, [packed, scales]
-
-
-def plain_read(nbytes_: int) -> tuple[Call, int, list[Tensor]]:
-    data = torch.randint(-(2**31), 2**31 - 1, (nbytes_ // 4,), dtype=torch.int32)
-    return (lambda x, t: torch.ops.hf_spqr.read_memory(t[0])), data.nbytes, [data]
-
-
-def candidates(n: int, k: int, quick: bool) -> dict[str, tuple[Call, int, list[Tensor]]]:
-    found = {
-        "read": plain_read(n * k // 2),
-        "torch bf16": torch_dense(n, k, torch.bfloat16),
-        "torch int4 g128": torch_int4(n, k, 128),
-        "spqr 3 g16 1%": random_spqr(n, k, 3, OUTLIERS),
-        "spqr 3 g16": random_spqr(n, k, 3, 0),
-        "affine 4 g128": random_affine(n, k, 4, 128),
+def ours(n: int, k: int, quick: bool) -> list[Candidate]:
+    layers = {
+        "spqr 3 g16 1%": weights.spqr_linear(n, k),
+        "spqr 3 g16": weights.spqr_linear(n, k, outliers=0),
+        "affine 4 g128": weights.affine_linear(n, k),
     }
     if not quick:
-        found["torch fp32"] = torch_dense(n, k, torch.float32)
-        found["spqr 4 g16 1%"] = random_spqr(n, k, 4, OUTLIERS)
-        found["affine 3 g128"] = random_affine(n, k, 3, 128)
-        found["affine 2 g128"] = random_affine(n, k, 2, 128)
-    return found
+        layers["spqr 4 g16 1%"] = weights.spqr_linear(n, k, bits=4)
+        layers["affine 3 g128"] = weights.affine_linear(n, k, bits=3)
+        layers["affine 2 g128"] = weights.affine_linear(n, k, bits=2)
+    return [module(name, layer, layer.nbytes()) for name, layer in layers.items()]
 
 
-def measure(found: dict, x: Tensor, seconds: float) -> dict[str, dict[str, float]]:
-    """Median seconds per call of each candidate, called in turn."""
-    each = ROTATE_BYTES // len(found)
-    copies = {
-        name: [[t.clone() for t in tensors] for _ in range(max(2, each // size + 1))]
-        for name, (_, size, tensors) in found.items()
-    }
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
-    started, turn = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds or turn < 5:
-        for name, (call, _, _) in found.items():
-            tensors = copies[name][turn % len(copies[name])]
-            busy, wall = time.process_time(), time.perf_counter()
-            call(x, tensors)
-            wall = time.perf_counter() - wall
-            samples[name].append((wall, (time.process_time() - busy) / wall / torch.get_num_threads()))
-        turn += 1
-    result = {}
-    for name, taken in samples.items():
-        clean = [wall for wall, share in taken if share > 0.9]
-        chosen = clean if len(clean) >= 10 else [wall for wall, _ in taken]
-        result[name] = {"seconds": median(chosen), "calls": len(taken), "clean": len(clean)}
-    return result
+def candidates(
+    n: int, k: int, threads: int, quick: bool, names: Sequence[str]
+) -> tuple[list[Candidate], dict[str, str]]:
+    found = [plain_read(n * k // 2), dense(n, k, torch.bfloat16), *ours(n, k, quick)]
+    if not quick:
+        found.append(dense(n, k, torch.float32))
+    others, left_out = peers.installed(peers.random_weight(n, k), threads, names)
+    return found + others, left_out
+
+
+def show(title: str, rows: list[dict], read: float) -> None:
+    bf16 = next(row["seconds"] for row in rows if row["name"] == "torch bf16")
+    print(f"\n{title}, plain read {read / 1e9:.1f} GB/s")
+    print(f"{'':26s}{'bits':>6s}{'us':>10s}{'x bf16':>8s}{'of read':>9s}{'clean':>12s}")
+    for row in rows:
+        n, k = row["shape"]
+        print(
+            f"{row['name']:26s}{8 * row['bytes'] / n / k:6.2f}{row['seconds'] * 1e6:10.1f}"
+            f"{bf16 / row['seconds']:8.2f}{row['bytes'] / row['seconds'] / read:9.2f}"
+            f"{row['clean']:>7d}/{row['calls']}",
+            flush=True,
+        )
+
+
+def in_processes(threads: Sequence[int]) -> None:
+    """This command once for each number of threads: some libraries take it from the environment at the start only."""
+    for count in threads:
+        environment = os.environ | {"OMP_NUM_THREADS": str(count)}
+        subprocess.run([sys.executable, *sys.argv, "--threads", str(count)], check=True, env=environment)
+
+
+def shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    if not (n.isdigit() and k.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text}: write it like 4096x4096, outputs x inputs")
+    return int(n), int(k)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape and fewer candidates")
+    parser.add_argument("--peers", nargs="*", default=peers.NAMES, choices=peers.NAMES, help="default all, or none")
+    parser.add_argument("--shapes", type=shape, nargs="+", help="outputs x inputs, like 4096x4096")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 512])
     parser.add_argument("--seconds", type=float, default=6.0, help="per shape, number of threads and tokens")
     args = parser.parse_args()
     if not ops.COMPILED:
         raise SystemExit(f"the compiled kernels are missing: {ops.WHY_NOT.get('_C')}")
+    if len(args.threads) > 1 or os.environ.get("OMP_NUM_THREADS") != str(args.threads[0]):
+        in_processes(args.threads)
+        return
     print(f"{machine()['processor']}, {torch.ops.hf_spqr.cpu_isa()}")
-    rows = []
-    for n, k in SHAPES[:1] if args.quick else SHAPES:
-        found = candidates(n, k, args.quick)
-        for threads in args.threads:
-            torch.set_num_threads(threads)
-            for tokens in args.tokens:
-                x = torch.randn(tokens, k).bfloat16()
-                timed = measure(found, x, args.seconds * (1 + tokens // 128))
-                read = found["read"][1] / timed["read"]["seconds"]
-                print(f"\n{n} x {k}, {tokens} tokens, {threads} threads, plain read {read / 1e9:.1f} GB/s")
-                print(f"{'':18s}{'bits':>6s}{'us':>10s}{'x bf16':>8s}{'of read':>9s}{'clean':>12s}")
-                for name, (_, size, _) in found.items():
-                    t = timed[name]
-                    row = {
-                        "shape": [n, k], "threads": threads, "tokens": tokens, "name": name, "bytes": size,
-                        "read_bytes_per_second": read, **t,
-                    }  # fmt: skip
-                    rows.append(row)
-                    bits, speed = 8 * size / n / k, timed["torch bf16"]["seconds"] / t["seconds"]
-                    of_read = size / t["seconds"] / read
-                    print(
-                        f"{name:18s}{bits:6.2f}{t['seconds'] * 1e6:10.1f}{speed:8.2f}{of_read:9.2f}"
-                        f"{t['clean']:>7d}/{t['calls']}"
-                    )
-    name = re.sub(r"[^a-z0-9]+", "-", machine()["processor"].lower()).strip("-")
-    print("\nwrote", save(f"kernels_cpu-{name}", {"isa": torch.ops.hf_spqr.cpu_isa(), "rows": rows}))
+    threads = args.threads[0]
+    torch.set_num_threads(threads)
+    rows: list[dict] = []
+    left_out: dict[str, str] = {}
+    for n, k in args.shapes or (SHAPES[:1] if args.quick else SHAPES):
+        found, left_out = candidates(n, k, threads, args.quick, args.peers)
+        copies = rotating(found)
+        for tokens in args.tokens:
+            x = torch.randn(tokens, k).bfloat16()
+            timed = measure(found, x, args.seconds * (1 + tokens // 128), copies)
+            read = found[0].nbytes / timed["read"].seconds
+            here = [
+                {
+                    "shape": [n, k], "threads": threads, "tokens": tokens, "name": c.name, "bytes": c.nbytes,
+                    "read_bytes_per_second": read, **asdict(timed[c.name]),
+                }
+                for c in found
+            ]  # fmt: skip
+            show(f"{n} x {k}, {tokens} tokens, {threads} threads", here, read)
+            rows += here
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
+    name = file_name("kernels_cpu", machine()["processor"])
+    result = {"isa": torch.ops.hf_spqr.cpu_isa(), "left_out": left_out, "rows": merge(name, rows, SETTING)}
+    print("wrote", save(name, result))
 
 
 if __name__ == "__main__":

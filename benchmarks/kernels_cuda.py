@@ -1,6 +1,6 @@
 """Times the CUDA kernels beside torch's dense matrix product, from GPU memory.
 
-    python benchmarks/kernels_cuda.py [--quick] [--tokens 1 8 64]
+    python benchmarks/kernels_cuda.py [--quick] [--tokens 1 8 64] [--kinds "torch bf16|spqr"]
 
 Each time is the median over replays of a CUDA graph, per call. Within a graph every call takes another copy of the
 weights, together more than the L2 cache holds, because a decoding model too comes back to a layer only after all the
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from machine import save
 from torch import Tensor
 
 from hf_spqr import ops
+from hf_spqr.bench.cuda import seconds_per_byte, time_graph
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 
@@ -29,34 +29,6 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 ROTATE_BYTES = 240 << 20  # at least twice the L2 cache of the largest GPUs
 OUTLIERS = 0.01
-
-
-def seconds_per_byte() -> float:
-    """Of bytes read and written by an elementwise kernel over much more than the cache. (A copy inside of a graph is a
-    memcpy, which reached only two thirds of this on an H200.)"""
-    source = torch.empty(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return time_graph([lambda: torch.add(source, 1.0, out=target)]) / (8 * source.numel())
-
-
-def time_graph(calls: list[Callable[[], Any]], replays: int = 20) -> float:
-    """Median seconds per call."""
-    for call in calls[:3]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return median(times[3:])
 
 
 def copies_of(nbytes: int) -> int:
@@ -68,17 +40,23 @@ def random_words(shape: tuple[int, int]) -> Tensor:
     return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int64, device="cuda").to(torch.int32)
 
 
-def spqr_calls(rows: int, columns: int, x: Tensor, layout: SpQRLayout) -> tuple[list[Callable], int]:
+def spqr_tensors(layout: SpQRLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """packed, outlier_row and outlier of a random matrix."""
+    rows, columns = layout.out_features, layout.in_features
     per_row = round(OUTLIERS * columns)
     row = torch.arange(rows + 1, dtype=torch.int32, device="cuda") * per_row
     column = torch.rand(rows, columns, device="cuda").topk(per_row, dim=1).indices.sort(dim=1).values.flatten()
-    outlier = (column.to(torch.int32) | (0x2000 << 16)).contiguous()
-    nbytes = 4 * (layout.row_blocks * layout.words + row.numel() + outlier.numel())
+    return random_words(layout.packed_shape()), row, (column.to(torch.int32) | (0x2000 << 16)).contiguous()
+
+
+def spqr_calls(rows: int, columns: int, x: Tensor, layout: SpQRLayout) -> tuple[list[Callable], int]:
+    packed, *outliers = spqr_tensors(layout)
+    nbytes = sum(tensor.nbytes for tensor in (packed, *outliers))
+    numbers = (layout.bits, layout.group_size, layout.stat_bits, layout.second_group)
     calls = []
     for _ in range(copies_of(nbytes)):
-        tensors = (random_words(layout.packed_shape()), row.clone(), outlier.clone(), None)
-        numbers = (layout.bits, layout.group_size, layout.stat_bits, layout.second_group)
-        calls.append(lambda t=tensors, n=numbers: ops.spqr_linear(x, *t, None, rows, *n))
+        tensors = (random_words(layout.packed_shape()), *(tensor.clone() for tensor in outliers), None)
+        calls.append(lambda t=tensors: ops.spqr_linear(x, *t, None, rows, *numbers))
     return calls, nbytes
 
 
@@ -152,16 +130,18 @@ def kinds(rows: int, columns: int, x: Tensor, x_half: Tensor) -> dict[str, Calla
     }
 
 
-def save_results(gpu: str, per_byte: float, rows_of_table: list[dict[str, Any]]) -> Any:
+def save_results(gpu: str, per_byte: float, rows_of_table: list[dict[str, Any]], ending: str) -> Any:
     name = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-").lower()
     result = {"gpu": gpu, "cuda": torch.version.cuda, "bytes_per_second": 1 / per_byte, "results": rows_of_table}
-    return save(f"kernels_cuda-{name}", result)
+    return save(f"kernels_cuda-{name}{ending}", result)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two shapes, few batch sizes")
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default {' '.join(map(str, TOKENS))}")
+    parser.add_argument("--ending", default="", help="of the name of the results' file")
+    parser.add_argument("--kinds", default="", help="a regular expression: only kinds in which it is found")
     given = parser.parse_args()
     quick = given.quick
     if not ops.COMPILED_CUDA:
@@ -174,6 +154,8 @@ def main() -> None:
         for tokens in given.tokens or ((1, 8, 16, 64, 2048) if quick else TOKENS):
             x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
             for name, make in kinds(rows, columns, x, x.half()).items():
+                if not re.search(given.kinds, name):
+                    continue
                 calls, nbytes = make()
                 seconds = time_graph(calls)
                 limit = per_byte * (nbytes + 2 * tokens * (rows + columns))
@@ -183,8 +165,8 @@ def main() -> None:
                 print(f"{rows:6} x {columns:6}, {tokens:5} tokens, {name:26} {1e6 * seconds:9.2f} us "
                       f"{100 * limit / seconds:5.1f} % of the byte limit", flush=True)  # fmt: skip
                 del calls, make
-            save_results(gpu, per_byte, rows_of_table)  # what there is, should the rest not be reached
-    print(save_results(gpu, per_byte, rows_of_table))
+            save_results(gpu, per_byte, rows_of_table, given.ending)  # what there is, should the rest not be reached
+    print(save_results(gpu, per_byte, rows_of_table, given.ending))
 
 
 if __name__ == "__main__":

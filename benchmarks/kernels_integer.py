@@ -11,40 +11,33 @@ adds quantize_activation. Results are bfloat16. Writes benchmarks/results/kernel
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict
 
 import torch
-from kernels_cpu import measure, random_codes, torch_dense
-from machine import machine, save
+from machine import file_name, machine, save
 from torch import Tensor
 
 from hf_spqr import ops
-from hf_spqr.formats import affine
+from hf_spqr.bench import weights
+from hf_spqr.bench.timing import Call, Candidate, dense, measure
 
 SHAPES = ((4096, 4096), (11008, 4096))
 SETTINGS = ((8, 8), (6, 6), (4, 8), (4, 4))
-DENSE = {"bf16": torch.bfloat16, "fp32": torch.float32}
-Candidate = tuple[Callable[[Tensor, list[Tensor]], Any], int, list[Tensor]]
-
-
-def random_packed(n: int, k: int, bits: int) -> Tensor:
-    scales = torch.empty(n, 1).uniform_(0.001, 0.02).half()
-    codes = random_codes(bits, n, k)
-    return affine.pack(affine.AffineWeight(affine.AffineLayout(n, k, bits), codes, scales, random_codes(bits, n, 1)))[
-        "packed"
-    ]
 
 
 def integers(n: int, bits: int, act_bits: int, packed: Tensor, x: Tensor, quantize: bool) -> Candidate:
     codes = ops.quantize_activation(x, None, act_bits, False)
 
-    def call(x: Tensor, tensors: list[Tensor]) -> Tensor:
-        now = ops.quantize_activation(x, None, act_bits, False) if quantize else codes
-        return ops.w_int8_linear(*now, tensors[0], None, n, bits, -1, False, False, x.dtype)
+    def copy() -> Call:
+        own = packed.clone()
 
-    return call, packed.nbytes, [packed]
+        def call(x: Tensor) -> Tensor:
+            now = ops.quantize_activation(x, None, act_bits, False) if quantize else codes
+            return ops.w_int8_linear(*now, own, None, n, bits, -1, False, False, x.dtype)
+
+        return call
+
+    return Candidate(f"W{bits}A{act_bits}" + " + quantize" * quantize, packed.nbytes, copy)
 
 
 def onednn(n: int, k: int, x: Tensor) -> Candidate:
@@ -52,25 +45,30 @@ def onednn(n: int, k: int, x: Tensor) -> Candidate:
     scales, zeros = torch.rand(n), torch.zeros(n, dtype=torch.int32)
     codes = torch.randint(0, 256, tuple(x.shape), dtype=torch.uint8)
 
-    def call(x: Tensor, tensors: list[Tensor]) -> Tensor:
-        return torch.ops.onednn.qlinear_pointwise(
-            codes, 0.01, 128, tensors[0], scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+    def copy() -> Call:
+        own = packed.clone()
+        return lambda x: torch.ops.onednn.qlinear_pointwise(
+            codes, 0.01, 128, own, scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
         )
 
-    return call, n * k, [packed]
+    return Candidate("oneDNN int8", n * k, copy)
 
 
 def int_mm(n: int, k: int, x: Tensor) -> Candidate:
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
     codes = torch.randint(-128, 128, tuple(x.shape), dtype=torch.int8)
-    return (lambda x, t: torch._int_mm(codes, t[0].T)), weight.nbytes, [weight]
+
+    def copy() -> Call:
+        own = weight.clone()
+        return lambda x: torch._int_mm(codes, own.T)
+
+    return Candidate("torch._int_mm", weight.nbytes, copy)
 
 
-def candidates(dense: dict[str, Candidate], packed: dict[int, Tensor], n: int, k: int, x: Tensor) -> dict:
-    found = {**dense, "oneDNN int8": onednn(n, k, x), "torch._int_mm": int_mm(n, k, x)}
+def candidates(torch_layers: list[Candidate], packed: dict[int, Tensor], n: int, k: int, x: Tensor) -> list[Candidate]:
+    found = [*torch_layers, onednn(n, k, x), int_mm(n, k, x)]
     for bits, act_bits in SETTINGS:
-        found[f"W{bits}A{act_bits}"] = integers(n, bits, act_bits, packed[bits], x, quantize=False)
-        found[f"W{bits}A{act_bits} + quantize"] = integers(n, bits, act_bits, packed[bits], x, quantize=True)
+        found += [integers(n, bits, act_bits, packed[bits], x, quantize) for quantize in (False, True)]
     return found
 
 
@@ -89,27 +87,26 @@ def main() -> None:
     print(f"{machine()['processor']}, {torch.ops.hf_spqr.cpu_isa()}")
     rows = []
     for n, k in SHAPES[: args.shapes]:
-        dense = {f"torch {name}": torch_dense(n, k, dtype) for name, dtype in DENSE.items()}
-        packed = {bits: random_packed(n, k, bits) for bits, _ in SETTINGS}
+        torch_layers = [dense(n, k, dtype) for dtype in (torch.bfloat16, torch.float32)]
+        packed = {bits: weights.affine_linear(n, k, bits=bits, group_size=-1).packed for bits, _ in SETTINGS}
         for tokens in args.tokens:
             x = torch.randn(tokens, k).bfloat16()
-            found = candidates(dense, packed, n, k, x)
+            found = candidates(torch_layers, packed, n, k, x)
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 timed = measure(found, x, args.seconds)
                 print(f"\n{n} x {k}, {tokens} tokens, {threads} threads")
                 print(f"{'':18s}{'us':>10s}{'GOP/s':>9s}{'x bf16':>8s}{'x oneDNN':>10s}{'clean':>12s}")
-                for name in found:
-                    t = timed[name]
-                    rows.append({"shape": [n, k], "threads": threads, "tokens": tokens, "name": name, **t})
-                    speed = 2 * n * k * tokens / t["seconds"] / 1e9
-                    beside = [timed[peer]["seconds"] / t["seconds"] for peer in ("torch bf16", "oneDNN int8")]
+                for name, t in timed.items():
+                    rows.append({"shape": [n, k], "threads": threads, "tokens": tokens, "name": name, **asdict(t)})
+                    speed = 2 * n * k * tokens / t.seconds / 1e9
+                    beside = [timed[peer].seconds / t.seconds for peer in ("torch bf16", "oneDNN int8")]
                     print(
-                        f"{name:18s}{t['seconds'] * 1e6:10.1f}{speed:9.0f}{beside[0]:8.2f}{beside[1]:10.2f}"
-                        f"{t['clean']:>7d}/{t['calls']}"
+                        f"{name:18s}{t.seconds * 1e6:10.1f}{speed:9.0f}{beside[0]:8.2f}{beside[1]:10.2f}"
+                        f"{t.clean:>7d}/{t.calls}"
                     )
-    name = re.sub(r"[^a-z0-9]+", "-", f"{machine()['processor']} {args.isa or ''}".lower()).strip("-")
-    print("\nwrote", save(f"kernels_integer-{name}", {"isa": torch.ops.hf_spqr.cpu_isa(), "rows": rows}))
+    name = file_name("kernels_integer", machine()["processor"], args.isa or "")
+    print("\nwrote", save(name, {"isa": torch.ops.hf_spqr.cpu_isa(), "rows": rows}))
 
 
 if __name__ == "__main__":

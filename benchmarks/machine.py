@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ def machine() -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process in memory: all, anonymous (its own), and mapped from files (the system may drop them)."""
+    """Bytes of this process in memory: all, anonymous (its own), of these in huge pages, and mapped from files (the
+    system may drop them)."""
     fields = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, _, rest = line.partition(":")
         fields[name] = int(rest.split()[0]) * 1024
     own = fields["Anonymous"]
-    return {"resident": fields["Rss"], "anonymous": own, "mapped": fields["Rss"] - own}
+    resident, huge = fields["Rss"], fields["AnonHugePages"]
+    return {"resident": resident, "anonymous": own, "huge": huge, "mapped": resident - own}
 
 
 def peak_resident() -> int:
@@ -44,6 +47,24 @@ def peak_resident() -> int:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no VmHWM")
+
+
+def file_name(kind: str, *what: str) -> str:
+    """``kind`` and what it was measured on, as the name of a result."""
+    return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', ' '.join(what).lower()).strip('-')}"
+
+
+def merge(name: str, rows: list[dict[str, Any]], setting: tuple[str, ...]) -> list[dict[str, Any]]:
+    """``rows``, each with the date of today, and before them those of the result ``name`` in other settings.
+
+    setting: the keys of a row that say what was measured.
+    """
+    stamp = time.strftime("%Y-%m-%d", time.gmtime())
+    measured = [[row[key] for key in setting] for row in rows]
+    path = RESULTS / f"{name}.json"
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in old if [row.get(key) for key in setting] not in measured]
+    return kept + [{**row, "date": stamp} for row in rows]
 
 
 def save(name: str, result: dict[str, Any]) -> Path:

@@ -6,7 +6,8 @@
 Every cell quantizes the model anew, in float32, on the same calibration sequences, and scores the last documents of
 the held-out file one by one; documents that are scored never calibrate. Groups wider than a layer are one group per
 row of that layer. A cell that is already in benchmarks/results/omniquant_table_<model>.json is not computed again, so
-a run may be stopped, and cells may be asked for one at a time (--schemes, --methods).
+a run may be stopped, and cells may be asked for one at a time (--schemes, --methods). Other draws of the calibration
+data (--seed) have files of their own.
 """
 
 from __future__ import annotations
@@ -56,13 +57,18 @@ def cell(folder: str, scheme: str, method: str, documents: list[str], **fields: 
     }  # fmt: skip
 
 
-def table(path: Path) -> str:
-    """The cells of a result file as a table: a row for each scheme, a column for each method."""
-    result = json.loads(path.read_text())
-    found = {(row["scheme"], row["method"]): row["perplexity"] for row in result["rows"]}
-    lines = [f"| {result['model']}: {result['full']:.3f} | " + " | ".join(METHODS) + " |", "|---" * 5 + "|"]
+def table(results: list[dict[str, Any]]) -> str:
+    """The cells of result files as one table: a row for each scheme, a column for each model, the lowest in bold."""
+    heads = [f"{result['model']} ({result['full']:.3f})" for result in results]
+    lines = [f"| {' / '.join(METHODS)} | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for scheme in SCHEMES:
-        cells = [f"{found[scheme, m]:.3f}" if (scheme, m) in found else "" for m in METHODS]
+        cells = []
+        for result in results:
+            found = {row["method"]: row["perplexity"] for row in result["rows"] if row["scheme"] == scheme}
+            shown = {method: f"{value:.3f}" for method, value in found.items()}
+            best = min(shown.values(), default=None, key=float)
+            texts = [shown.get(method, "–") for method in METHODS]
+            cells.append(" / ".join(f"**{text}**" if text == best else text for text in texts))
         lines.append(f"| {scheme} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -72,7 +78,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder of the model")
     parser.add_argument("calibration", nargs="?", help="txt, json or jsonl")
     parser.add_argument("heldout", nargs="?", help="txt, json or jsonl")
-    parser.add_argument("--print", action="store_true", help="print the tables of all results and stop")
+    parser.add_argument("--print", action="store_true", help="print the table of what is there and stop")
     parser.add_argument("--documents", type=int, default=100, help="held-out documents, from the end of the file")
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
@@ -81,13 +87,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     args = parser.parse_args()
     if args.print:
-        for path in sorted(RESULTS.glob("omniquant_table_*.json")):
-            print(table(path), end="\n\n")
+        results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("omniquant_table_*.json"))]
+        print(table([result for result in results if result["seed"] == args.seed]))
         return
     if args.heldout is None:
         parser.error("model, calibration and heldout are needed")
     torch.set_num_threads(1)
-    name = f"omniquant_table_{Path(args.model).name}"
+    name = f"omniquant_table_{Path(args.model).name}" + (f"_seed{args.seed}" if args.seed else "")
     settings = {key: getattr(args, key) for key in SETTINGS}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     documents = [text for text in iter_documents(args.heldout) if isinstance(text, str)][-args.documents :]

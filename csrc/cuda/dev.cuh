@@ -137,9 +137,15 @@ HF_DEVICE int shuffle_xor(int v, int mask) {
 HF_DEVICE int shuffle(int v, int from) {
     return __shfl_sync(0xffffffffu, v, from);
 }
-// How many lanes say yes.
+// The lanes that say yes, as bits; and how many.
+HF_DEVICE uint32_t ballot(bool yes) {
+    return __ballot_sync(0xffffffffu, yes);
+}
+HF_DEVICE int count_bits(uint32_t v) {
+    return __popc(v);
+}
 HF_DEVICE int count(bool yes) {
-    return __popc(__ballot_sync(0xffffffffu, yes));
+    return count_bits(ballot(yes));
 }
 // The largest value of the warp, in every lane.
 HF_DEVICE uint32_t max_of_warp(uint32_t v) {

@@ -53,16 +53,20 @@ HF_DEVICE void multiply_codes(IntegerSums<BITS, NT> (&sums)[R], float (&x_sums)[
     if constexpr (J + 1 < NT) multiply_codes<BITS, NT, R, I, H, J + 1>(sums, x_sums, w, ones, x);
 }
 
-// Quarter I of the lane's tile in set H of one row block, for 8 tokens; sums of x come from elsewhere.
-template <int BITS, int I, int H>
-HF_DEVICE void multiply_integers(IntegerSums<BITS, 1>& sums, const uint32_t (&w)[2][BITS], uint32_t x) {
+// Quarter I of the lane's tile in set H of one row block; x[j][i] as in resident.cuh. Sums of x come from elsewhere.
+template <int BITS, int NT, int I, int H>
+HF_DEVICE void multiply_integers(IntegerSums<BITS, NT>& sums, const uint32_t (&w)[2][BITS],
+                                 const uint32_t (&x)[NT][4]) {
     using Fields = IntegerFields<BITS>;
-    const uint4 b = dev::load_shared4<H * 256>(x);
-    uint32_t a[4];
-    code_operand<BITS, 4 * I, Fields::kFirst>(a, w);
-    dev::mma_f16(sums.of[0][0], a, b.x, b.y);
-    code_operand<BITS, 4 * I + 2, Fields::kSecond>(a, w);
-    dev::mma_f16(sums.of[Fields::kSums - 1][0], a, b.z, b.w);
+    uint32_t first[4], second[4];
+    code_operand<BITS, 4 * I, Fields::kFirst>(first, w);
+    code_operand<BITS, 4 * I + 2, Fields::kSecond>(second, w);
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+        const uint4 b = dev::load_shared4<H * 256>(x[j][I]);
+        dev::mma_f16(sums.of[0][j], first, b.x, b.y);
+        dev::mma_f16(sums.of[Fields::kSums - 1][j], second, b.z, b.w);
+    }
 }
 
 // Scale and zero point of a lane's two rows in one set; the zero point divided by kFactor.

@@ -11,33 +11,18 @@
 namespace hf_spqr {
 namespace {
 
-template <Format FORMAT, int BITS>
+template <class Stats, int BITS>
 int dequantize_bits(const DequantizeArgs& a, void* stream) {
     const Grid grid{ceil_div(a.part_rows, kRows), ceil_div(a.weight.panels.tiles, kDequantizeTiles)};
-    const int shared = kRows * dequantize_stride(a.dtype == DType::f32 ? 4 : 2);
-    return launch<dequantize_kernel<FORMAT, BITS>>(grid, 256, shared, stream, a);
+    return launch<dequantize_kernel<Stats, BITS>>(grid, kDequantizeThreads, kDequantizeShared, stream, a);
 }
 
-template <Format FORMAT>
-int dequantize_format(const DequantizeArgs& a, void* stream) {
-    switch (a.weight.bits) {
-        case 1:
-            return dequantize_bits<FORMAT, 1>(a, stream);
-        case 2:
-            return dequantize_bits<FORMAT, 2>(a, stream);
-        case 3:
-            return dequantize_bits<FORMAT, 3>(a, stream);
-        case 4:
-            return dequantize_bits<FORMAT, 4>(a, stream);
-        case 5:
-            return dequantize_bits<FORMAT, 5>(a, stream);
-        case 6:
-            return dequantize_bits<FORMAT, 6>(a, stream);
-        case 7:
-            return dequantize_bits<FORMAT, 7>(a, stream);
-        default:
-            return dequantize_bits<FORMAT, 8>(a, stream);
+template <class Stats, int FIRST = 1, int LAST = 8>
+int dequantize_with(const DequantizeArgs& a, void* stream) {
+    if constexpr (FIRST < LAST) {
+        if (a.weight.bits != FIRST) return dequantize_with<Stats, FIRST + 1, LAST>(a, stream);
     }
+    return dequantize_bits<Stats, FIRST>(a, stream);
 }
 
 // Whether stats_spqr16.cuh can read it: all vectors of codes also in the last panel.
@@ -87,11 +72,12 @@ int hf_spqr_cuda_finish(const FinishArgs* a, void* stream) {
 }
 
 int hf_spqr_cuda_dequantize(const DequantizeArgs* a, void* stream) {
-    const bool spqr = a->weight.format == Format::spqr;
-    const int status =
-        spqr ? dequantize_format<Format::spqr>(*a, stream) : dequantize_format<Format::affine>(*a, stream);
-    if (status != 0 || !spqr || !(a->weight.outlier || a->weight.outlier_wide)) return status;
-    return launch<add_outliers_kernel>({a->part_rows, 1}, 128, 0, stream, *a);
+    const Matrix& m = a->weight;
+    if (m.format == Format::affine) return dequantize_with<DenseStats<Format::affine>>(*a, stream);
+    if (m.group == 16 && m.stat_bits == 3 && m.bits <= 4) {
+        return dequantize_with<DenseStatsSpqr16, 2, 4>(*a, stream);
+    }
+    return dequantize_with<DenseStats<Format::spqr>, 2>(*a, stream);
 }
 
 int hf_spqr_cuda_quantize(const QuantizeArgs* a, void* stream) {
@@ -118,6 +104,13 @@ int hf_spqr_cuda_int8_linear(const Int8Args* a, void* stream) {
     }
     if (a->weight.bits < 5) return int8_few_bits(*a, stream);
     return a->weight.bits < 8 ? int8_planes(*a, stream) : int8_bytes(*a, stream);
+}
+
+int hf_spqr_cuda_multiprocessors(int* count) {
+    DeviceLimits device{};
+    const int status = device_limits(device);
+    *count = device.multiprocessors;
+    return status;
 }
 
 const char* hf_spqr_cuda_error(int status) {

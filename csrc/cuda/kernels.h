@@ -132,6 +132,7 @@ int hf_spqr_cuda_dequantize(const DequantizeArgs*, void* stream);
 int hf_spqr_cuda_quantize(const QuantizeArgs*, void* stream);
 int hf_spqr_cuda_pad(const PadArgs*, void* stream);
 int hf_spqr_cuda_int8_linear(const Int8Args*, void* stream);
+int hf_spqr_cuda_multiprocessors(int* count);  // of the current device
 const char* hf_spqr_cuda_error(int status);
 // 0, or the version of the driver if it is of an older generation than the CUDA runtime that is linked in.
 int hf_spqr_cuda_old_driver(void);

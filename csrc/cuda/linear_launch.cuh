@@ -16,9 +16,22 @@ int launch_linear(const LinearArgs& a, void* stream) {
                                                                                   stream, a);
 }
 
+// From 9 tokens on twice as many row blocks share x, which else comes from the L2 cache for every few rows, where
+// enough blocks remain to keep all multiprocessors busy. Statistics that are decoded at run time take longer than x
+// does.
 template <class Stats, int BITS>
 int launch_linear(const LinearArgs& a, void* stream) {
     if (a.tokens <= 8) return launch_linear<Stats, BITS, 1, Stats::kRowBlocks, 1, 8>(a, stream);
+    if constexpr (Stats::kTileShift >= 0) {
+        DeviceLimits device{};
+        if (const int status = device_limits(device)) return status;
+        const auto may_be_wide = [&](int row_blocks, int tokens) {
+            const int64_t blocks = int64_t(ceil_div(a.weight.rows, row_blocks * kRows)) * ceil_div(a.tokens, tokens);
+            return 2 * blocks >= 3 * int64_t(device.multiprocessors);
+        };
+        if (a.tokens <= 16 && may_be_wide(4, 16)) return launch_linear<Stats, BITS, 2, 1, 4, 2>(a, stream);
+        if (a.tokens > 16 && may_be_wide(8, 32)) return launch_linear<Stats, BITS, 4, 1, 8, 1>(a, stream);
+    }
     if (a.tokens <= 16) return launch_linear<Stats, BITS, 2, 1, 2, 4>(a, stream);
     return launch_linear<Stats, BITS, 4, 1, 4, 2>(a, stream);
 }

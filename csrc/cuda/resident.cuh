@@ -1,4 +1,4 @@
-// y = x W^T + bias for up to 8 tokens, straight from the packed weights, with x in shared memory.
+// y = x W^T + bias for up to 16 tokens, straight from the packed weights, with x in shared memory.
 //
 // One block for each multiprocessor. Its warps are groups of kSlices; a group takes one row block after the other, and
 // of a row block's columns each warp takes every kSlices-th step of 256. What a warp needs of the packed matrix it
@@ -157,61 +157,73 @@ HF_DEVICE void load_words(uint32_t (&w)[2][BITS], uint32_t at) {
 }
 
 // Quarter I of set H of a step: acc += W x over its columns, every second mma into acc[1], which need not wait for the
-// other. x[i] is chunk i of the lane's tile of set 0, of the lane's token.
-template <class Stats, int BITS, int H, int I>
-HF_DEVICE void multiply_resident_quarter(float (&acc)[2][4], Stats& stats, const uint32_t (&w)[2][BITS],
-                                         const uint32_t (&x)[4]) {
+// other. x[j][i] is chunk i of the lane's tile of set 0, of token g of the j-th eight.
+template <class Stats, int BITS, int NT, int H, int I>
+HF_DEVICE void multiply_resident_quarter(float (&acc)[2][NT][4], Stats& stats, const uint32_t (&w)[2][BITS],
+                                         const uint32_t (&x)[NT][4]) {
     Quarter q;
     stats.template quarter<H, I>(q);
     uint32_t first[4], second[4];
     weight_operand<BITS, 4 * I>(first, w, q);
     weight_operand<BITS, 4 * I + 2>(second, w, q);
-    const uint4 b = dev::load_shared4<H * 256>(x[I]);
-    dev::mma_f16(acc[0], first, b.x, b.y);
-    dev::mma_f16(acc[1], second, b.z, b.w);
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+        const uint4 b = dev::load_shared4<H * 256>(x[j][I]);
+        dev::mma_f16(acc[0][j], first, b.x, b.y);
+        dev::mma_f16(acc[1][j], second, b.z, b.w);
+    }
 }
 
 // A step of two sets.
-template <class Stats, int BITS>
-HF_DEVICE void multiply_resident_step(float (&total)[4], Stats& stats, uint32_t words, const uint32_t (&x)[4]) {
-    float acc[2][4] = {};
+template <class Stats, int BITS, int NT>
+HF_DEVICE void multiply_resident_step(float (&total)[NT][4], Stats& stats, uint32_t words,
+                                      const uint32_t (&x)[NT][4]) {
+    float acc[2][NT][4] = {};
     uint32_t w[2][BITS], v[2][BITS];
     load_words<BITS, 0>(w, words);
-    multiply_resident_quarter<Stats, BITS, 0, 0>(acc, stats, w, x);
-    multiply_resident_quarter<Stats, BITS, 0, 1>(acc, stats, w, x);
+    multiply_resident_quarter<Stats, BITS, NT, 0, 0>(acc, stats, w, x);
+    multiply_resident_quarter<Stats, BITS, NT, 0, 1>(acc, stats, w, x);
     load_words<BITS, 1>(v, words);
-    multiply_resident_quarter<Stats, BITS, 0, 2>(acc, stats, w, x);
-    multiply_resident_quarter<Stats, BITS, 0, 3>(acc, stats, w, x);
-    multiply_resident_quarter<Stats, BITS, 1, 0>(acc, stats, v, x);
-    multiply_resident_quarter<Stats, BITS, 1, 1>(acc, stats, v, x);
-    multiply_resident_quarter<Stats, BITS, 1, 2>(acc, stats, v, x);
-    multiply_resident_quarter<Stats, BITS, 1, 3>(acc, stats, v, x);
+    multiply_resident_quarter<Stats, BITS, NT, 0, 2>(acc, stats, w, x);
+    multiply_resident_quarter<Stats, BITS, NT, 0, 3>(acc, stats, w, x);
+    multiply_resident_quarter<Stats, BITS, NT, 1, 0>(acc, stats, v, x);
+    multiply_resident_quarter<Stats, BITS, NT, 1, 1>(acc, stats, v, x);
+    multiply_resident_quarter<Stats, BITS, NT, 1, 2>(acc, stats, v, x);
+    multiply_resident_quarter<Stats, BITS, NT, 1, 3>(acc, stats, v, x);
     const float factor = stats.factor();
 #pragma unroll
-    for (int e = 0; e < 4; ++e) total[e] = dev::fma(dev::add(acc[0][e], acc[1][e]), factor, total[e]);
+    for (int j = 0; j < NT; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            total[j][e] = dev::fma(dev::add(acc[0][j][e], acc[1][j][e]), factor, total[j][e]);
+        }
+    }
 }
 
-// Set H of a step with codes as integers (integer.cuh); the sums of x over the set are at x_sums.
-template <class Stats, int BITS, int H>
-HF_DEVICE void multiply_integer_set(float (&total)[4], Stats& stats, uint32_t words, const uint32_t (&x)[4],
-                                    uint32_t x_sums) {
+// Set H of a step with codes as integers (integer.cuh); the sums of x over the set are at x_sums[j] for the j-th eight
+// tokens.
+template <class Stats, int BITS, int NT, int H>
+HF_DEVICE void multiply_integer_set(float (&total)[NT][4], Stats& stats, uint32_t words, const uint32_t (&x)[NT][4],
+                                    const uint32_t (&x_sums)[NT], uint32_t sums_offset) {
     uint32_t w[2][BITS];
     load_words<BITS, H>(w, words);
-    IntegerSums<BITS, 1> sums;
-    multiply_integers<BITS, 0, H>(sums, w, x[0]);
-    multiply_integers<BITS, 1, H>(sums, w, x[1]);
-    multiply_integers<BITS, 2, H>(sums, w, x[2]);
-    multiply_integers<BITS, 3, H>(sums, w, x[3]);
-    const uint2 of_x = dev::load_shared2<0>(x_sums);
-    const float x0 = dev::as_float(of_x.x), x1 = dev::as_float(of_x.y);
-    float sum[1][4] = {{total[0], total[1], total[2], total[3]}};
-    add_set<BITS, 1>(sum, sums, {{x0, x1, x0, x1}}, stats.template set<H>());
+    IntegerSums<BITS, NT> sums;
+    multiply_integers<BITS, NT, 0, H>(sums, w, x);
+    multiply_integers<BITS, NT, 1, H>(sums, w, x);
+    multiply_integers<BITS, NT, 2, H>(sums, w, x);
+    multiply_integers<BITS, NT, 3, H>(sums, w, x);
+    float of_x[NT][4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) total[e] = sum[0][e];
+    for (int j = 0; j < NT; ++j) {
+        const uint2 both = dev::load_shared2<0>(x_sums[j] + sums_offset);
+        of_x[j][0] = of_x[j][2] = dev::as_float(both.x);
+        of_x[j][1] = of_x[j][3] = dev::as_float(both.y);
+    }
+    add_set<BITS, NT>(total, sums, of_x, stats.template set<H>());
 }
 
-template <class Stats, int BITS>
-HF_KERNEL(kMostGroups* kGroupThreads, 1)
+template <class Stats, int BITS, int NT>
+HF_KERNEL(most_groups(NT) * kGroupThreads, 1)
 linear_resident_kernel(const ResidentArgs a) {
     dev::let_next_kernel_start();
     const Matrix& m = a.weight;
@@ -230,40 +242,52 @@ linear_resident_kernel(const ResidentArgs a) {
 
     const int steps = (m.panels.tiles + kStepTiles - 1) / kStepTiles,
               chunk_steps = a.plan.chunk_columns / kStepColumns;
-    const int rounds = (row_blocks + stride - 1) / stride, token = g < a.tokens ? g : a.tokens - 1;
-    const uint32_t x_advance = kSlices * a.tokens * kTokenBytes, words_at = t * Ring<Stats, BITS>::kTileBytes + 8 * g;
+    const int rounds = (row_blocks + stride - 1) / stride;
+    const uint32_t x_advance = kSlices * a.tokens * kTokenBytes;
+    const uint32_t words_at = dev::pin(t * Ring<Stats, BITS>::kTileBytes + 8 * g);
     constexpr int kStats = kStepTiles * Ring<Stats, BITS>::kTileBytes;  // where a slot has statistics
     for (int batch = 0; batch < rounds; batch += kBatch) {
         for (int chunk = 0; chunk < steps; chunk += chunk_steps) {
-            if (batch + chunk == 0 || steps > chunk_steps) x.load(chunk * kStepColumns);
+            if (batch + chunk == 0 || steps > chunk_steps) x.load<4 * NT>(chunk * kStepColumns);
             const int end = chunk + chunk_steps < steps ? chunk + chunk_steps : steps;
             for (int round = batch; round < batch + kBatch; ++round) {
                 const int row_block = first + round * stride;
                 if (row_block >= row_blocks) break;
                 sums.begin(row_block, round - batch, chunk == 0);
                 stats.begin(m.packed + int64_t(row_block) * m.panels.words);
-                uint32_t x_at[4], x_sums = x.sums_at(slice, 2 * t < a.tokens ? t : 0);
+                uint32_t x_at[NT][4], x_sums[NT];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    x_at[i] = shared + (slice * a.tokens + token) * kTokenBytes + 16 * x_place(4 * t + i, token);
+                for (int j = 0; j < NT; ++j) {
+                    // Tokens that do not exist are read as others.
+                    const int token = 8 * j + g < a.tokens ? 8 * j + g : j > 0 ? g : a.tokens - 1;
+                    x_sums[j] = x.sums_at(slice, 8 * j + 2 * t < a.tokens ? 4 * j + t : 0);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        x_at[j][i] =
+                            shared + (slice * a.tokens + token) * kTokenBytes + 16 * x_place(4 * t + i, token);
+                    }
                 }
-                float total[4] = {};
+                float total[NT][4] = {};
                 for (int step = chunk + slice; step < end; step += kSlices) {
                     const uint32_t slot = ring.next();
                     stats.take(slot + kStats, step);
                     if constexpr (Stats::kInteger) {
-                        multiply_integer_set<Stats, BITS, 0>(total, stats, slot + words_at, x_at, x_sums);
-                        multiply_integer_set<Stats, BITS, 1>(total, stats, slot + words_at, x_at,
-                                                             x_sums + x.bytes_of_set_sums());
-                        x_sums += 2 * kSlices * x.bytes_of_set_sums();
+                        multiply_integer_set<Stats, BITS, NT, 0>(total, stats, slot + words_at, x_at, x_sums, 0);
+                        multiply_integer_set<Stats, BITS, NT, 1>(total, stats, slot + words_at, x_at, x_sums,
+                                                                 x.bytes_of_set_sums());
+#pragma unroll
+                        for (int j = 0; j < NT; ++j) x_sums[j] += 2 * kSlices * x.bytes_of_set_sums();
                     } else {
                         if (step + kSlices >= end) sums.fetch_outliers();
                         stats.decode(step);
                         dev::sync_warp();
-                        multiply_resident_step<Stats, BITS>(total, stats, slot + words_at, x_at);
+                        multiply_resident_step<Stats, BITS, NT>(total, stats, slot + words_at, x_at);
                     }
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) x_at[i] += x_advance;
+                    for (int j = 0; j < NT; ++j) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) x_at[j][i] += x_advance;
+                    }
                 }
                 sums.finish(total, Stats::kFactor, chunk * kStepColumns, end == steps, x);
             }

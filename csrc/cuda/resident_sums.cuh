@@ -51,30 +51,39 @@ class GroupSums {
         }
     }
 
-    // All threads of the group. `total` as the tensor cores leave it: rows 2g, 2g + 1 and tokens 2t, 2t + 1.
-    HF_DEVICE void finish(const float (&total)[4], float factor, int first_column, bool last, const ResidentX& x) {
-        if (a_.tokens == 1) {
-            finish<1>(total, factor, first_column, last, x);
+    // All threads of the group. `total` as the tensor cores leave it: rows 2g, 2g + 1 and tokens 2t, 2t + 1 of each
+    // eight.
+    template <int NT>
+    HF_DEVICE void finish(const float (&total)[NT][4], float factor, int first_column, bool last, const ResidentX& x) {
+        if constexpr (NT > 1) {
+            finish_tokens<8 * NT>(total, factor, first_column, last, x);
+        } else if (a_.tokens == 1) {
+            finish_tokens<1>(total, factor, first_column, last, x);
         } else if (a_.tokens == 2) {
-            finish<2>(total, factor, first_column, last, x);
+            finish_tokens<2>(total, factor, first_column, last, x);
         } else if (a_.tokens <= 4) {
-            finish<4>(total, factor, first_column, last, x);
+            finish_tokens<4>(total, factor, first_column, last, x);
         } else {
-            finish<8>(total, factor, first_column, last, x);
+            finish_tokens<8>(total, factor, first_column, last, x);
         }
     }
 
   private:
     static constexpr int kAhead = 3;  // entries of a row that a lane fetches early
 
-    template <int TOKENS>
-    HF_DEVICE void finish(const float (&total)[4], float factor, int first_column, bool last, const ResidentX& x) {
+    template <int TOKENS, int NT>
+    HF_DEVICE void finish_tokens(const float (&total)[NT][4], float factor, int first_column, bool last,
+                                 const ResidentX& x) {
         constexpr int kPadded = ResidentMap::padded(TOKENS), kBufferBytes = kSlices * kRows * kPadded * 4;
         const int g = lane_ >> 2, t = lane_ & 3;
         if (2 * t < kPadded) {
             const uint32_t mine = sums_ + buffer_ + ((slice_ * kRows + 2 * g) * kPadded + 2 * t) * 4;
-            dev::store_shared(mine, make_uint2(dev::as_bits(total[0]), dev::as_bits(total[1])));
-            dev::store_shared(mine + kPadded * 4, make_uint2(dev::as_bits(total[2]), dev::as_bits(total[3])));
+#pragma unroll
+            for (int j = 0; j < NT; ++j) {
+                const float (&of)[4] = total[j];
+                dev::store_shared(mine + 32 * j, make_uint2(dev::as_bits(of[0]), dev::as_bits(of[1])));
+                dev::store_shared(mine + kPadded * 4 + 32 * j, make_uint2(dev::as_bits(of[2]), dev::as_bits(of[3])));
+            }
         }
         float outliers = 0.f;
         if (a_.weight.outlier) {

@@ -18,20 +18,21 @@ class ResidentX {
         if (a.dtype != DType::f16) find_scales();
     }
 
-    // Columns from `first` on, as many as fit. All threads of the block.
+    // Columns from `first` on, as many as fit. All threads of the block; AT_ONCE tokens' at a time are on their way.
+    template <int AT_ONCE>
     HF_DEVICE void load(int first) {
         dev::sync_block();  // nobody reads the last ones any more
         const int chunks = a_.plan.chunk_columns / 8;
         for (int c = dev::thread(); c < chunks; c += dev::block_threads()) {
-            for (int from = 0; from < a_.tokens; from += kAtOnce) {
-                uint4 v[kAtOnce];
+            for (int from = 0; from < a_.tokens; from += AT_ONCE) {
+                uint4 v[AT_ONCE];
 #pragma unroll
-                for (int b = 0; b < kAtOnce; ++b) {
+                for (int b = 0; b < AT_ONCE; ++b) {
                     v[b] = {};
                     if (from + b < a_.tokens) v[b] = read(from + b, first + 8 * c);
                 }
 #pragma unroll
-                for (int b = 0; b < kAtOnce; ++b) {
+                for (int b = 0; b < AT_ONCE; ++b) {
                     if (from + b < a_.tokens) put(c, from + b, v[b]);
                 }
             }
@@ -114,37 +115,55 @@ class ResidentX {
         return *reinterpret_cast<const uint4*>(static_cast<const char*>(a_.x) + element * size);
     }
 
-    // The bits of the largest |x| of a thread's share of a token.
-    HF_DEVICE uint32_t largest(int token) const {
-        const int64_t at = int64_t(token) * a_.weight.columns;
+    // The bits of the largest |x| of a thread's share of tokens `first` and following, of those that there are.
+    HF_DEVICE void find_largest(uint32_t (&most)[kAtOnce], int first) const {
         const uint32_t kNoSign = 0x7fffffffu;
-        uint32_t most = 0;
-        const auto take = [&](uint32_t bits) { most = (bits & kNoSign) > most ? bits & kNoSign : most; };
+        const auto take = [&](int k, uint32_t bits) {
+            most[k] = (bits & kNoSign) > most[k] ? bits & kNoSign : most[k];
+        };
         if (a_.plan.vectors) {
             const int element = a_.dtype == DType::f32 ? 4 : 2, columns = 16 / element;
             for (int c = columns * dev::thread(); c < a_.weight.columns; c += columns * dev::block_threads()) {
-                const uint4 v = words(at + c, element);
-                const uint32_t from[4] = {v.x, v.y, v.z, v.w};
+                uint4 v[kAtOnce];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    take(a_.dtype == DType::f32 ? from[i] : from[i] & 0xffff0000u);
-                    if (a_.dtype == DType::bf16) take(from[i] << 16);
+                for (int k = 0; k < kAtOnce; ++k) {
+                    v[k] = {};
+                    if (first + k < a_.tokens) v[k] = words(int64_t(first + k) * a_.weight.columns + c, element);
+                }
+#pragma unroll
+                for (int k = 0; k < kAtOnce; ++k) {
+                    const uint32_t from[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        take(k, a_.dtype == DType::f32 ? from[i] : from[i] & 0xffff0000u);
+                        if (a_.dtype == DType::bf16) take(k, from[i] << 16);
+                    }
                 }
             }
-        } else {
-            for (int c = dev::thread(); c < a_.weight.columns; c += dev::block_threads()) {
-                take(dev::as_bits(read_as(a_.x, at + c, a_.dtype)));
+            return;
+        }
+        for (int c = dev::thread(); c < a_.weight.columns; c += dev::block_threads()) {
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) {
+                const int64_t at = int64_t(first + k) * a_.weight.columns + c;
+                if (first + k < a_.tokens) take(k, dev::as_bits(read_as(a_.x, at, a_.dtype)));
             }
         }
-        return most;
     }
 
     HF_DEVICE void find_scales() const {
         uint32_t* of_warps = reinterpret_cast<uint32_t*>(up_ + 2 * kResidentTokens);  // [warp][token]
         const int warp = dev::thread() / 32, warps = dev::block_threads() / 32;
-        for (int b = 0; b < a_.tokens; ++b) {
-            const uint32_t most = dev::max_of_warp(largest(b));
-            if (dev::thread() % 32 == 0) of_warps[warp * kResidentTokens + b] = most;
+        for (int first = 0; first < a_.tokens; first += kAtOnce) {
+            uint32_t most[kAtOnce] = {};
+            find_largest(most, first);
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) {
+                const uint32_t of_warp = dev::max_of_warp(most[k]);
+                if (dev::thread() % 32 == 0 && first + k < a_.tokens) {
+                    of_warps[warp * kResidentTokens + first + k] = of_warp;
+                }
+            }
         }
         dev::sync_block();
         if (dev::thread() < a_.tokens) {

@@ -10,6 +10,13 @@ struct ScaleZero {
     float scale, zero;
 };
 
+// From the codes of a group and row, scale code in the low half, and its second level.
+HF_DEVICE ScaleZero spqr_scale_zero(uint32_t codes, uint2 second) {
+    const float ss = dev::low_float(second.x), sz = dev::high_float(second.x);
+    const float zs = dev::low_float(second.y), zz = dev::high_float(second.y);
+    return {dev::mul(ss, dev::add(float(codes & 0xffffu), -sz)), dev::mul(zs, dev::add(float(codes >> 16), -zz))};
+}
+
 // A row block's statistics, group by group. FORMAT is known at compile time, all the rest is not.
 template <Format FORMAT>
 class StatReader {
@@ -20,12 +27,7 @@ class StatReader {
     HF_DEVICE ScaleZero read(int group, int row) const {
         if constexpr (FORMAT == Format::spqr) {
             const uint32_t* panel = stream_ + (group >> 4) * m_.panels.panel_words;
-            const uint32_t codes = code_pair(m_.stat_bits, group & 15, panel, row);
-            const uint2 four = second(group);
-            const float ss = dev::low_float(four.x), sz = dev::high_float(four.x);
-            const float zs = dev::low_float(four.y), zz = dev::high_float(four.y);
-            return {dev::mul(ss, dev::add(float(codes & 0xffffu), -sz)),
-                    dev::mul(zs, dev::add(float(codes >> 16), -zz))};
+            return spqr_scale_zero(code_pair(m_.stat_bits, group & 15, panel, row), second(group));
         } else {
             const int in_panel = group & 31;
             const uint32_t* panel = stream_ + (group >> 5) * m_.panels.panel_words;

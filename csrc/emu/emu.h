@@ -1,20 +1,11 @@
-// Runs CUDA kernels on the host, for tests without a GPU: one block at a time, every CUDA thread a fiber.
+// Runs CUDA kernels on the host, for tests without a GPU: what device instructions do.
 //
-// Barriers, shuffles and mma are meeting points; between them fibers run in a random order (from a seed), so that a
-// missing barrier shows as a wrong result. Memory is plain host memory, so AddressSanitizer sees accesses outside of
-// "global" and "shared" arrays. Shared memory starts as garbage; an asynchronous copy leaves garbage until waited for.
-// Not covered: memory order between warps without a barrier, and how the hardware rounds inside an mma.
+// Memory is plain host memory, so AddressSanitizer sees accesses outside of "global" and "shared" arrays; accesses to
+// shared memory through the functions below are also checked for races (races.h). An asynchronous copy leaves garbage
+// until waited for. Not covered: how the hardware rounds inside an mma.
 #pragma once
-#include <ucontext.h>
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <random>
-#include <vector>
+#include "emu/scheduler.h"
 
 #define HF_DEVICE inline
 #define HF_EMU_CALL __attribute__((noinline)) inline  // what unrolled loops call hundreds of times: compiles faster
@@ -38,171 +29,6 @@ inline float2 make_float2(float x, float y) {
 }
 
 namespace hf_spqr {
-
-struct Grid {
-    int64_t x, y = 1;
-};
-
-namespace emu {
-
-constexpr int kMaxShared = 99 * 1024;  // per block, on the architecture that has least
-
-struct DeviceLimits {
-    int multiprocessors, shared_bytes;
-};
-
-inline DeviceLimits& limits() {
-    static DeviceLimits l{3, kMaxShared};
-    return l;
-}
-inline int device_limits(DeviceLimits& l) {
-    l = limits();
-    return 0;
-}
-constexpr size_t kStack = 256 * 1024;
-constexpr int kWords = 8;  // that a lane can show to its warp at once
-
-// A meeting point of some threads. Waiting threads wait for `round` to change.
-struct Meeting {
-    int expected = 0, arrived = 0;
-    uint64_t round = 0;
-};
-
-struct Copy {
-    void* to;
-    const void* from;
-    bool valid;
-};
-
-struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack = std::vector<char>(kStack);
-    int thread = 0;
-    bool done = false;
-    const Meeting* waits_for = nullptr;
-    uint64_t round = 0;
-    std::vector<std::vector<Copy>> copies;  // groups; the last one is not closed
-};
-
-struct Warp {
-    Meeting meeting;
-    uint32_t shown[2][32][kWords];
-};
-
-struct Block {
-    std::vector<Fiber> fibers;
-    std::vector<Warp> warps;
-    Meeting all, groups[16];
-    ucontext_t scheduler;
-    Fiber* current = nullptr;
-    unsigned char* shared = nullptr;
-    int64_t x = 0, y = 0, grid_x = 0;
-    std::function<void()> body;
-};
-
-inline Block& block() {
-    static Block b;
-    return b;
-}
-
-inline unsigned& seed() {
-    static unsigned s = 1;
-    return s;
-}
-
-inline void meet(Meeting& m) {
-    Fiber* me = block().current;
-    if (++m.arrived == m.expected) {
-        m.arrived = 0;
-        ++m.round;
-        return;
-    }
-    me->waits_for = &m;
-    me->round = m.round;
-    swapcontext(&me->context, &block().scheduler);
-}
-
-// Shows n words to the warp and returns what all its lanes show.
-template <int N>
-const uint32_t (*show(const uint32_t (&words)[N])) [kWords] {
-    static_assert(N <= kWords);
-    const int thread = block().current->thread;
-    Warp& warp = block().warps[thread / 32];
-    auto& shown = warp.shown[warp.meeting.round & 1];
-    memcpy(shown[thread % 32], words, sizeof words);
-    meet(warp.meeting);
-    return shown;
-}
-
-inline void fiber_main() {
-    Fiber* me = block().current;
-    block().body();
-    me->done = true;
-    swapcontext(&me->context, &block().scheduler);
-}
-
-inline void run_block(int threads, std::mt19937& random) {
-    Block& b = block();
-    b.all = {threads};
-    for (Meeting& group : b.groups) group = {};
-    b.warps.assign((threads + 31) / 32, {});
-    for (int w = 0; w < int(b.warps.size()); ++w) b.warps[w].meeting.expected = std::min(32, threads - 32 * w);
-    if (int(b.fibers.size()) < threads) b.fibers.resize(threads);
-    std::vector<int> order;
-    for (int t = 0; t < threads; ++t) {
-        Fiber& f = b.fibers[t];
-        f.thread = t;
-        f.done = false;
-        f.waits_for = nullptr;
-        f.copies.assign(1, {});
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.data();
-        f.context.uc_stack.ss_size = f.stack.size();
-        f.context.uc_link = &b.scheduler;
-        makecontext(&f.context, fiber_main, 0);
-        order.push_back(t);
-    }
-    for (int left = threads; left > 0;) {
-        std::shuffle(order.begin(), order.end(), random);
-        bool moved = false;
-        for (int t : order) {
-            Fiber& f = b.fibers[t];
-            if (f.done || (f.waits_for && f.waits_for->round == f.round)) continue;
-            f.waits_for = nullptr;
-            b.current = &f;
-            swapcontext(&b.scheduler, &f.context);
-            left -= f.done;
-            moved = true;
-        }
-        if (!moved) {
-            fprintf(stderr, "deadlock: threads wait at a barrier that others never reach\n");
-            abort();
-        }
-    }
-}
-
-template <auto KERNEL, bool OVERLAP = false, class Args>
-int launch(Grid grid, int threads, int shared_bytes, void*, const Args& args) {
-    if (shared_bytes > limits().shared_bytes || grid.y > 65535) return 1;
-    Block& b = block();
-    std::mt19937 random(seed());
-    b.body = [args] { KERNEL(args); };
-    b.grid_x = grid.x;
-    for (b.y = 0; b.y < grid.y; ++b.y) {
-        for (b.x = 0; b.x < grid.x; ++b.x) {
-            void* shared = nullptr;
-            if (posix_memalign(&shared, 1024, size_t(shared_bytes) + 1)) abort();
-            memset(shared, 0xAB, size_t(shared_bytes));
-            b.shared = static_cast<unsigned char*>(shared);
-            run_block(threads, random);
-            free(shared);
-        }
-    }
-    return 0;
-}
-
-}  // namespace emu
-
 namespace dev {
 
 inline int thread() {
@@ -215,15 +41,15 @@ inline int64_t block_y() {
     return emu::block().y;
 }
 HF_EMU_CALL void sync_block() {
-    emu::meet(emu::block().all);
+    emu::synchronize(emu::block().all);
 }
 HF_EMU_CALL void sync_warp() {
-    emu::meet(emu::block().warps[thread() / 32].meeting);
+    emu::synchronize(emu::block().warps[thread() / 32].meeting);
 }
 HF_EMU_CALL void sync_group(int group, int threads) {
     emu::Meeting& m = emu::block().groups[group];
     m.expected = threads;
-    emu::meet(m);
+    emu::synchronize(m);
 }
 inline void let_next_kernel_start() {}
 inline void wait_for_kernel() {}
@@ -311,11 +137,17 @@ HF_EMU_CALL int shuffle_xor(int v, int mask) {
 HF_EMU_CALL int shuffle(int v, int from) {
     return int(emu::show({uint32_t(v)})[from][0]);
 }
-HF_EMU_CALL int count(bool yes) {
+HF_EMU_CALL uint32_t ballot(bool yes) {
     const auto shown = emu::show({uint32_t(yes)});
-    int sum = 0;
-    for (int lane = 0; lane < 32; ++lane) sum += int(shown[lane][0]);
-    return sum;
+    uint32_t lanes = 0;
+    for (int lane = 0; lane < 32; ++lane) lanes |= shown[lane][0] << lane;
+    return lanes;
+}
+inline int count_bits(uint32_t v) {
+    return __builtin_popcount(v);
+}
+HF_EMU_CALL int count(bool yes) {
+    return count_bits(ballot(yes));
 }
 HF_EMU_CALL uint32_t max_of_warp(uint32_t v) {
     const auto shown = emu::show({v});
@@ -422,42 +254,54 @@ template <class T>
 T& shared_at(uint32_t at) {
     return *reinterpret_cast<T*>(shared_memory() + at);
 }
+template <class T>
+T read_shared(uint32_t at) {
+    const emu::Fiber& me = *emu::block().current;
+    emu::block().races.read(at, sizeof(T), me.thread, me.barriers);
+    return shared_at<T>(at);
+}
+template <class T>
+void write_shared(uint32_t at, T v) {
+    const emu::Fiber& me = *emu::block().current;
+    emu::block().races.write(at, sizeof(T), me.thread, me.barriers);
+    shared_at<T>(at) = v;
+}
 template <int OFFSET>
 uint32_t load_shared(uint32_t at) {
-    return shared_at<uint32_t>(at + OFFSET);
+    return read_shared<uint32_t>(at + OFFSET);
 }
 template <int OFFSET>
 uint32_t load_shared_half(uint32_t at) {
-    return shared_at<uint16_t>(at + OFFSET);
+    return read_shared<uint16_t>(at + OFFSET);
 }
 template <int OFFSET>
 uint2 load_shared2(uint32_t at) {
-    return shared_at<uint2>(at + OFFSET);
+    return read_shared<uint2>(at + OFFSET);
 }
 template <int OFFSET>
 uint4 load_shared4(uint32_t at) {
-    return shared_at<uint4>(at + OFFSET);
+    return read_shared<uint4>(at + OFFSET);
 }
 inline void store_shared(uint32_t at, uint32_t v) {
-    shared_at<uint32_t>(at) = v;
+    write_shared(at, v);
 }
 inline void store_shared(uint32_t at, uint2 v) {
-    shared_at<uint2>(at) = v;
+    write_shared(at, v);
 }
-
 inline void store_shared(uint32_t at, uint4 v) {
-    shared_at<uint4>(at) = v;
+    write_shared(at, v);
 }
 HF_EMU_CALL void load_matrices(uint32_t (&m)[4], uint32_t at) {
     const auto shown = emu::show({at});
     const int r = (thread() & 31) >> 2, t = thread() & 3;
-    for (int i = 0; i < 4; ++i) m[i] = shared_at<uint32_t>(shown[8 * i + r][0] + 4 * t);
+    for (int i = 0; i < 4; ++i) m[i] = read_shared<uint32_t>(shown[8 * i + r][0] + 4 * t);
 }
 
 HF_EMU_CALL void start_copy(uint32_t to, const void* global, bool valid) {
-    unsigned char* shared = shared_memory() + to;
-    memset(shared, 0xCD, 16);
-    emu::block().current->copies.back().push_back({shared, global, valid});
+    emu::Fiber& me = *emu::block().current;
+    emu::block().races.begin_copy(to, 16, me.thread, me.barriers);
+    memset(shared_memory() + to, 0xCD, 16);
+    me.copies.back().push_back({to, global, valid});
 }
 template <int OFFSET>
 void copy_async(uint32_t to, const void* global, int bytes, bool wanted) {
@@ -471,14 +315,13 @@ inline void close_copies() {
     emu::block().current->copies.emplace_back();
 }
 HF_EMU_CALL void finish_copies(size_t but) {
-    auto& groups = emu::block().current->copies;
-    while (groups.size() > but) {
-        for (const emu::Copy& c : groups.front()) {
-            uint4 v{};
-            if (c.valid) v = *static_cast<const uint4*>(c.from);
-            *static_cast<uint4*>(c.to) = v;
+    emu::Fiber& me = *emu::block().current;
+    while (me.copies.size() > but) {
+        for (const emu::Copy& c : me.copies.front()) {
+            emu::block().races.end_copy(c.to, 16, me.thread, me.barriers);
+            shared_at<uint4>(c.to) = c.valid ? *static_cast<const uint4*>(c.from) : uint4{};
         }
-        groups.erase(groups.begin());
+        me.copies.erase(me.copies.begin());
     }
 }
 template <int N>

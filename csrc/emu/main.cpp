@@ -9,7 +9,7 @@
 namespace hf_spqr {
 namespace {
 
-enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2, quantize = 3, int8_linear = 4 };
+enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2, quantize = 3, int8_linear = 4, stretch = 5 };
 
 void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     const auto perm = read_tensor(in), bias = read_tensor(in), x = read_tensor(in);
@@ -82,12 +82,20 @@ void run_int8_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y)
     expect(hf_spqr_cuda_int8_linear(&a, nullptr) == 0, "int8_linear failed");
 }
 
+// rows, columns, tokens, multiprocessors -> rows of a stretch of fp16 weights.
+void run_stretch(const Header& h, FILE* out) {
+    const Bytes result(sizeof(int64_t));
+    *result.as<int64_t>() = stretch_rows(h.rows, 2 * h.columns, h.tokens, h.multiprocessors);
+    write_result(result, out);
+}
+
 void run_case(const Header& h, FILE* in, FILE* out) {
     emu::seed() = unsigned(h.seed);
     emu::limits() = {int(h.multiprocessors), int(h.shared_bytes)};
     const Job job = Job(h.job);
     if (job == Job::finish) return run_finish(h, in, out);
     if (job == Job::quantize) return run_quantize(h, in, out);
+    if (job == Job::stretch) return run_stretch(h, out);
     const DType dtype = DType(h.dtype);
     const int64_t element = dtype == DType::f32 ? 4 : 2;
     const auto packed = read_tensor(in), outlier_row = read_tensor(in), outlier = read_tensor(in);

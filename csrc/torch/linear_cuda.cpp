@@ -11,8 +11,6 @@ namespace {
 
 namespace stable = torch::stable;
 
-constexpr int64_t kScratchBytes = 64 << 20;  // of dequantized weights
-
 // One call of a linear op.
 struct Call {
     const char* op;
@@ -101,10 +99,9 @@ void linear_many(const Call& c, const Tensor& x, Tensor& y) {
     PreparedX p = as_it_is ? PreparedX{x, m.columns, std::nullopt} : prepare(c, x);
     const Tensor left = p.stride == m.columns ? p.x : stable::narrow(p.x, 1, 0, m.columns);
     const ScalarType kind = full ? ScalarType::Float : ScalarType::Half;
-    const int64_t row_bytes = int64_t(m.columns) * (full ? 4 : 2);
-    const int64_t most = std::max<int64_t>(kScratchBytes / row_bytes / 16, 1) * 16;
-    const int64_t parts = (m.rows + most - 1) / most;
-    const int64_t part_rows = ((m.rows + parts - 1) / parts + 15) / 16 * 16;
+    int multiprocessors = 0;
+    check_launch(c.op, "device query", hf_spqr_cuda_multiprocessors(&multiprocessors));
+    const int64_t part_rows = stretch_rows(m.rows, int64_t(m.columns) * (full ? 4 : 2), c.tokens, multiprocessors);
     for (int64_t first = 0; first < m.rows; first += part_rows) {
         const int64_t rows = std::min<int64_t>(part_rows, m.rows - first);
         Tensor weight = stable::new_empty(x, {rows, m.columns}, kind);

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
+from hf_spqr.cli.bench import bench_command
 from hf_spqr.cli.common import err_console, print_json
 from hf_spqr.cli.convert import convert_command
 from hf_spqr.cli.doctor import doctor_command
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("quantize")(quantize_command)
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
+app.command("bench")(bench_command)
 app.command("convert")(convert_command)
 app.command("export")(export_command)
 app.command("push")(push_command)

@@ -43,6 +43,8 @@ T = TypeVar("T")
 
 PREFIX = "hf_spqr_"
 EXPERTS = "moe_tp_experts"
+KEYS = ("k_proj", "kv_b_proj", "qkv_proj", "query_key_value")
+"""Layers whose rows are heads of keys; a plan that divides their rows divides attention by heads."""
 GATHERED = ("colwise_rep", "colwise_gather_output")
 
 
@@ -233,12 +235,14 @@ def gather(mine: T, group: Any) -> list[T] | None:
 def finish(model: nn.Module) -> None:
     """Complete the divided layers of a loaded model.
 
-    Raises ConfigError where a plan of the caller's divided packed tensors as if they were ordinary ones.
+    Raises ConfigError where a plan of the caller's divided packed tensors as if they were ordinary ones, or where
+    attention heads would be cut.
     """
     if not is_distributed():
         return
     from torch.distributed.tensor import DTensor
 
+    _check_heads(model)
     for name, module in model.named_modules():
         if not isinstance(module, PackedLinear):
             continue
@@ -249,6 +253,20 @@ def finish(model: nn.Module) -> None:
             )
         if module.share is not None:
             module.share.finish(module)
+
+
+def _check_heads(model: Any) -> None:
+    sizes = {module.share.size for module in model.modules() if isinstance(module, PackedLinear) and module.share}
+    divided = {key.rpartition(".")[2] for key, style in (model._tp_plan or {}).items() if style == "colwise"}
+    if not sizes or not divided & set(KEYS):
+        return
+    config, size = model.config.get_text_config(), max(sizes)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if any(number % size for number in ([heads] if isinstance(heads, int) else heads)):
+        raise ConfigError(
+            f"{heads} heads of keys and values cannot be divided among {size} ranks: use a number of ranks that"
+            " divides them."
+        )
 
 
 def refuse_to_quantize(model: Any) -> None:

@@ -1,7 +1,8 @@
 """vLLM: serves packed models. vLLM calls :func:`register` in each of its processes (``vllm.general_plugins``).
 
-The only file that imports vLLM. The layers of vLLM stay its own; a :class:`PackedLinearMethod` gives each of them
-packed modules to compute with, see :mod:`hf_spqr.integrations.shards` for layers that are fused or split.
+The layers of vLLM stay its own; a :class:`PackedLinearMethod` gives each of them packed modules to compute with, see
+:mod:`hf_spqr.integrations.shards` for layers that are fused or split and :mod:`hf_spqr.integrations.vllm_experts` for
+mixtures of experts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from vllm.distributed import tensor_model_parallel_all_gather
-from vllm.model_executor.layers import fused_moe
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -32,12 +33,11 @@ from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.formats.tokens import fake_quantize_activation
 from hf_spqr.integrations.shards import Part, Shards
-from hf_spqr.nn import AffineLinear, PackedLinear, SpQRLinear
+from hf_spqr.integrations.vllm_experts import PackedExpertsMethod, projection_names
+from hf_spqr.nn import AffineGroupedLinear, AffineLinear, GroupedLinear, PackedLinear, SpQRGroupedLinear, SpQRLinear
 
 __all__ = ["OmniQuantVllmConfig", "PackedLinearMethod", "SpQRVllmConfig", "register"]
 
-_EXPERTS = (getattr(fused_moe, name, None) for name in ("RoutedExperts", "FusedMoE"))
-EXPERTS = tuple(kind for kind in _EXPERTS if isinstance(kind, type))
 KNOWN_LOADERS = {
     kind.weight_loader
     for kind in (
@@ -48,10 +48,11 @@ KNOWN_LOADERS = {
 
 
 class PackedVllmConfig(QuantizationConfig):
-    """What ``config.json`` says of a packed model. A subclass names the config of a method and its module."""
+    """What ``config.json`` says of a packed model. A subclass names the config of a method and its modules."""
 
     config_class: ClassVar[type[PackedConfig]]
     module_class: ClassVar[type[PackedLinear]]
+    grouped_class: ClassVar[type[GroupedLinear]]
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -88,15 +89,12 @@ class PackedVllmConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How ``layer`` computes; None leaves embeddings, the head and attention to vLLM.
 
-        Raises UnsupportedLayerError for a mixture of experts.
+        Raises UnsupportedLayerError for experts that do something that packed ones cannot.
         """
-        if isinstance(layer, EXPERTS):
-            if self.config.excludes(prefix):
-                return None
-            raise UnsupportedLayerError(
-                f"{prefix}: packed experts do not run in vLLM yet. Use Transformers; OmniQuant models can also be"
-                " written for vLLM's own kernels, with `hf-spqr export --format compressed-tensors`."
-            )
+        if isinstance(layer, RoutedExperts):
+            if any(self.config.excludes(name) for name in projection_names(prefix).values()):
+                return None  # quantizing leaves all of such a layer alone
+            return PackedExpertsMethod(self.config, self.grouped_class, prefix, layer.moe_config)
         if not isinstance(layer, LinearBase):
             return None
         names = self.shard_names(prefix)
@@ -126,6 +124,7 @@ class SpQRVllmConfig(PackedVllmConfig):
 
     config_class = SpQRConfig
     module_class = SpQRLinear
+    grouped_class = SpQRGroupedLinear
 
 
 @register_quantization_config(OmniQuantConfig.quant_method)
@@ -134,6 +133,7 @@ class OmniQuantVllmConfig(PackedVllmConfig):
 
     config_class = OmniQuantConfig
     module_class = AffineLinear
+    grouped_class = AffineGroupedLinear
 
     def __init__(self, config: OmniQuantConfig) -> None:
         super().__init__(config)

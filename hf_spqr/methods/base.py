@@ -99,6 +99,11 @@ class AffineParams:
         if self.scale_dtype not in (torch.float16, torch.bfloat16):
             raise ConfigError(f"scale_dtype must be torch.float16 or torch.bfloat16, got {self.scale_dtype}")
 
+    @classmethod
+    def of(cls, layout: AffineLayout) -> AffineParams:
+        """Parameters of a layer that is to be stored in ``layout``, without a permutation."""
+        return cls(layout.bits, layout.group_size, symmetric=layout.symmetric, scale_dtype=layout.scale_dtype)
+
     def layout(self, out_features: int, in_features: int) -> AffineLayout:
         """The packed layout of a layer [out_features, in_features]."""
         return AffineLayout(

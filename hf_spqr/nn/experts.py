@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_spqr.nn.grouped import GroupedLinear
 
-__all__ = ["ExpertsKind", "PackedExperts", "describe", "pack_experts"]
+__all__ = ["ExpertsKind", "PackedExperts", "by_expert", "describe", "pack_experts"]
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,8 @@ class PackedExperts(nn.Module):
         first, last = self.held or (0, self.kind.experts)
         if self.held is not None:
             expert = (expert - first).masked_fill((expert < first) | (expert >= last), last - first)
-        order = expert.argsort(stable=True)
-        expert = expert[order]
-        ends = torch.searchsorted(expert, torch.arange(last - first, device=x.device), right=True)
-        x = x[order]
+        order, ends = by_expert(expert, last - first)
+        expert, x = expert[order], x[order]
         y = self._join_gate([self.packed[name](x, ends) for name in list(self.kind.projections)[:-1]])
         nobody, expert = (expert >= last - first)[:, None], expert + first
         if self.kind.biased:
@@ -209,6 +207,12 @@ class PackedExperts(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _new, (self.original_class,), self.__dict__
+
+
+def by_expert(expert: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The order [S] in which rows are sorted by ``expert`` [S], and where the rows of each of ``experts`` end, [E]."""
+    order = expert.argsort(stable=True)
+    return order, torch.searchsorted(expert[order], torch.arange(experts, device=expert.device), right=True)
 
 
 def activate(module: nn.Module, kind: ExpertsKind, y: Tensor) -> Tensor:

@@ -62,14 +62,7 @@ class OmniQuantRun(Run[OmniQuantConfig]):
 
     def _quantize_projection(self, name: str, weight: Tensor, hessian: Tensor) -> LayerResult:
         """Experts are not learned: each sees too few of the tokens. They get the same grid by GPTQ."""
-        layout = self.config.layout(*weight.shape, name)
-        params = AffineParams(
-            bits=layout.bits,
-            group_size=layout.group_size,
-            symmetric=layout.symmetric,
-            scale_dtype=layout.scale_dtype,
-        )
-        return gptq.quantize(weight, hessian, params)
+        return gptq.quantize(weight, hessian, AffineParams.of(self.config.layout(*weight.shape, name)))
 
     def _put_experts(self, block: Block, experts: dict[str, nn.Module]) -> None:
         self.put(block, experts)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_spqr.calibration.blocks import find_stacks, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows
-from hf_spqr.config import OmniQuantConfig, SpQRConfig
+from hf_spqr.config import OmniQuantConfig, SpQRConfig, name_matches
 from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import ExpertsTarget, find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
@@ -117,6 +117,9 @@ def _quantize(
         with ranks.together():
             batches = ranks.part(batches)
     names = _names_in_order(model, targets, experts)
+    for pattern in config.overrides:
+        if not any(name_matches(pattern, name) for name in names):
+            report.notes.append(f"overrides: {pattern!r} selects no layer that is quantized.")
     shown = progress and ranks.first
     bar = tqdm(total=len(names), desc="Quantizing", unit="layer", miniters=0, disable=not shown)
     with bar, _evaluating(model):

@@ -7,8 +7,9 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,28 +33,39 @@ def compiler() -> str | None:
 
 
 def build(folder: Path) -> Path:
-    """The emulator, compiled unless ``folder`` holds one of the same sources."""
-    sources = sorted([*CSRC.glob("cuda/*.cu"), CSRC / "emu/main.cpp"])
-    texts = [path.read_bytes() for path in sorted([*CSRC.glob("cuda/*"), *CSRC.glob("emu/*")])]
-    key = hashlib.sha256(b"".join([*texts, " ".join(FLAGS).encode()])).hexdigest()[:16]
-    program = folder / f"emu-{key}"
-    if program.exists():
-        return program
+    """The emulator in ``folder``, each source compiled again only if what the preprocessor makes of it has changed."""
     folder.mkdir(parents=True, exist_ok=True)
-    work = folder / f"{key}-{os.getpid()}"
-    work.mkdir()
+    program = compiler() or "g++"
 
-    def compile_one(source: Path) -> str:
-        target = str(work / f"{source.name}.o")
-        subprocess.run([compiler() or "g++", *FLAGS, "-c", "-x", "c++", str(source), "-o", target], check=True)
-        return target
+    def compile_one(source: Path) -> Path:
+        command = [program, *FLAGS, "-x", "c++", "-E", str(source)]
+        text = subprocess.run(command, check=True, capture_output=True).stdout
+        made = folder / f"{source.name}-{_key(text, *map(str.encode, FLAGS))}.o"
+        if not made.exists():
+            with _replacing(made) as target:
+                command = [program, *FLAGS, "-x", "c++-cpp-output", "-c", "-", "-o", str(target)]
+                subprocess.run(command, check=True, input=text)
+        return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    subprocess.run([compiler() or "g++", *FLAGS, *objects, "-o", str(work / "emu")], check=True)
-    (work / "emu").rename(program)
-    shutil.rmtree(work)
-    return program
+        objects = list(pool.map(compile_one, sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("emu/*.cpp")])))
+    linked = folder / f"emu-{_key(*(made.name.encode() for made in objects))}"
+    if not linked.exists():
+        with _replacing(linked) as target:
+            subprocess.run([program, *FLAGS, *map(str, objects), "-o", str(target)], check=True)
+    return linked
+
+
+def _key(*texts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to; the file becomes ``path`` when it is whole, whoever else may be writing it."""
+    target = path.with_name(f"{os.getpid()}-{path.name}")
+    yield target
+    target.rename(path)
 
 
 SMALLEST_DEVICE = (3, 99 << 10)
@@ -187,12 +199,30 @@ class Int8Linear:
         return [(self.dtype, (self.code.shape[0], self.weight.layout.out_features))]
 
 
+@dataclass
+class Stretch:
+    """How many rows of fp16 weights are made and multiplied at a time."""
+
+    rows: int
+    columns: int
+    tokens: int
+    multiprocessors: int
+
+    def encode(self) -> bytes:
+        shape = (0, 0, self.rows, self.columns, 0, 0, 0, 0, self.tokens, 0, 0, 0, 0, 1, self.multiprocessors, 0)
+        return struct.pack("18q", 5, 0, *shape)
+
+    @property
+    def outputs(self) -> list[Output]:
+        return [(torch.int64, (1,))]
+
+
 def _bytes(tensor: Tensor | None) -> bytes:
     raw = b"" if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return struct.pack("q", len(raw)) + raw
 
 
-def run(program: Path, cases: Sequence[Case | Finish | Quantize | Int8Linear], folder: Path) -> list[Any]:
+def run(program: Path, cases: Sequence[Case | Finish | Quantize | Int8Linear | Stretch], folder: Path) -> list[Any]:
     """Of each case the result, or a tuple of them; raises with the sanitizer's report if a kernel misbehaves."""
     (folder / "in").write_bytes(b"".join(case.encode() for case in cases))
     environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}

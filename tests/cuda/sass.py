@@ -54,6 +54,11 @@ def functions(cubin: Path) -> dict[str, list[tuple[int, str]]]:
     return found
 
 
+def until_barrier(code: list[tuple[int, str]]) -> int:
+    """Instructions before the first barrier of the block, each counted once."""
+    return next(i for i, (_, text) in enumerate(code) if "BAR.SYNC" in text)
+
+
 def main_loop(code: list[tuple[int, str]]) -> Loop:
     """The smallest loop that holds all tensor-core instructions of any loop."""
     best: tuple[int, list[str]] | None = None

@@ -24,6 +24,18 @@ BUDGETS = [
 ]
 
 
+# Of resident.cuh, for 1 to 8 tokens. Its loop also holds what is done once for a row block only: the next one's place
+# and the fetching of outliers.
+RESIDENT_BUDGETS = [
+    ("resident_spqr16", 3, 3.6),
+    ("resident_spqr16", 2, 3.4),
+    ("resident_spqr16", 4, 3.4),
+    ("resident_affine128", 4, 2.35),
+    ("resident_affine128", 2, 2.25),
+]
+DENSE_WEIGHTS_PER_THREAD = 64
+
+
 @pytest.mark.parametrize(
     ("name", "arch"),
     [
@@ -54,6 +66,31 @@ def test_instruction_budget(cubin: Callable, name: str, bits: int, most: float) 
     print(f"{name}, {bits} bits: {per_weight:.2f} instructions per weight, {dict(loop.by_name)}")
     assert loop.by_name["HMMA"] >= 16 and not loop.by_name["LDL"] and not loop.by_name["STL"]
     assert per_weight <= most
+
+
+@pytest.mark.usefixtures("disassembler")
+@pytest.mark.parametrize(("name", "bits", "most"), RESIDENT_BUDGETS)
+def test_instruction_budget_of_resident(cubin: Callable, name: str, bits: int, most: float) -> None:
+    path, _ = cubin(name, "90a")
+    pattern = rf"linear_resident_kernel\w+ELi{bits}ELi1EEEv"  # bits, token tiles
+    (code,) = (body for function, body in sass.functions(path).items() if re.search(pattern, function))
+    loop = sass.main_loop(code)
+    per_weight = loop.instructions / WEIGHTS_PER_LANE
+    print(f"{name}, {bits} bits: {per_weight:.2f} instructions per weight, {dict(loop.by_name)}")
+    assert loop.by_name["HMMA"] >= 16 and not loop.by_name["LDL"] and not loop.by_name["STL"]
+    assert per_weight <= most
+
+
+@pytest.mark.usefixtures("disassembler")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_instruction_budget_of_dequantize(cubin: Callable, bits: int) -> None:
+    """Of SpQR's usual layout: all until dense weights lie in shared memory."""
+    path, _ = cubin("kernels", "90a")
+    name = f"dequantize_kernelINS_16DenseStatsSpqr16ELi{bits}E"
+    (code,) = (body for function, body in sass.functions(path).items() if name in function)
+    per_weight = sass.until_barrier(code) / DENSE_WEIGHTS_PER_THREAD
+    print(f"dequantize, {bits} bits: {per_weight:.2f} instructions per weight")
+    assert per_weight <= 8.75
 
 
 @pytest.mark.usefixtures("disassembler")

@@ -13,7 +13,7 @@ from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 from hf_spqr.ops import reference
-from tests.cuda.emulator import Case, Finish
+from tests.cuda.emulator import Case, Finish, Stretch
 from tests.weights import random_affine, random_spqr
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -147,6 +147,43 @@ def test_few_tokens_on_any_device(run_emulated: Callable, tokens: int) -> None:
     check(run_emulated, cases)
 
 
+SIXTEEN = [
+    # rows, columns, bits, tokens, dtype, perm, outliers
+    (100, 1032, 3, 9, BF16, True, 0.1),
+    (70, 4096, 3, 16, F16, False, 0.01),
+    (300, 500, 2, 13, F32, False, 0.05),
+    (40, 777, 4, 15, BF16, False, 0.0),
+]
+
+
+def test_sixteen_tokens_in_shared_memory(run_emulated: Callable) -> None:
+    """More than eight in one block: a second tile of tokens, full and not, in all layouts that have the kernel."""
+    cases, device = [], (2, 227 << 10)
+    for seed, (rows, columns, bits, tokens, dtype, perm, share) in enumerate(SIXTEEN):
+        x, bias = inputs(tokens, columns, rows, dtype, seed)
+        weight = natural_spqr(SpQRLayout(rows, columns, bits), share, perm, seed)
+        cases.append(Case(weight, x, bias, seed=seed, device=device))
+        for group in (128, -1):
+            weight = natural_affine(AffineLayout(rows, columns, (8, 4, 3, 2)[seed], group, seed == 1), perm, seed)
+            cases.append(Case(weight, x, bias, seed=seed, device=device))
+    check(run_emulated, cases)
+
+
+@pytest.mark.parametrize("tokens", [12, 16, 20, 64])
+def test_many_rows_share_x(run_emulated: Callable, tokens: int) -> None:
+    """On a device with one multiprocessor a few hundred rows are many."""
+    rows, columns, device = 200, 2100, (1, 99 << 10)
+    x, bias = inputs(tokens, columns, rows, F16, tokens)
+    weights = [
+        natural_spqr(SpQRLayout(rows, columns), 0.02, False, 1),
+        natural_spqr(SpQRLayout(rows, columns, 4, 64), 0.02, tokens == 16, 2),
+        natural_affine(AffineLayout(rows, columns, 4, 128), False, 3),
+        natural_affine(AffineLayout(rows, columns, 8, -1), tokens == 20, 4),
+        natural_affine(AffineLayout(rows, columns, 2, 64), False, 5),
+    ]
+    check(run_emulated, [Case(weight, x, bias, seed=tokens, device=device) for weight in weights])
+
+
 def test_statistics_of_any_size(run_emulated: Callable) -> None:
     """Scales of both signs and very different sizes: the power of two that fits them into fp16 is found per step."""
     layout = SpQRLayout(32, 600)
@@ -212,8 +249,12 @@ def dequantize_cases() -> list[Case]:
             scale_dtype = F16 if j < 2 else BF16
             weight = random_affine(AffineLayout(rows, columns, bits, group, j % 2 == 1, scale_dtype), perm, bits)
             cases.append(Case(weight, dtype=dtype, part_rows=16 if j == 2 else None))
-    wide = random_spqr(SpQRLayout(2, 65600), 0.0005, seed=9)  # int64 outliers
-    return [*cases, Case(wide, dtype=F32)]
+    # int64 outliers; rows with very many and with none; a last panel of one group; statistics shared by two groups
+    wide = random_spqr(SpQRLayout(2, 65600), 0.0005, seed=9)
+    full = random_spqr(SpQRLayout(17, 1100, 3), 0.9, seed=10)
+    few = random_spqr(SpQRLayout(40, 2072, 2), 0.001, seed=11)
+    short = random_spqr(SpQRLayout(20, 1034, 4, 16, 3, 32), 0.05, seed=12)
+    return [*cases, Case(wide, dtype=F32), Case(full, dtype=F16), Case(few, dtype=BF16), Case(short, dtype=F16)]
 
 
 def test_dequantize_is_exact(run_emulated: Callable) -> None:
@@ -222,6 +263,32 @@ def test_dequantize_is_exact(run_emulated: Callable) -> None:
     for case, y in zip(cases, run_emulated(cases), strict=True):
         want = case.weight.dequantize(case.dtype)[case.first_row : case.first_row + case.rows]
         assert torch.equal(y, want), case.weight.layout
+
+
+def test_outliers_beside_each_other(run_emulated: Callable) -> None:
+    """All of a row's outliers in one block of columns, at its edges, and none elsewhere."""
+    weight = random_spqr(SpQRLayout(16, 2048), 0.0, seed=13)
+    ends = torch.tensor([511, 512, 1023, 1024, 2047])
+    columns = [torch.arange(0, 40), torch.arange(500, 530), ends, torch.arange(2048)]
+    counts = torch.tensor([len(columns[row % 4]) for row in range(16)])
+    weight = replace(
+        weight,
+        outlier_row=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int(),
+        outlier_col=torch.cat([columns[row % 4] for row in range(16)]).int(),
+        outlier_value=torch.randn(int(counts.sum()), generator=torch.Generator().manual_seed(1)).half(),
+    )
+    (y,) = run_emulated([Case(weight, dtype=F16)])
+    assert torch.equal(y, weight.dequantize(F16))
+
+
+def test_stretches_fill_the_device(run_emulated: Callable) -> None:
+    """On 132 multiprocessors: whole where that takes no more waves, otherwise cut so that few blocks are left over."""
+    wanted = {
+        (4096, 4096, 512): 4096, (11008, 4096, 512): 11008, (4096, 11008, 512): 4096, (28672, 8192, 512): 4096,
+        (100, 300, 65): 112, (1, 7, 100): 16, (50000, 65536, 100): 768, (40, 67108863, 100): 16,
+    }  # fmt: skip
+    got = run_emulated([Stretch(*shape, 132) for shape in wanted])
+    assert [int(rows) for rows in got] == list(wanted.values())
 
 
 def test_finish(run_emulated: Callable) -> None:

@@ -1,4 +1,4 @@
-"""``tp_plan="auto"`` on two ranks gives what one process gives. All models are loaded by one pair of processes."""
+"""``tp_plan="auto"`` on several ranks gives what one process gives. Two ranks load all of their models, one by one."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def load(folder: Path, **arguments: object) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
 
-def divided(folder: Path, **arguments: object) -> torch.nn.Module:
-    return load(folder, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"), **arguments)
+def divided(folder: Path, size: int = 2, **arguments: object) -> torch.nn.Module:
+    return load(folder, distributed_config=DistributedConfig(tp_size=size, tp_plan="auto"), **arguments)
 
 
 def expert_parallel() -> DistributedConfig:
@@ -122,6 +122,14 @@ def errors_on_a_rank(folders: dict[str, Path]) -> dict[str, float]:
             got = load(folder, tp_plan="auto")(IDS).logits
             errors[kind] = float((got - expected).abs().max() / expected.abs().max())
     return errors
+
+
+def outputs_on_a_rank(folders: dict[str, Path], size: int) -> dict[str, object]:
+    """What each model gives, or how its load fails."""
+    return {
+        name: failure(lambda folder=folder: divided(folder, size)) or outputs(divided(folder, size))
+        for name, folder in folders.items()
+    }
 
 
 def failure(call) -> tuple[type, str] | None:
@@ -220,3 +228,42 @@ def test_more_architectures(tmp_path, texts):
         model.save_pretrained(tmp_path / kind)
     for errors in run_ranks(errors_on_a_rank, {kind: tmp_path / kind for kind in MORE}):
         assert {kind: error for kind, error in errors.items() if not error < 2e-4} == {}
+
+
+SIZES = {
+    3: {
+        "uneven": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3,
+                             "intermediate_size": 104}),
+        "heads": ("llama", {}),
+        "experts": ("mixtral", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    },
+    4: {
+        "even": ("llama", {"num_key_value_heads": 4, "intermediate_size": 104}),
+        "heads": ("llama", {}),
+        "experts": ("mixtral", {"num_key_value_heads": 4}),
+    },
+}  # fmt: skip
+REFUSED = {
+    (3, "heads"): "2 heads of keys and values cannot be divided among 3 ranks",
+    (3, "experts"): "4 cannot be divided among 3 ranks: at least one would get nothing",
+    (4, "heads"): "2 heads of keys and values cannot be divided among 4 ranks",
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_three_and_four_ranks(size, tmp_path, texts):
+    """Layers of any width are divided, also where a rank gets less; what cannot be divided says so."""
+    folders = {}
+    for name, (kind, changes) in SIZES[size].items():
+        model = tiny_model(kind, **changes)
+        quantize_model(model, SpQRConfig(**SPQR, dataset=texts), tokenizer=byte_tokenizer(), progress=False)
+        folders[name] = tmp_path / name
+        model.save_pretrained(folders[name])
+    for found in run_ranks(outputs_on_a_rank, folders, size, size=size, timeout=300):
+        for name, folder in folders.items():
+            if message := REFUSED.get((size, name)):
+                assert found[name][0] is ConfigError and message in found[name][1]
+                continue
+            logits, tokens = outputs(load(folder))
+            assert torch.equal(found[name][1], tokens)
+            assert float((found[name][0] - logits).abs().max()) < 1e-4 * float(logits.abs().max())

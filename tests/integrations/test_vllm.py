@@ -326,12 +326,6 @@ def test_quantized_attention_is_not_silent(packed):
         packed["w4a8"].config()
 
 
-def test_experts_are_refused(packed):
-    experts = plugin.EXPERTS[0].__new__(plugin.EXPERTS[0])
-    with pytest.raises(UnsupportedLayerError, match="experts do not run in vLLM"):
-        packed["spqr"].config().get_quant_method(experts, "model.layers.0.mlp.experts")
-
-
 def test_unknown_ways_of_splitting_are_refused(packed, world):
     class Own(layers.MergedColumnParallelLinear):
         def weight_loader(self, *arguments):

@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 
 from hf_spqr import OmniQuantConfig, SpQRConfig
 from hf_spqr.config import PackedConfig
+from tests.tiny_models import byte_tokenizer, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [[5, 6, 7, 8, 9, 10], list(range(40, 80)), [3, 3]]
@@ -95,6 +96,12 @@ def server(folder: Path, plugin: Path) -> Iterator[str]:
         process.wait()
 
 
+MIXTURES = {
+    "mixtral": lambda texts: SpQRConfig(dataset=texts, nsamples=4, seqlen=32),
+    "qwen3_moe": lambda texts: OmniQuantConfig(bits=4, group_size=16, epochs=0, dataset=texts, nsamples=4, seqlen=32),
+}
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {method: tmp_path_factory.mktemp(method) for method in CONFIGS}
@@ -114,16 +121,35 @@ def quantized(folder: Path, config: PackedConfig) -> torch.nn.Module:
 @pytest.mark.parametrize("method", CONFIGS)
 def test_same_tokens_as_transformers(folders, tmp_path, method, ranks, mode):
     model = quantized(folders[method], CONFIGS[method]())
+    same_tokens(model, folders[method], ranks, mode, tmp_path, CLOSE.get(method, 2e-3))
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_mixtures_of_experts(texts, tmp_path, kind, ranks, mode):
+    """Random models of the kind; heads as wide as this vLLM's attention wants them."""
+    base, folder = tmp_path / "base", tmp_path / "packed"
+    tiny_model(kind, num_attention_heads=2, num_key_value_heads=2, head_dim=32).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=MIXTURES[kind](texts)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    same_tokens(model, folder, ranks, mode, tmp_path, 2e-3)
+
+
+def same_tokens(model: torch.nn.Module, folder: Path, ranks: int, mode: str, plugin: Path, close: float) -> None:
+    """vLLM's tokens are those of ``model``, with log-probabilities that differ by ``close`` at most."""
     if ranks > 1 and not current_platform.is_cpu() and torch.cuda.device_count() < ranks:
         pytest.skip("one GPU for each rank")
-    for prompt, output in zip(PROMPTS, generate(folders[method], ranks, mode, tmp_path), strict=True):
+    for prompt, output in zip(PROMPTS, generate(folder, ranks, mode, plugin), strict=True):
         ids = torch.tensor([prompt])
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert output["tokens"] == whole[0, len(prompt) :].tolist()
         with torch.no_grad():
             steps = model(whole).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
         expected = steps.gather(1, torch.tensor(output["tokens"])[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(output["logprobs"]), expected, rtol=0, atol=CLOSE.get(method, 2e-3))
+        torch.testing.assert_close(torch.tensor(output["logprobs"]), expected, rtol=0, atol=close)
 
 
 def test_the_server_answers(folders, tmp_path):

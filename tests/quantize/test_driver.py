@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_spqr import CalibrationError, NonFiniteError, SpQRConfig, UnsupportedLayerError
+from hf_spqr import CalibrationError, NonFiniteError, OmniQuantConfig, SpQRConfig, UnsupportedLayerError
 from hf_spqr.nn import SpQRLinear
 from hf_spqr.quantize import quantize_model
 from tests.tiny_models import ARCHITECTURES, tiny_model
@@ -183,6 +183,15 @@ def test_nothing_to_quantize(texts, tokenizer):
 def test_model_without_data(texts, tokenizer):
     with pytest.raises(UnsupportedLayerError, match="meta device"):
         quantize_model(tiny_model("llama").to("meta"), make_config(texts), tokenizer=tokenizer, progress=False)
+
+
+@pytest.mark.parametrize("kind", [SpQRConfig, OmniQuantConfig])
+def test_overrides_that_select_nothing_are_noted(kind, texts, tokenizer):
+    overrides = {"dwn_proj": {"bits": 4}, "experts": {"bits": 4}, "q_proj": {"bits": 4}}
+    config = kind(group_size=16, dataset=texts, nsamples=2, seqlen=32, overrides=overrides)
+    report = quantize_model(tiny_model("llama"), config, tokenizer=tokenizer, progress=False)
+    noted = [note for note in report.notes if note.startswith("overrides")]
+    assert noted == [f"overrides: {name!r} selects no layer that is quantized." for name in ("dwn_proj", "experts")]
 
 
 def test_progress_names_layer_error_and_bits(texts, tokenizer, capsys):

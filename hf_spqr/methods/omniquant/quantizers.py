@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_spqr.errors import ConfigError
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.tokens import MIN_SCALE, code_range, token_grid
 
@@ -118,6 +119,8 @@ class WeightQuantizer(nn.Module):
     def __init__(self, weight: Tensor, params: OmniQuantParams, layout: AffineLayout) -> None:
         super().__init__()
         self.rows, self.columns = weight.shape
+        if (layout.out_features, layout.in_features) != (self.rows, self.columns):
+            raise ConfigError(f"the layout {layout} is not that of a weight [{self.rows}, {self.columns}]")
         self.layout = layout
         self.bits, self.sym, self.scale_dtype = layout.bits, layout.symmetric, layout.scale_dtype
         self.size = self.columns if layout.per_channel else min(layout.group_size, self.columns)

@@ -124,6 +124,7 @@ def quantize_block(
 
     Raises:
         CalibrationError: shapes of the two streams differ, or there are no samples.
+        ConfigError: a layout is not that of its layer.
         NonFiniteError: the block's full-precision output, or its output before training, is not finite.
     """
     if inputs_fp.shape != inputs_q.shape or inputs_fp.dim() != 3 or not len(inputs_fp):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from hf_spqr.calibration.blocks import find_blocks, record
-from hf_spqr.errors import CalibrationError, NonFiniteError, UnsupportedLayerError
+from hf_spqr.errors import CalibrationError, ConfigError, NonFiniteError, UnsupportedLayerError
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.methods.omniquant import BlockResult, OmniQuantParams, preset, quantize_block
 from hf_spqr.methods.omniquant.runner import BlockRunner
@@ -173,8 +173,11 @@ def test_attention_that_cannot_be_quantized_is_refused() -> None:
         quantize_block(block, hidden, hidden, {}, preset("W4A4"), linears_of(block))
 
 
-def test_streams_must_agree() -> None:
+def test_streams_and_layouts_must_agree() -> None:
     block, hidden, kwargs = make_block()
+    wrong = {"mlp.down_proj": AffineLayout(48, 32, 4)}
+    with pytest.raises(ConfigError, match=r"not that of a weight \[32, 48\]"):
+        quantize_block(block, hidden, hidden, kwargs, OmniQuantParams(), linears_of(block), layouts=wrong)
     with pytest.raises(CalibrationError, match="two streams"):
         quantize_block(block, hidden, hidden[:2], kwargs, OmniQuantParams(), linears_of(block))
 
