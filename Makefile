@@ -58,11 +58,11 @@ test-all: setup
 
 lint: setup
 	$(BIN)/ruff check .
-	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -exec $(BIN)/clang-format --dry-run --Werror {} +
+	find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -exec $(BIN)/clang-format --dry-run --Werror {} +
 
 format: setup
 	$(BIN)/ruff check --fix .
-	find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -exec $(BIN)/clang-format -i {} +
+	find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) -exec $(BIN)/clang-format -i {} +
 
 types: setup
 	$(BIN)/mypy

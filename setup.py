@@ -39,12 +39,17 @@ except ImportError:  # no torch in the target environment: the wheel has no comp
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+BF16 = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"]
 ISA_FLAGS = {  # by the end of the file name
     "_avx2.cpp": AVX2,
     "_avx512.cpp": AVX512,
     "_vnni.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi"],
-    "_bf16.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"],
+    "_bf16.cpp": BF16,
+    "_amx.cpp": [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
+AMX_PROBE = """#include <immintrin.h>
+void probe() { _tile_dpbf16ps(0, 1, 2); _tile_dpbsud(3, 1, 2); _tile_release(); }
+"""
 CUDA_SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 CXX_FLAGS = [
     "-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wall",
@@ -84,6 +89,12 @@ class BuildKernels(BuildExtension):
         jobs = int(os.environ.get("MAX_JOBS", min(os.cpu_count() or 1, 8)))
         # the torch files take longest: first, so that they do not end up alone
         sources = sorted(ext.sources, key=lambda source: "torch" not in source)
+        if any(isa_of(source) == "_amx.cpp" for source in sources):
+            if self.knows_amx():
+                ext.define_macros.append(("HF_SPQR_AMX", None))
+            else:
+                say("this compiler or assembler does not know AMX: building without its kernels")
+                sources = [source for source in sources if isa_of(source) != "_amx.cpp"]
         with ThreadPoolExecutor(jobs) as pool:
             cuda = [pool.submit(self.compile_cuda, path, jobs) for path in getattr(ext, "cuda_sources", [])]
             objects = list(pool.map(lambda source: self.compile_one(ext, source, newest_header), sources))
@@ -95,6 +106,17 @@ class BuildKernels(BuildExtension):
             extra_postargs=ext.extra_link_args, export_symbols=self.get_export_symbols(ext),
             build_temp=self.build_temp,
         )  # fmt: skip
+
+    def knows_amx(self) -> bool:
+        probe = Path(self.build_temp) / "probe_amx.cpp"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text(AMX_PROBE)
+        try:
+            flags = [*CXX_FLAGS, *ISA_FLAGS["_amx.cpp"]]
+            self.compiler.compile([str(probe)], output_dir=self.build_temp, extra_postargs=flags)
+        except CompileError:
+            return False
+        return True
 
     def compile_one(self, ext: Extension, source: str, newest_header: float) -> str:
         suffix = isa_of(source)

@@ -45,19 +45,20 @@ step() {
 few="1 8 16 64 512"
 mine="torch bf16|spqr 3 bit|affine 4 bit g128, fp16"
 tests="$PYTHON -m pytest -q -p no:cacheprovider tests/gpu"
-# Short cases: ragged SpQR and affine matrices, tokens for every kernel.
-short="test_linear and dtype0 and (2 or 4 or 13)"
+# Ragged SpQR and affine matrices, of some hundred rows, with tokens for every kernel.
+one="tests/gpu/test_kernels.py::test_linear"
+short="$one[2-dtype0] $one[4-dtype1] $one[14-dtype0] $one[15-dtype2]"
 
-step tests      120 $tests -x
+step tests      150 $tests -x
 step kernels    120 "$PYTHON" benchmarks/kernels_cuda.py --tokens $few --kinds "$mine"
 if [ -n "$other" ]; then
-    PYTHONPATH=$other step other 120 "$PYTHON" benchmarks/kernels_cuda.py --tokens $few --kinds "$mine" --ending=-other
+    PYTHONPATH=$other step other 100 "$PYTHON" benchmarks/kernels_cuda.py --tokens $few --kinds "$mine" --ending=-other
 fi
-step racecheck   70 compute-sanitizer --tool racecheck --error-exitcode 9 $tests/test_kernels.py -x -k "$short"
-step memcheck    50 compute-sanitizer --tool memcheck --error-exitcode 9 $tests/test_kernels.py -x -k "$short"
+step racecheck   70 compute-sanitizer --tool racecheck --error-exitcode 9 $PYTHON -m pytest -q -p no:cacheprovider -x $short
+step memcheck    50 compute-sanitizer --tool memcheck --error-exitcode 9 $PYTHON -m pytest -q -p no:cacheprovider -x $short
 step prompt      50 "$PYTHON" benchmarks/prompt_cuda.py --tokens 128 512 --mib 32 64 96 512
 step decode-7b   60 "$PYTHON" benchmarks/generate_cuda.py --models 7b
 # 70B in bf16 takes 140 GB of memory: quantized only, all 80 layers.
 step decode-70b  60 "$PYTHON" benchmarks/generate_cuda.py --models 70b --kinds spqr,affine --ending=-70b
-step generate    70 "$PYTHON" benchmarks/generate_cuda.py --models 7b --kinds bf16,spqr --generate
+step generate    60 "$PYTHON" benchmarks/generate_cuda.py --models 7b --kinds bf16,spqr --generate
 [ -n "$dry" ] || printf '%s' "$summary"

@@ -3,12 +3,13 @@ installed, and the memory's bandwidth.
 
     python benchmarks/kernels_cpu.py [--quick] [--peers ...] [--shapes 4096x4096] [--threads 1 2] [--tokens 1 16 512]
 
-All candidates of a setting are called in turn, each time on the next copy of its weights; together the copies exceed
+All candidates of a setting are called in turn, each time on the next copies of its weights; together the copies exceed
 1 GB, so that none comes from a cache, as in a decoding model. The plain read of memory is one of the candidates. Our
-layers are modules, called as a model calls them. Times are medians over calls in which the process had the processor
-(at least nine tenths of its threads' time), where a quarter of the calls are such, else over all calls; `clean` counts
-them. Libraries with threads of their own take turns for themselves, after a pause in which the others' threads fall
-asleep. "of read" is a candidate's packed bytes per second over what the plain read reached; the ideal is 1.
+layers are modules, called as a model calls them. Each candidate is called twice in its turn, and the second call
+counts. Times are medians over calls in which the process had the processor (at least nine tenths of its threads'
+time), where a quarter of the calls are such, else over all calls; `clean` counts them. Libraries with threads of their
+own take turns for themselves, after a pause in which the others' threads fall asleep. "of read" is a candidate's
+packed bytes per second over what the plain read reached; the ideal is 1.
 
 Writes benchmarks/results/kernels_cpu-<processor>.json; settings that are not measured this time stay in it. Then
 `python benchmarks/kernels_cpu_table.py` prints the tables of docs/cpu.md and draws the plot.

@@ -1,4 +1,4 @@
-"""Prints the tables of docs/cpu.md from the results of kernels_cpu.py and generate_cpu.py, and draws docs/cpu.svg.
+"""Writes the tables of docs/cpu.md from the results of the benchmarks of the CPU, and draws docs/cpu.svg.
 
     python benchmarks/kernels_cpu_table.py [--processor amd-epyc]
 
@@ -16,7 +16,7 @@ from typing import Any
 from machine import RESULTS, file_name, machine
 
 Row = dict[str, Any]
-PLOT = Path(__file__).parents[1] / "docs" / "cpu.svg"
+DOCS = Path(__file__).parents[1] / "docs"
 OURS = ("spqr", "affine")
 
 
@@ -107,6 +107,43 @@ def whole_models(rows: list[Row]) -> str:
     return table(head, body)
 
 
+def pages(rows: list[Row]) -> str:
+    """Gain over the mapped file as safetensors writes it."""
+    settings = distinct(rows, "kind", "threads")
+    head = ["", *(f"{kind}, {t} thread{'s' if t > 1 else ''}" for kind, t in settings), "ready after, s", "own memory"]
+    body = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        found = [one(rows, way=way, kind=kind, threads=t) for kind, t in settings]
+        plain = [one(rows, way="mapped, 8 bytes", kind=kind, threads=t) for kind, t in settings]
+        both = zip(found, plain, strict=True)
+        gains = [f"{b['seconds'] / a['seconds'] - 1:+.1%}" if a and b else "–" for a, b in both]
+        known = [row for row in found if row]
+        ready = max(row["load_seconds"] for row in known)
+        body.append([way, *gains, f"{ready:.3f}", f"{max(row['anonymous_bytes'] for row in known) / 1e6:.0f} MB"])
+    return table(head, body)
+
+
+def fused(rows: list[Row]) -> str:
+    """What one call saves."""
+    settings = distinct(rows, "kind", "threads")
+    head = ["", *(f"{kind}, {t} thread{'s' if t > 1 else ''}" for kind, t in settings)]
+    body = []
+    for layers in dict.fromkeys(row["layers"] for row in rows):
+        found = [one(rows, layers=layers, kind=kind, threads=t) for kind, t in settings]
+        cells = [f"{1 - row['seconds_of_one'] / row['seconds_of_several']:.1%}" if row else "–" for row in found]
+        body.append([f"{layers}: {' + '.join(map(str, next(row['rows'] for row in found if row)))} rows", *cells])
+    return table(head, body)
+
+
+def put(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` between the marks of ``name``."""
+    start, end = f"<!-- {name} -->\n", "<!-- end -->"
+    before, found, rest = page.partition(start)
+    if not found or end not in rest:
+        raise SystemExit(f"docs/cpu.md has no place for {name!r}")
+    return before + start + text + "\n" + rest[rest.index(end) :]
+
+
 def draw(rows: list[Row], path: Path) -> None:
     import matplotlib
 
@@ -129,13 +166,14 @@ def draw(rows: list[Row], path: Path) -> None:
             axis.scatter(x, y, s=26, color="tab:blue" if ours else "none", edgecolor="tab:blue" if ours else "0.3",
                          label=label, zorder=3)  # fmt: skip
             for row, at, above in zip(chosen, x, y, strict=True):
-                axis.annotate(row["name"], (at, above), xytext=(4, 2), textcoords="offset points", fontsize=6)
+                axis.annotate(row["name"], (at, above), xytext=(-4 if ours else 4, 2), textcoords="offset points",
+                              fontsize=6, ha="right" if ours else "left")  # fmt: skip
         axis.set_ylim(0, 3 * 4 * per_bit)
-        axis.set_xlim(1.8, 6)
+        axis.set_xlim(1.4, 6)
         axis.set_xlabel("bits per weight")
         axis.set_ylabel("µs per call")
         axis.set_title(f"{shape[0]} × {shape[1]}, batch 1, {count} thread{'s' if count > 1 else ''}", fontsize=9)
-        axis.legend(fontsize=7, loc="upper right")
+        axis.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
@@ -147,14 +185,17 @@ def main() -> None:
     rows = load("kernels_cpu", args.processor)
     if not rows:
         raise SystemExit(f"benchmarks/results has no kernels_cpu-{args.processor}.json: run kernels_cpu.py first")
-    print(f"Batch 1, µs (share of the bandwidth):\n\n{batch_one(rows)}\n")
+    page = (DOCS / "cpu.md").read_text()
+    page = put(page, "batch 1", batch_one(rows))
     if any(row["tokens"] > 1 for row in rows):
-        print(f"Times faster than torch's bfloat16:\n\n{more_tokens(rows)}\n")
-    whole = load("generate_cpu", args.processor)
-    if whole:
-        print(f"Whole models:\n\n{whole_models(whole)}\n")
-    draw(rows, PLOT)
-    print("drew", PLOT)
+        page = put(page, "more tokens", more_tokens(rows))
+    for kind, make in (("generate_cpu", whole_models), ("pages_cpu", pages), ("fused_cpu", fused)):
+        found = load(kind, args.processor)
+        if found:
+            page = put(page, kind, make(found))
+    (DOCS / "cpu.md").write_text(page)
+    draw(rows, DOCS / "cpu.svg")
+    print("wrote", DOCS / "cpu.md", "and", DOCS / "cpu.svg")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,15 @@ def machine() -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process in memory: all, anonymous (its own), and mapped from files (the system may drop them)."""
+    """Bytes of this process in memory: all, anonymous (its own), of these in huge pages, and mapped from files (the
+    system may drop them)."""
     fields = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, _, rest = line.partition(":")
         fields[name] = int(rest.split()[0]) * 1024
     own = fields["Anonymous"]
-    return {"resident": fields["Rss"], "anonymous": own, "mapped": fields["Rss"] - own}
+    resident, huge = fields["Rss"], fields["AnonHugePages"]
+    return {"resident": resident, "anonymous": own, "huge": huge, "mapped": resident - own}
 
 
 def peak_resident() -> int:

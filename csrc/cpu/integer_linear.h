@@ -5,6 +5,8 @@
 //   kBlocks          row blocks at once, kTogether: tokens at once
 //   unpack<R>(bits, codes, tiles, w)    tiles to w, their steps R * 64 bytes apart
 //   accumulate<R, T>(w, steps, x, x_stride, sum, ahead)    sum[T][R * 16] += products, x in elements
+//   kTokenTiles      whether activations lie in tiles of 16 tokens x 64 columns and, but for the sums of weights,
+//                    multiply<R>(w, steps, x, x_block, tokens, sum, ahead, bits) takes the place of accumulate
 //   kFew             tokens up to which whole tiles are multiplied straight from the packed codes, by
 //                    few<R>(tokens, bits, codes, words, tiles, x, x_stride, one, sum, weights), kFewBlocks at once
 // Everything is compiled without fused multiply-add: the results are those of the reference to the last bit. Internal
@@ -20,6 +22,7 @@ namespace {
 
 constexpr int kChunkTiles = 16;      // unpacked at a time
 constexpr int kTokens = 256;         // that share an unpacked chunk
+constexpr int kTokenTile = 16;       // tokens of a tile of activations
 constexpr int64_t kStretch = 32768;  // columns whose products, of two numbers of 8 bits and a sign, int32 adds up
 
 // Columns that share a sum in int32.
@@ -27,26 +30,45 @@ inline int64_t columns_of_sum(const Matrix& m) {
     return m.group == kPerChannel ? kStretch : m.group;
 }
 
-// Beside the codes: [token][sum] sum(code) - n zero of the n columns of a sum, and, where the engine cannot read them
-// as they are, the codes as elements, zero padded to whole tiles.
+// Beside the codes: where the engine cannot read them as they are, the codes as elements, zero padded to whole tiles
+// (with kTokenTiles in whole tiles of tokens, too: [token / 16][column / 64][token][column]), and
+// [token][sum] sum(code) - n zero of the n columns of a sum.
 template <class E>
 struct Prepared {
     using Element = typename E::Element;
     const IntegerArgs& a;
-    int64_t sums, padded;
+    int64_t sums, padded, padded_tokens;
     bool copied;
 
     explicit Prepared(const IntegerArgs& args) : a(args) {
         const Matrix& m = a.weight;
         sums = ceil_div(m.columns, columns_of_sum(m));
-        padded = ceil_div(m.columns, kColumns) * kColumns;
-        copied = sizeof(Element) > 1 || padded != m.columns;
+        const int width = E::kTokenTiles ? 2 * kColumns : kColumns;
+        padded = ceil_div(m.columns, width) * width;
+        padded_tokens = E::kTokenTiles ? ceil_div(args.tokens, kTokenTile) * kTokenTile : args.tokens;
+        copied = E::kTokenTiles || sizeof(Element) > 1 || padded != m.columns;
     }
-    int64_t bytes() const { return a.tokens * (sums * 4 + (copied ? padded * int64_t(sizeof(Element)) : 0)); }
-    int32_t* rest(int64_t token) const { return reinterpret_cast<int32_t*>(a.prepared) + token * sums; }
-    Element* copy(int64_t token) const { return reinterpret_cast<Element*>(rest(a.tokens)) + token * padded; }
+    int64_t copy_bytes() const { return copied ? padded_tokens * padded * int64_t(sizeof(Element)) : 0; }
+    int64_t bytes() const { return copy_bytes() + a.tokens * sums * 4; }
+    int32_t* rest(int64_t token) const { return reinterpret_cast<int32_t*>(a.prepared + copy_bytes()) + token * sums; }
+    Element* copy(int64_t token) const { return reinterpret_cast<Element*>(a.prepared) + token * padded; }
     const Element* x(int64_t token) const {
         return copied ? copy(token) : reinterpret_cast<const Element*>(a.code) + token * padded;
+    }
+    // With kTokenTiles: columns from `column` on of the 16 tokens from `token` on, 64 bytes from token to token.
+    const Element* tile(int64_t token, int64_t column) const {
+        return copy(token) + column / 64 * 64 * kTokenTile + column % 64;
+    }
+    // Copies token `t`, and zeros behind the last.
+    void copy_to_tiles(int64_t t, const int8_t* code) const {
+        for (int64_t end = t + 1 < a.tokens ? t + 1 : padded_tokens, row = t; row < end; ++row) {
+            Element* x = copy(row / kTokenTile * kTokenTile) + row % kTokenTile * 64;
+            for (int64_t k = 0; k < padded; k += 64, x += 64 * kTokenTile) {
+                const int64_t left = row > t ? 0 : a.weight.columns - k, here = left < 64 ? left : 64;
+                memcpy(x, code + k, here);
+                memset(x + here, 0, 64 - here);
+            }
+        }
     }
 };
 
@@ -67,10 +89,13 @@ void prepare_integers(const IntegerArgs& a, int64_t first, int64_t last) {
             for (int64_t k = begin; k < end; ++k) sum += code[k];
             p.rest(t)[s] = int32_t(uint32_t(sum) - uint32_t(end - begin) * uint32_t(a.zero[t]));
         }
-        if (!p.copied) continue;
-        typename E::Element* x = p.copy(t);
-        for (int64_t k = 0; k < columns; ++k) x[k] = code[k];
-        for (int64_t k = columns; k < p.padded; ++k) x[k] = 0;
+        if constexpr (E::kTokenTiles) {
+            p.copy_to_tiles(t, code);
+        } else if (p.copied) {
+            typename E::Element* x = p.copy(t);
+            for (int64_t k = 0; k < columns; ++k) x[k] = code[k];
+            for (int64_t k = columns; k < p.padded; ++k) x[k] = 0;
+        }
     }
 }
 
@@ -134,6 +159,18 @@ struct RowBlocks {
     // nearer: one row block's with each of the first parts, because products leave the memory idle.
     void multiply(int64_t at, int steps) {
         const char* tiles = w + at / kStepColumns * R * 64;
+        E::template accumulate<R, 1>(tiles, steps, ones + at, 0, sum + kTokens * kWidth, Ahead{tiles, 0});
+        if constexpr (E::kTokenTiles) {
+            const char* next[R];
+            for (int r = 0; r < R; ++r) next[r] = ahead[r] + 2 * a.weight.bits * at;
+            E::template multiply<R>(tiles, steps, p.tile(token, chunk_first + at), kTokenTile * p.padded, tokens, sum,
+                                    next, a.weight.bits);
+        } else {
+            multiply_tokens(tiles, at, steps);
+        }
+    }
+
+    void multiply_tokens(const char* tiles, int64_t at, int steps) {
         const Element* x = p.x(token) + chunk_first + at;
         const int needed = (tokens + E::kTogether - 1) / E::kTogether, least = tokens < R ? tokens : R;
         const int parts = needed > least ? needed : least, ahead_step = 2 * a.weight.bits * kStepColumns;
@@ -143,7 +180,6 @@ struct RowBlocks {
             accumulate<E::kTogether>(next - t, tiles, steps, x + t * p.padded, sum + t * kWidth, fetch);
             t = next;
         }
-        E::template accumulate<R, 1>(tiles, steps, ones + at, 0, sum + kTokens * kWidth, Ahead{tiles, 0});
     }
 
     template <int T>

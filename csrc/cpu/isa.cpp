@@ -1,8 +1,17 @@
 #include <atomic>
 #include "cpu/kernels.h"
+#if defined(HF_SPQR_AMX) && !defined(HF_SPQR_EMU_AMX)
+#include "cpu/permission_amx.h"
+#endif
 
 namespace hf_spqr {
 namespace {
+
+#if defined(HF_SPQR_EMU_AMX)
+bool may_use_amx() {  // csrc/emu/amx.h
+    return true;
+}
+#endif
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -13,6 +22,9 @@ Isa detect() {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
     const bool bf16 = __builtin_cpu_supports("avx512bf16");
+#if defined(HF_SPQR_AMX)
+    if (avx2 && avx512 && vnni && bf16 && may_use_amx()) return Isa::amx;
+#endif
     if (avx2 && avx512 && vnni) return bf16 ? Isa::avx512_bf16 : Isa::avx512_vnni;
     if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;
 #endif
@@ -24,7 +36,7 @@ std::atomic<int> lowered{kIsaCount};  // kIsaCount: not lowered
 }  // namespace
 
 const char* isa_name(Isa isa) {
-    constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+    constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
     return kNames[int(isa)];
 }
 
@@ -47,6 +59,10 @@ bool lower_isa(Isa isa) {
 const Kernels& kernels() {
 #if defined(__x86_64__)
     switch (current_isa()) {
+#if defined(HF_SPQR_AMX)
+        case Isa::amx:
+            return amx_kernels();
+#endif
         case Isa::avx512_bf16:
             return bf16_kernels();
         case Isa::avx512_vnni:

@@ -46,10 +46,11 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kVnniKernels;  // AVX-512 with VNNI and VBMI
 const Kernels& bf16_kernels();      // the same with BF16
+const Kernels& amx_kernels();       // the same with AMX tiles of bf16 and int8
 #endif
 
-enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3, avx512_bf16 = 4 };
-constexpr int kIsaCount = 5;
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3, avx512_bf16 = 4, amx = 5 };
+constexpr int kIsaCount = 6;
 const char* isa_name(Isa);
 Isa best_isa();            // of this machine
 Isa current_isa();         // best_isa() unless lowered

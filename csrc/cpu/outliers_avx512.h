@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 #include "cpu/panels.h"
+#include "cpu/prefetch.h"
 
 namespace hf_spqr {
 namespace {
@@ -45,18 +46,9 @@ inline __m512 add_outliers(const Matrix& m, int64_t block, const float* x, __m51
     return _mm512_add_ps(y, _mm512_load_ps(sum));
 }
 
-// The activations of entries [begin, end), one after another. Scalar loads and stores beat a gather instruction on
-// several processors, and leave the vector units to the dense part.
+// The activations of entries, one after another.
 inline void fetch_activations(const uint32_t* entry, int64_t count, const float* x, float* out) {
-    const uint16_t* column = reinterpret_cast<const uint16_t*>(entry);  // the low half of each entry
-    const uint32_t* bits = reinterpret_cast<const uint32_t*>(x);
-    uint32_t* to = reinterpret_cast<uint32_t*>(out);
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t c = column[2 * i];
-        asm("" : "+r"(c));  // keeps the compiler from making a gather of it
-        to[i] = bits[c];
-    }
+    for (int64_t i = 0; i < count; ++i) out[i] = x[entry[i] & 0xffff];
 }
 
 // Sum of value * x over `count` entries.
@@ -71,71 +63,73 @@ inline float multiply_values(const uint32_t* entry, const float* x, int64_t coun
     return _mm512_reduce_add_ps(sum);
 }
 
-// The outliers of a pass over a few row blocks against one token, a share of the rows with each panel: the memory goes
-// on bringing dense weights meanwhile. What one panel fetches the next one multiplies, when the stores are through.
-// The entries of the next pass are fetched ahead.
-struct OutlierSums {
-    static constexpr int64_t kAtOnce = 1024;  // entries
+// The outliers of a pass over R row blocks against one token. Their activations are fetched a few with each tile,
+// while the vector units work on the dense weights and the memory brings them; the products are taken in the end.
+// Scalar loads and stores fetch: they beat a gather instruction on several processors.
+template <int R>
+struct OutlierPass {
+    static constexpr int64_t kMost = 16384;  // entries; more are multiplied where they lie
     const Matrix& m;
     const float* x;
-    int64_t row, end, first, rows_per_panel = 0;
-    int64_t fetched = 0;  // rows before `row` whose activations wait in `waiting`
-    const char* ahead = nullptr;
-    int64_t lines_left = 0, lines_per_panel = 0;
-    alignas(64) float sum[4 * kRows] = {};
-    alignas(64) float waiting[kAtOnce];
+    int64_t first_row, rows, begin = 0, count = 0, per_tile = 0;
+    int64_t fetched = 0, last = 0;  // last: from where a tile may still begin
+    const char* ahead = nullptr;    // the entries of the next pass
+    int64_t lines = 0;
+    alignas(64) float waiting[kMost];
 
-    OutlierSums(const Matrix& matrix, int64_t block, int blocks, const float* activations)
-        : m(matrix), x(activations), row(block * kRows), end((block + blocks) * kRows), first(row) {
+    OutlierPass(const Matrix& matrix, int64_t block, const float* activations)
+        : m(matrix), x(activations), first_row(block * kRows) {
         if (m.outlier_row == nullptr) return;
-        const int64_t panels = ceil_div(m.columns, m.group == kPerChannel ? m.columns : 16 * m.group);
-        end = end < m.rows ? end : m.rows;
-        rows_per_panel = ceil_div(end - row, panels);
-        const int64_t next = 2 * end - row < m.rows ? 2 * end - row : m.rows, size = m.outlier ? 4 : 8;
-        const char* entries =
-            m.outlier ? reinterpret_cast<const char*>(m.outlier) : reinterpret_cast<const char*>(m.outlier_wide);
-        ahead = entries + m.outlier_row[end] * size;
-        lines_left = ceil_div((m.outlier_row[next] - m.outlier_row[end]) * size, 64);
-        lines_per_panel = ceil_div(lines_left, panels);
+        rows = m.rows - first_row < R * kRows ? m.rows - first_row : R * kRows;
+        begin = m.outlier_row[first_row];
+        count = m.outlier_row[first_row + rows] - begin;
+        if (m.outlier == nullptr || count == 0) return;
+        per_tile = (ceil_div(count, ceil_div(m.columns, kColumns)) + 3) / 4 * 4;
+        // A tile may fetch entries of later passes, but none after the matrix's last one.
+        last = m.outlier_row[m.rows] - begin - per_tile;
+        if (last > count - 1) last = count - 1;
+        if (count + per_tile > kMost) last = -1;
+        lines = ceil_div(per_tile * 4, kLine);
+        ahead = reinterpret_cast<const char*>(m.outlier + begin + count);
     }
-    void multiply() {
-        const float* at = waiting;
-        for (int64_t r = row - fetched; r < row; ++r) {
-            const int64_t begin = m.outlier_row[r], count = m.outlier_row[r + 1] - begin;
-            sum[r - first] = multiply_values(m.outlier + begin, at, count);
-            at += count;
+
+    __attribute__((always_inline)) void tile() {
+        if (fetched > last || per_tile == 0) return;
+        const uint32_t* entry = m.outlier + begin + fetched;
+        const uint32_t* bits = reinterpret_cast<const uint32_t*>(x);
+        uint32_t* to = reinterpret_cast<uint32_t*>(waiting + fetched);
+        for (int64_t i = 0; i < lines; ++i) _mm_prefetch(ahead + fetched * 4 + i * kLine, _MM_HINT_T0);
+        for (int64_t i = 0; i < per_tile; i += 4) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                uint32_t c = reinterpret_cast<const uint16_t*>(entry + i + j)[0];  // the column
+                asm("" : "+r"(c));  // keeps the compiler from making a gather of it
+                to[i + j] = bits[c];
+            }
         }
-        fetched = 0;
+        fetched += per_tile;
     }
-    void rows(int64_t count) {
-        multiply();
-        count = count < end - row ? count : end - row;
-        if (count <= 0) return;
-        const int64_t begin = m.outlier_row[row], entries = m.outlier_row[row + count] - begin;
-        if (m.outlier && entries <= kAtOnce) {
-            fetch_activations(m.outlier + begin, entries, x, waiting);
-            fetched = count;
-            row += count;
-            return;
+
+    // Adds what the rows of each block give.
+    void add(__m512* y) {
+        if (count == 0) return;
+        alignas(64) float sum[R * kRows] = {};
+        if (m.outlier == nullptr || count + per_tile > kMost) {
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t b = m.outlier_row[first_row + r], e = m.outlier_row[first_row + r + 1];
+                sum[r] = m.outlier ? outlier_sum(m.outlier, b, e, x) : outlier_sum(m.outlier_wide, b, e, x);
+            }
+        } else {
+            if (fetched < count) fetch_activations(m.outlier + begin + fetched, count - fetched, x, waiting + fetched);
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t b = m.outlier_row[first_row + r] - begin;
+                const int64_t n = m.outlier_row[first_row + r + 1] - begin - b;
+                sum[r] = multiply_values(m.outlier + begin + b, waiting + b, n);
+            }
         }
-        for (; count > 0; --count, ++row) {
-            const int64_t b = m.outlier_row[row], e = m.outlier_row[row + 1];
-            sum[row - first] = m.outlier ? outlier_sum(m.outlier, b, e, x) : outlier_sum(m.outlier_wide, b, e, x);
-        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) y[r] = _mm512_add_ps(y[r], _mm512_load_ps(sum + r * kRows));
     }
-    void panel() {
-        if (m.outlier_row == nullptr) return;
-        for (int64_t i = 0; i < lines_per_panel && lines_left > 0; ++i, --lines_left, ahead += 64) {
-            _mm_prefetch(ahead, _MM_HINT_T1);
-        }
-        rows(rows_per_panel);
-    }
-    void rest() {
-        if (m.outlier_row == nullptr) return;
-        rows(end - row);
-        multiply();
-    }
-    __m512 of(int r) const { return _mm512_load_ps(sum + r * kRows); }
 };
 
 // The same for several tokens: sum[token]. x is [column][token], `padded` (a multiple of 16) tokens wide.

@@ -2,6 +2,7 @@
 #include <cstring>
 #include "cpu/bf16.h"
 #include "cpu/halves.h"
+#include "cpu/tokens_bf16.h"
 #include "cpu/transpose.h"
 
 namespace hf_spqr {
@@ -32,16 +33,7 @@ void prepare_token(const PrepareArgs& a, const Halves& out, int64_t token) {
     const Shares shares(a.tokens);
     const int64_t begin = shares.begin(shares.of(token)), count = shares.begin(shares.of(token) + 1) - begin;
     for (int64_t tile = 0; tile < out.tiles; ++tile) {
-        const int64_t first = tile * kColumns, left = a.columns - first;
-        const __mmask32 mask = left >= kColumns ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0u;
-        __m512i v;
-        if (a.perm) {
-            alignas(64) uint16_t columns[kColumns] = {};
-            for (int64_t i = 0; i < kColumns && i < left; ++i) columns[i] = x[a.perm[first + i]];
-            v = _mm512_load_si512(columns);
-        } else {
-            v = _mm512_maskz_loadu_epi16(mask, x + first);
-        }
+        const __m512i v = load_columns(a, x, tile * kColumns);
         _mm512_storeu_si512(out.tile(tile, token, begin, count), v);
         if (out.blocks) subtract_sums(out, *a.weight, tile, token, sums_of_eight(v));
     }

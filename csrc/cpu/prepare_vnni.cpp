@@ -1,9 +1,31 @@
 #include <immintrin.h>
 #include "cpu/planes.h"
+#include "cpu/unpack_half.h"
 #include "cpu/vnni.h"
 
 namespace hf_spqr {
 namespace {
+
+// How the columns of a tile are kept: byte i of a plane is column `column[i]`, whose activations are multiplied by
+// `factor` first.
+struct TileOrder {
+    alignas(64) float factor[kColumns];
+    alignas(32) uint8_t column[kColumns];
+
+    TileOrder(const Matrix& m, int64_t tokens) {
+        const HalfOrder* order = tokens == 1 && has_half_order(m) ? &half_order(m.bits) : nullptr;
+        for (int i = 0; i < kColumns; ++i) {
+            factor[i] = order && order->is_doubled(i) ? 0.5f : 1.f;
+            column[i] = uint8_t(order ? order->column(i) : i);
+        }
+    }
+
+    void apply(int32_t* plane) const {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane));
+        const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(column));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(plane), _mm256_permutexvar_epi8(order, v));
+    }
+};
 
 // The first or second 16 columns of a tile.
 void split(__m512 x, __m512 inverse, int8_t* hi, int8_t* lo) {
@@ -42,11 +64,13 @@ void split_planes_vnni(const Matrix& m, const float* x, int64_t token, int64_t t
         const int64_t first = b * block, last = first + block < end ? first + block : end;
         const BlockNumbers n = numbers_of(x, first, last);
         planes.block(b)[token] = n;
-        if (tokens == 1) _mm_storeu_ps(planes.quad(b), _mm_setr_ps(1.f, 1.f, n.sum, 1.f));
+        if (tokens == 1)
+            _mm_storeu_ps(planes.quad(b), _mm_setr_ps(n.scale, 1.f, n.scale > 0 ? n.sum / n.scale : n.sum, 1.f));
     }
     if (planes.transposed) {  // the padding stays as it is: nobody looks at what it gives
         for (int64_t k = 0; k < m.columns; ++k) planes.column(k)[token] = x[k];
     }
+    const TileOrder order(m, tokens);
     for (int64_t tile = 0; tile < planes.tiles; ++tile) {
         PlaneTile& out_tile = planes.tile(tile)[token];
         for (int half = 0; half < 2; ++half) {
@@ -56,11 +80,13 @@ void split_planes_vnni(const Matrix& m, const float* x, int64_t token, int64_t t
                         high = planes.block((first + 8) / block)[token].scale;
             const __m512 scale = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high));
             const __mmask16 some = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_GT_OQ);
-            const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(1.f), scale);
+            const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_load_ps(order.factor + 16 * half), scale);
             const __m512 v = first < end ? _mm512_loadu_ps(x + first) : _mm512_setzero_ps();
             split(v, inverse, reinterpret_cast<int8_t*>(out_tile.hi) + 16 * half,
                   reinterpret_cast<int8_t*>(out_tile.lo) + 16 * half);
         }
+        order.apply(out_tile.hi);
+        order.apply(out_tile.lo);
     }
 }
 

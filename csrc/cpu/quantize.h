@@ -98,7 +98,7 @@ void quantize_token(const QuantizeArgs& a, int64_t t) {
     }
 }
 
-void quantize(const QuantizeArgs& a, int64_t first, int64_t last) {
+inline void quantize(const QuantizeArgs& a, int64_t first, int64_t last) {
     const auto token = a.dtype == DType::f32    ? quantize_token<DType::f32>
                        : a.dtype == DType::bf16 ? quantize_token<DType::bf16>
                                                 : quantize_token<DType::f16>;

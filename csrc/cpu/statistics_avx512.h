@@ -10,20 +10,18 @@ namespace {
 // Where the codes of each group of an SpQR panel lie in the tile of statistics, for codes of at most four bits.
 struct StatisticsPlaces {
     static constexpr int kGroups = 16;  // of a panel
-    int vector[kGroups];
-    int32_t scale_shift[kGroups], zero_shift[kGroups];
-    __m512 value;  // of a field's low four bits
+    int vector[kGroups] = {};
+    int32_t scale_shift[kGroups] = {}, zero_shift[kGroups] = {};
+    alignas(64) float value[16] = {};  // of a field's low four bits
 
-    explicit StatisticsPlaces(int stat_bits) {
+    constexpr explicit StatisticsPlaces(int stat_bits) {
         const int per_half = 16 / stat_bits;
         for (int g = 0; g < kGroups; ++g) {
             vector[g] = stat_bits == 3 ? kVector3[g] : g / per_half;
             scale_shift[g] = stat_bits == 3 ? kShift3[g] : stat_bits * (g % per_half);
             zero_shift[g] = scale_shift[g] + 16;
         }
-        alignas(64) float table[16];
-        for (int i = 0; i < 16; ++i) table[i] = float(i & ((1 << stat_bits) - 1));
-        value = _mm512_load_ps(table);
+        for (int i = 0; i < 16; ++i) value[i] = float(i & ((1 << stat_bits) - 1));
     }
 };
 
@@ -86,6 +84,7 @@ struct PanelScales {
     // Codes of at most four bits: their values come from a table, whatever lies above them in a word.
     void load_spqr_narrow(const Matrix& m, const uint32_t* p, int groups) {
         const StatisticsPlaces places(m.stat_bits);
+        const __m512 value = _mm512_load_ps(places.value);
         alignas(64) uint32_t spare[kRows];
         const uint32_t* codes[4] = {p, p + kRows, p + 2 * kRows, p + 3 * kRows};
         if (m.stat_bits == 3) {
@@ -101,8 +100,8 @@ struct PanelScales {
             const __m512i c = _mm512_loadu_si512(codes[places.vector[g]]);
             const __m512i s = _mm512_srlv_epi32(c, _mm512_set1_epi32(places.scale_shift[g]));
             const __m512i z = _mm512_srlv_epi32(c, _mm512_set1_epi32(places.zero_shift[g]));
-            const __m512 sq = _mm512_sub_ps(_mm512_permutexvar_ps(s, places.value), _mm512_set1_ps(four[1]));
-            const __m512 zq = _mm512_sub_ps(_mm512_permutexvar_ps(z, places.value), _mm512_set1_ps(four[3]));
+            const __m512 sq = _mm512_sub_ps(_mm512_permutexvar_ps(s, value), _mm512_set1_ps(four[1]));
+            const __m512 zq = _mm512_sub_ps(_mm512_permutexvar_ps(z, value), _mm512_set1_ps(four[3]));
             _mm512_store_ps(scale + g * kRows, _mm512_mul_ps(sq, ss));
             _mm512_store_ps(zero + g * kRows, _mm512_mul_ps(zq, zs));
         }

@@ -243,7 +243,8 @@ linear_resident_kernel(const ResidentArgs a) {
     const int steps = (m.panels.tiles + kStepTiles - 1) / kStepTiles,
               chunk_steps = a.plan.chunk_columns / kStepColumns;
     const int rounds = (row_blocks + stride - 1) / stride;
-    const uint32_t x_advance = kSlices * a.tokens * kTokenBytes, words_at = dev::pin(t * Ring<Stats, BITS>::kTileBytes + 8 * g);
+    const uint32_t x_advance = kSlices * a.tokens * kTokenBytes;
+    const uint32_t words_at = dev::pin(t * Ring<Stats, BITS>::kTileBytes + 8 * g);
     constexpr int kStats = kStepTiles * Ring<Stats, BITS>::kTileBytes;  // where a slot has statistics
     for (int batch = 0; batch < rounds; batch += kBatch) {
         for (int chunk = 0; chunk < steps; chunk += chunk_steps) {

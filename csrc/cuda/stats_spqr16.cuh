@@ -33,13 +33,14 @@ class StatsSpqr16 {
         // Lane l < 16 has group l of the panel, the others have none and write their constants where nobody looks.
         left_ = lane < 16 ? m.panels.groups - 16 * first_step - lane : INT32_MIN / 2;
         step_groups_ = 16 * stride;
-        shift_ = int(dev::pin(6 * h));
+        shift_ = 6 * h;
+        upper_ = h;
         const uint32_t constants = shared + 9 * kTileWords * 4;
         constants_out_ = dev::keep(constants + h * 144 + place(row >> 1) * 16 + (row & 1) * 8);
         constants_in_ = dev::keep(constants + h * 16);
-        slot_codes_ = dev::pin(4 * row);
-        slot_second_ = dev::pin(8 * (m.groups_per_second == 2 ? row >> 1 : row));
-        eighth_ = dev::as_float(dev::pin(dev::as_bits(row & 1 ? 0.125f : 1.f)));
+        slot_codes_ = 4 * row;
+        slot_second_ = 8 * (m.groups_per_second == 2 ? row >> 1 : row);
+        eighth_ = dev::as_float(dev::keep(dev::as_bits(row & 1 ? 0.125f : 1.f)));
         out_ = dev::keep(shared + h * (kTileWords * 4) + row * 8);
         in_[0] = dev::keep(shared + place(t) * (kTileWords * 4) + 16 * g);
         in_[1] = dev::keep(shared + place(4 + t) * (kTileWords * 4) + 16 * g);
@@ -65,8 +66,7 @@ class StatsSpqr16 {
         slot<0>(w0 >> shift_, w0 >> shift_);
         slot<1>(w1 >> shift_, w1 >> shift_);
         slot<2>(w2 >> shift_, w2 >> shift_);
-        const bool upper = shift_ != 0;
-        slot<3>((upper ? w2 : w0) >> 12, upper ? spare : w1 >> 9);
+        slot<3>((upper_ ? w2 : w0) >> 12, upper_ ? spare : w1 >> 9);
     }
 
     // --- for resident.cuh: statistics of a step are in a slot ---
@@ -148,6 +148,7 @@ class StatsSpqr16 {
 
     const uint32_t *codes_at_, *second_at_;
     int step_words_, step_groups_, left_, shift_;
+    bool upper_;
     uint32_t slot_codes_, slot_second_;
     float eighth_;
     uint32_t constants_out_, constants_in_, out_, in_[2], bias_;

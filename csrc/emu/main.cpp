@@ -1,54 +1,15 @@
-// Runs cases written by tests/cuda/emulator.py through the kernels: emu IN OUT.
-//
-// IN: for each case 18 int64 (see Header), then its tensors, each as its size in bytes (int64) and the bytes; an empty
-// tensor stands for a missing one. OUT: the result of each case, likewise. Every tensor has an allocation of its own,
-// so that AddressSanitizer guards both its ends.
+// Runs cases written by tests/cuda/emulator.py through the CUDA kernels: emu IN OUT (see emu/cases.h).
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
+#include "emu/cases.h"
 #include "emu/emu.h"
 
 namespace hf_spqr {
 namespace {
 
 enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2, quantize = 3, int8_linear = 4, stretch = 5 };
-
-struct Header {
-    int64_t job, format, bits, group, rows, columns, stat_bits, groups_per_second, symmetric, scale_bf16, tokens,
-        dtype, first_row, part_rows, wide, seed, multiprocessors, shared_bytes;
-};
-
-struct Bytes {
-    void* data = nullptr;
-    int64_t size = 0;
-
-    explicit Bytes(int64_t n) : size(n) {
-        if (n > 0 && posix_memalign(&data, 256, size_t(n))) abort();
-    }
-    Bytes(const Bytes&) = delete;
-    ~Bytes() { free(data); }
-    template <class T>
-    T* as() const {
-        return static_cast<T*>(data);
-    }
-};
-
-void expect(bool ok, const char* what) {
-    if (ok) return;
-    fprintf(stderr, "emu: %s\n", what);
-    exit(2);
-}
-
-std::unique_ptr<Bytes> read_tensor(FILE* in) {
-    int64_t size = 0;
-    expect(fread(&size, sizeof size, 1, in) == 1, "input ends early");
-    auto bytes = std::make_unique<Bytes>(size);
-    expect(size == 0 || fread(bytes->data, size_t(size), 1, in) == 1, "input ends early");
-    return bytes;
-}
 
 void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     const auto perm = read_tensor(in), bias = read_tensor(in), x = read_tensor(in);
@@ -81,11 +42,6 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     }
     expect(hf_spqr_cuda_can_fuse(&m, a.tokens), "no kernel for this matrix");
     expect(hf_spqr_cuda_linear(&a, nullptr) == 0, "linear failed");
-}
-
-void write_result(const Bytes& result, FILE* out) {
-    fwrite(&result.size, sizeof result.size, 1, out);
-    fwrite(result.data, 1, size_t(result.size), out);
 }
 
 // rows, tokens, first_row, part_rows, dtype; wide = the product's dtype.
@@ -180,13 +136,5 @@ void run_case(const Header& h, FILE* in, FILE* out) {
 }  // namespace hf_spqr
 
 int main(int argc, char** argv) {
-    using namespace hf_spqr;
-    expect(argc == 3, "usage: emu IN OUT");
-    FILE* in = fopen(argv[1], "rb");
-    FILE* out = fopen(argv[2], "wb");
-    expect(in && out, "cannot open the files");
-    Header header;
-    while (fread(&header, sizeof header, 1, in) == 1) run_case(header, in, out);
-    fclose(in);
-    return fclose(out);
+    return hf_spqr::run_cases(argc, argv, hf_spqr::run_case);
 }

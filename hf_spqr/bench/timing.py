@@ -104,6 +104,9 @@ def measure(
 ) -> dict[str, Time]:
     """Median time of a call of each candidate on ``x``; all are called in turn for about ``seconds``.
 
+    In each turn a candidate is called twice, on two copies, and the second call counts: in a model too the layer
+    before was of the same kind, so that its code is in the cache, its weights are not.
+
     Candidates that run on other threads than those before take their turns for themselves, ten at a time. Before
     that there is a pause, in which the other threads fall asleep (they spin for a while and would take processors
     away), and some turns that do not count, in which their own wake up.
@@ -118,7 +121,9 @@ def measure(
     def turn(names: Sequence[str]) -> dict[str, tuple[float, float]]:
         found = {}
         for name in names:
-            call, given = next(calls[name]), inputs[name]
+            given = inputs[name]
+            next(calls[name])(given)
+            call = next(calls[name])
             busy, wall = time.process_time(), time.perf_counter()
             call(given)
             wall = time.perf_counter() - wall
@@ -126,7 +131,7 @@ def measure(
         return found
 
     for names in groups:
-        turn(names), turn(names)  # whatever a first call sets up
+        turn(names)  # whatever a first call sets up
     started, turns = time.perf_counter(), 0
     while time.perf_counter() - started < seconds or turns < LEAST_TURNS:
         for names in groups:

@@ -16,7 +16,9 @@ import typer
 from hf_spqr.cli.common import JsonOption, out_console, print_json
 from hf_spqr.report.records import library_versions
 
-ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512_vnni", "avx512_bf16")
+AMX_FLAGS = ("amx_tile", "amx_bf16", "amx_int8")
+ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vnni", "avx512_bf16",
+             *AMX_FLAGS)  # fmt: skip
 OPTIONAL = ("datasets", "matplotlib", "lm_eval", "peft", "compressed_tensors")
 
 
@@ -52,17 +54,18 @@ def doctor_command(json: JsonOption = False) -> None:
 
 
 def kernels() -> dict[str, Any]:
-    """Whether the compiled extension is there and loads, with the reason when not."""
+    """Whether the compiled extension is there and loads, the reason when not, and the level that its kernels use."""
     spec = importlib.util.find_spec("hf_spqr._C")
     if spec is None or spec.origin is None:
         reason = "not built: hf-spqr was installed where no C++20 compiler or no torch was found"
-        return {"compiled": False, "file": None, "reason": reason}
+        return {"compiled": False, "file": None, "level": None, "reason": reason}
     try:
-        importlib.import_module("torch")
+        torch = importlib.import_module("torch")
         importlib.import_module("hf_spqr._C")
     except (ImportError, OSError) as error:
-        return {"compiled": False, "file": spec.origin, "reason": f"built, but it cannot be loaded: {error}"}
-    return {"compiled": True, "file": spec.origin, "reason": None}
+        reason = f"built, but it cannot be loaded: {error}"
+        return {"compiled": False, "file": spec.origin, "level": None, "reason": reason}
+    return {"compiled": True, "file": spec.origin, "level": torch.ops.hf_spqr.cpu_isa(), "reason": None}
 
 
 def cpu() -> dict[str, Any]:
@@ -137,6 +140,12 @@ def advice(data: dict[str, Any]) -> list[str]:
             "models run through the PyTorch reference, which is slow. Install a C++20 compiler (g++ 11 or clang 14) "
             "and torch, then: pip install --force-reinstall --no-deps hf-spqr (or -e .)"
         )
+    level = data["kernels"]["level"]
+    if level not in (None, "amx") and set(AMX_FLAGS) <= set(data["cpu"]["isa"]):
+        hints.append(
+            f"the processor has AMX, but the kernels use {level}: they were compiled by something older than g++ 11, "
+            "clang 12 or binutils 2.35, or the system refuses AMX to this process (Linux before 5.16)"
+        )
     if data["cuda"]["devices"] and not data["cuda"]["kernels"]:
         hints.append(
             "models on a GPU run through the PyTorch reference, which is slow: the CUDA kernels were not loaded "
@@ -158,7 +167,8 @@ def show(data: dict[str, Any]) -> None:
     line("versions", ", ".join(f"{name} {version}" for name, version in data["versions"].items()))
     line("platform", f"{platform.platform()}, {sys.executable}")
     compiled = data["kernels"]
-    line("kernels", f"{yes} {compiled['file']}" if compiled["compiled"] else f"{no} {compiled['reason']}")
+    found = f"{yes} {compiled['file']}, using {compiled['level']}"
+    line("kernels", found if compiled["compiled"] else f"{no} {compiled['reason']}")
     isa = " ".join(data["cpu"]["isa"]) or "none known"
     line("cpu", f"{data['cpu']['name']}, {data['cpu']['cores']} cores, {data['cpu']['threads']} torch threads")
     line("instructions", f"{isa} (torch: {data['cpu']['torch_capability']})")

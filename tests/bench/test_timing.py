@@ -30,9 +30,9 @@ def test_in_turn_and_on_each_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[str, int]] = []
     both = [recording("a", called), recording("b", called)]
     found = measure(both, X, 0, rotating(both, total=600))
-    turns = called[4:]  # after two calls of each to set up
-    assert [name for name, _ in turns] == ["a", "b"] * timing.LEAST_TURNS
-    assert [number for name, number in turns if name == "a"] == [2, 3, 0, 1, 2]
+    turns = called[4:]  # after a turn to set up
+    assert [name for name, _ in turns] == ["a", "a", "b", "b"] * timing.LEAST_TURNS
+    assert [number for name, number in turns if name == "a"] == [2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
     assert found["a"].calls == timing.LEAST_TURNS and found["a"].seconds > 0
 
 
@@ -52,7 +52,7 @@ def test_other_threads_take_turns_of_their_own_after_a_pause(monkeypatch: pytest
     assert {name: len(calls) for name, calls in copies.items()} == {"a": 4, "b": 2, "c": 2}
     found = measure(three, X, 0, copies)
     turns = "".join(name for name, _ in called[6:])
-    assert re.fullmatch("((a){2,}(bc){2,})+", turns)
+    assert re.fullmatch("((aa){2,}(bbcc){2,})+", turns)
     assert slept == [timing.SETTLE] * 2 * timing.LEAST_TURNS
     assert found["b"].calls == 2 * timing.LEAST_TURNS  # those before it was awake do not count
 

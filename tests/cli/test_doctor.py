@@ -1,5 +1,7 @@
 import importlib.util
 
+import pytest
+
 from hf_spqr.cli import doctor
 
 
@@ -11,7 +13,7 @@ def test_json(run) -> None:
     assert data["cpu"]["threads"] >= 1
     compiled = importlib.util.find_spec("hf_spqr._C") is not None
     assert data["kernels"]["compiled"] == compiled
-    assert (data["kernels"]["reason"] is None) == compiled
+    assert (data["kernels"]["reason"] is None) == (data["kernels"]["level"] is not None) == compiled
 
 
 def test_text(run) -> None:
@@ -40,3 +42,14 @@ def test_a_broken_registration_fails(run, monkeypatch) -> None:
     result = run("doctor", "--json")
     assert result.code == 1
     assert "broken" in result.json["advice"][0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hf_spqr._C") is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize(("level", "hints"), [("avx512_bf16", 1), ("amx", 0)])
+def test_says_when_amx_lies_idle(run, monkeypatch, level, hints) -> None:
+    cpu = {**doctor.cpu(), "isa": [*doctor.ISA_FLAGS]}
+    monkeypatch.setattr(doctor, "cpu", lambda: cpu)
+    monkeypatch.setattr(doctor, "kernels", lambda: {"compiled": True, "file": "f", "level": level, "reason": None})
+    advice = run("doctor", "--json").json["advice"]
+    assert sum(f"has AMX, but the kernels use {level}" in hint for hint in advice) == hints
+    assert f"using {level}" in run("doctor").out

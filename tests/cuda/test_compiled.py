@@ -24,8 +24,8 @@ BUDGETS = [
 ]
 
 
-# Of resident.cuh, for 1 to 8 tokens. Its loop also holds what is done once for a row block only: the next one's place and
-# the fetching of outliers.
+# Of resident.cuh, for 1 to 8 tokens. Its loop also holds what is done once for a row block only: the next one's place
+# and the fetching of outliers.
 RESIDENT_BUDGETS = [
     ("resident_spqr16", 3, 3.6),
     ("resident_spqr16", 2, 3.4),

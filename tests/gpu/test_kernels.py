@@ -26,6 +26,7 @@ SPQR = [  # rows, columns, bits, group, stat bits, second group, perm, outliers
     (100, 700, 6, 16, 3, 16, False, 0.01),
     (50, 65536, 3, 16, 3, 16, False, 0.001),
     (10, 70000, 3, 16, 3, 16, False, 0.001),
+    (12800, 5120, 3, 16, 3, 16, False, 0.01),  # enough rows to share x, too many columns for x in shared memory
 ]
 AFFINE = [  # rows, columns, bits, group, symmetric, scale dtype, perm
     (4096, 4096, 4, 128, False, F16, False),

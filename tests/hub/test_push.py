@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.hub import PushError, push_folder, push_to_hub
+from hf_spqr.report.card import PLOT_NAME
 from tests.tiny_models import byte_tokenizer, tiny_model
 
 IDS = torch.arange(40)[None] * 5 % 258
@@ -21,6 +22,7 @@ def logits(model):
 
 
 def test_what_is_pulled_is_what_was_pushed_to_the_bit(hub, model, folder):
+    pytest.importorskip("matplotlib")  # the card shows a picture
     pushed = push_folder(folder, "tester/tiny-SpQR")
     assert pushed.repo_id == "tester/tiny-SpQR" and pushed.oid == hub.repos["tester/tiny-SpQR"].branches["main"]
     pulled = AutoModelForCausalLM.from_pretrained("tester/tiny-SpQR")
@@ -31,9 +33,9 @@ def test_what_is_pulled_is_what_was_pushed_to_the_bit(hub, model, folder):
         AutoTokenizer.from_pretrained("tester/tiny-SpQR")("abc")["input_ids"] == byte_tokenizer()("abc")["input_ids"]
     )
     files = hub.repos["tester/tiny-SpQR"].files()
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "quantization_report.json"} <= set(
-        files
-    )
+    expected = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "quantization_report.json"}
+    assert expected | {PLOT_NAME} <= set(files)
+    assert f"({PLOT_NAME})" in ModelCard.load("tester/tiny-SpQR").text
     assert hub.count("PUT", "/lfs/") == (0 if hub.xet else len([f for f in files.values() if f.large]))
     assert hub.count("POST", "/commit/") == 1
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,12 +115,14 @@ def test_our_command_and_lm_evals_own_give_the_same_numbers(folders, task_folder
 
 
 def test_table_for_people(folders, task_folder, capfd):
-    base, _ = folders
+    base, out = folders
     code, text, err = command(
-        capfd, "eval", base, "--tasks", "local_choice", "--task-folder", task_folder, "--limit", 2
+        capfd, "eval", out, "--base", base, "--tasks", "local_choice", "--task-folder", task_folder, "--limit", 2
     )
     assert code == 0, err
-    assert "local_choice" in text and "acc_norm" in text
+    head, row = next((a, b) for a, b in pairwise(text.splitlines()) if a.split()[:2] == ["task", "metric"])
+    assert head.split()[2:] == ["samples", "base", "model", "stderr", "difference"]
+    assert row.split()[:3] == ["local_choice", "acc_norm", "2"] and len(row.split()) == 7
 
 
 def test_mistakes_are_messages(folders, task_folder, tmp_path, capfd):

@@ -99,7 +99,6 @@ def server(folder: Path, plugin: Path) -> Iterator[str]:
 MIXTURES = {
     "mixtral": lambda texts: SpQRConfig(dataset=texts, nsamples=4, seqlen=32),
     "qwen3_moe": lambda texts: OmniQuantConfig(bits=4, group_size=16, epochs=0, dataset=texts, nsamples=4, seqlen=32),
-    "deepseek_v3": lambda texts: SpQRConfig(dataset=texts, act_order=True, nsamples=4, seqlen=32),
 }
 
 

@@ -30,23 +30,27 @@ class Case:
         return self.dequantize(*self.tensors, *self.weight.shape, *self.numbers, dtype)
 
     def check(self, x: Tensor, bias: Tensor | None = None) -> None:
-        """Against float64, with the size of the summands as the measure, so that cancellation is not held against it.
+        """More than 64 tokens in bfloat16 go through a bfloat16 matrix product: its weights are rounded too."""
+        rounded = x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] > 64
+        compare(self.run(x, bias), x, self.weight, bias, rounded)
 
-        More than 64 tokens in bfloat16 go through a bfloat16 matrix product: its weights are rounded too.
-        """
-        y = self.run(x, bias)
-        tokens = x.numel() // x.shape[-1]
-        expected = x.double() @ self.weight.double().T
-        size = x.double().abs() @ self.weight.double().abs().T
-        if bias is not None:
-            expected, size = expected + bias.double(), size + bias.double().abs()
-        tolerance = (1e-4 + (2**-8 if x.dtype == torch.bfloat16 and tokens > 64 else 0)) * size
-        # q and z are multiplied apart: where they nearly cancel, a float32 rounding of either remains
-        cancelled = 2e-6 * x.double().abs().sum(-1, keepdim=True) * self.weight.abs().max()
-        tolerance = tolerance + cancelled + ROUNDING[x.dtype] * expected.abs() + 1e-6
-        assert y.dtype == x.dtype and y.shape == expected.shape
-        worst = ((y.double() - expected).abs() / tolerance).max().item() if y.numel() else 0.0
-        assert worst <= 1, f"{worst:.2f} of the tolerance"
+
+def compare(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: bool) -> None:
+    """Against float64, with the size of the summands as the measure, so that cancellation is not held against ``y``.
+
+    ``rounded``: weights may have been rounded to bfloat16.
+    """
+    expected = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        expected, size = expected + bias.double(), size + bias.double().abs()
+    tolerance = (1e-4 + (2**-8 if rounded else 0)) * size
+    # q and z are multiplied apart: where they nearly cancel, a float32 rounding of either remains
+    cancelled = 2e-6 * x.double().abs().sum(-1, keepdim=True) * weight.abs().max()
+    tolerance = tolerance + cancelled + ROUNDING[x.dtype] * expected.abs() + 1e-6
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    worst = ((y.double() - expected).abs() / tolerance).max().item() if y.numel() else 0.0
+    assert worst <= 1, f"{worst:.2f} of the tolerance"
 
 
 def spqr_case(layout: spqr.SpQRLayout, share: float = 0.05, perm: bool = False, seed: int = 0) -> Case:

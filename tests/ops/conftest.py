@@ -7,7 +7,7 @@ import torch
 
 from hf_spqr import ops
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 
 
 def available() -> tuple[str, ...]:
