@@ -7,7 +7,7 @@ Every cell quantizes the model anew, in float32, on the same calibration sequenc
 the held-out file one by one; documents that are scored never calibrate. Groups wider than a layer are one group per
 row of that layer. A cell that is already in benchmarks/results/omniquant_table_<model>.json is not computed again, so
 a run may be stopped, and cells may be asked for one at a time (--schemes, --methods). Other draws of the calibration
-data (--seed) have files of their own.
+data (--seed) and other trainings of the default (--epochs) have files of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hf_spqr.evaluate import perplexity
 
 SCHEMES = ("W2A16g64", "W3A16", "W3A16g128", "W4A16g128", "W4A4", "W6A6", "W8A8")
 METHODS = ("rtn", "gptq", "reference", "default")
-SETTINGS = ("documents", "nsamples", "seqlen", "seed")
+SETTINGS = ("documents", "nsamples", "seqlen", "seed", "epochs")
 
 
 def config_of(scheme: str, method: str, **fields: Any) -> hf_spqr.OmniQuantConfig:
@@ -83,24 +83,27 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, help="of the default, instead of its own")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     args = parser.parse_args()
     if args.print:
         results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("omniquant_table_*.json"))]
-        print(table([result for result in results if result["seed"] == args.seed]))
+        wanted = (args.seed, args.epochs)
+        print(table([result for result in results if (result["seed"], result.get("epochs")) == wanted]))
         return
     if args.heldout is None:
         parser.error("model, calibration and heldout are needed")
     torch.set_num_threads(1)
     name = f"omniquant_table_{Path(args.model).name}" + (f"_seed{args.seed}" if args.seed else "")
+    name += "" if args.epochs is None else f"_epochs{args.epochs}"
     settings = {key: getattr(args, key) for key in SETTINGS}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     documents = [text for text in iter_documents(args.heldout) if isinstance(text, str)][-args.documents :]
     known = RESULTS / f"{name}.json"
     if known.exists():
         result = json.loads(known.read_text())
-        if any(result[key] != settings[key] for key in SETTINGS):
+        if any(result.get(key) != settings[key] for key in SETTINGS):
             parser.error(f"{known} was made with other settings; move it away first")
     else:
         full = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
@@ -113,7 +116,8 @@ def main() -> None:
     for scheme, method in itertools.product(args.schemes, args.methods):
         if (scheme, method) in done:
             continue
-        row = cell(args.model, scheme, method, documents, dataset=calibration, tokenizer=tokenizer, **fields)
+        more = {"epochs": args.epochs} if method == "default" and args.epochs is not None else {}
+        row = cell(args.model, scheme, method, documents, dataset=calibration, tokenizer=tokenizer, **fields, **more)
         result["rows"].append(row)
         print("  ".join(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()), flush=True)
         save(name, {key: value for key, value in result.items() if key not in ("date", "machine")})
