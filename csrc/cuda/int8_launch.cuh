@@ -86,8 +86,10 @@ int launch_int8_many(const Int8Args& a, void* stream) {
 
 template <int BITS>
 int launch_int8_many(const Int8Args& a, const Tiles& tiles, void* stream) {
-    const bool full = ceil_div(a.tokens, 256) * 256 <= a.tokens + a.tokens / 4;
-    if (full && tiles.enough(128, 256)) return launch_int8_many<BITS, 4, 8, 2, 4, 1>(a, stream);
+    if constexpr (BITS != 7) {  // whose planes leave too few registers for so large a tile
+        const bool full = ceil_div(a.tokens, 256) * 256 <= a.tokens + a.tokens / 4;
+        if (full && tiles.enough(128, 256)) return launch_int8_many<BITS, 4, 8, 2, 4, 1>(a, stream);
+    }
     if (tiles.enough(128, 128)) return launch_int8_many<BITS, 4, 8, 2, 2, 2>(a, stream);
     return launch_int8_many<BITS, 2, 4, 2, 2, 4>(a, stream);  // 64 x 64
 }
