@@ -19,6 +19,8 @@ SPILLS = {
     ("linear_spqr16", "86"): 8,
     ("linear_spqr16", "89"): 8,
     ("linear_affine_channel", "90a"): 8,  # 4 bit, 1 to 8 tokens
+    ("linear_affine_any", "90a"): 36,  # 3 bit, 9 to 16 tokens
+    ("linear_spqr_any", "90a"): 36,
     ("int8_bytes", "100f"): 4,  # 8 bit, many tokens
 }
 WEIGHTS_PER_LANE = 16 * 256 // 32  # of a step of one row block; a step is one turn of the main loop
