@@ -46,6 +46,6 @@ def test_ops_with_emulated_tiles(tmp_path: Path) -> None:
     }  # fmt: skip
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     subprocess.run(build, cwd=tree, env=environment, check=True, capture_output=True)
-    tests = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-q", "tests/ops", "-k", "amx"]
+    tests = [sys.executable, "-m", "pytest", "-p", "no:xdist", "tests/ops", "-k", "amx"]
     done = subprocess.run(tests, cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and re.search(r"[1-9]\d* passed", done.stdout), done.stdout[-4000:]
