@@ -57,7 +57,7 @@ integer_grouped_linear = torch.ops.hf_spqr.integer_grouped_linear.default
 def call_linear(op: torch._ops.OpOverload, x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     """``op(x, *arguments)``, where ``bias`` is among the arguments.
 
-    Gradients are registered from Python and cost some 20 microseconds a call even where nobody asks for one; then this
+    Gradients are registered from Python and cost some 3 microseconds a call even where nobody asks for one; then this
     goes straight to the kernel.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
