@@ -33,8 +33,8 @@ void linear(const LinearArgs& a, int64_t first, int64_t last) {
 }  // namespace
 
 const Kernels& bf16_kernels() {
-    static const Kernels kernels = {planes_bytes,      takes_prompts,        prepare, linear, dequantize_bf16,
-                                    kVnniKernels.read, kVnniKernels.integers};
+    static const Kernels kernels = {planes_bytes,      takes_prompts,         prepare,      linear, dequantize_bf16,
+                                    kVnniKernels.read, kVnniKernels.integers, &kVnniRounded};
     return kernels;
 }
 

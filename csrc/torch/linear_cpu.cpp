@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
+#include "torch/rounded_cpu.h"
 #include "torch/split_cpu.h"
 
 namespace hf_spqr {
@@ -116,7 +117,7 @@ Tensor linear_dense(Tensor x, const Matrix& m, const std::optional<Tensor>& perm
 }  // namespace
 
 Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::optional<Tensor>& perm,
-                  const std::optional<Tensor>& bias) {
+                  const std::optional<Tensor>& bias, bool int8_activations) {
     const DType dtype = float_dtype(op, "x", x.scalar_type());
     const int32_t* order = permutation(op, perm, m.columns);
     const void* bias_data = bias_pointer(op, bias, m.rows, x.scalar_type(), "the dtype of x");
@@ -125,6 +126,11 @@ Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::o
     const int64_t tokens = x.numel() / m.columns;
     if (tokens == 0) return stable::new_empty(x, shape);
     const Tensor flat = stable::reshape(stable::contiguous(x), {tokens, m.columns});
+    if (int8_activations && takes_rounded(m, dtype, tokens)) {
+        Tensor y = stable::new_empty(x, shape);
+        linear_rounded(flat, m, order, bias_data, dtype, y);
+        return y;
+    }
     const Kernels& k = kernels();
     const bool takes_prompts = k.takes_prompts && k.takes_prompts(dtype);
     if (tokens > kMaxTokens && !takes_prompts) {

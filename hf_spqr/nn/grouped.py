@@ -131,7 +131,8 @@ class GroupedLinear(nn.Module):
         held = self._parameters
         packed = [held[name] for name in self.linear_class.tensor_names]
         linear = type(self).reference_linear if self.backend == "reference" else type(self).linear
-        return linear(x, ends, *packed, held["perm"], self.out_features, self.in_features, *self._numbers, False)
+        flags = self.backend == "int8_activations", False
+        return linear(x, ends, *packed, held["perm"], self.out_features, self.in_features, *self._numbers, *flags)
 
     def dequantize_weight(self, dtype: torch.dtype) -> Tensor:
         """The matrices of all experts in full, [E, out_features, in_features] of ``dtype``."""

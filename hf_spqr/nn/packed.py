@@ -17,7 +17,7 @@ from hf_spqr.nn.dense import make_dense
 if TYPE_CHECKING:
     from hf_spqr.nn.share import Share
 
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "reference", "int8_activations"]
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor in a file."""
 
@@ -153,7 +153,7 @@ class PackedLinear(nn.Module):
         arguments = (*packed, held["perm"], bias, self.layout.out_features, *self._numbers)
         if self.backend == "reference":
             return type(self).reference_linear(x, *arguments)
-        return ops.call_linear(type(self).linear, x, bias, *arguments)
+        return ops.call_linear(type(self).linear, x, bias, *arguments, self.backend == "int8_activations")
 
     def dequantize_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix [out_features, in_features] in full, of ``dtype`` (the module's float dtype if not given).
