@@ -1,23 +1,21 @@
-// Activations rounded to int8 against any matrix but those with groups of 8: a stretch of tiles is unpacked once, and
-// vpdpbusd multiplies its codes by all tokens.
+// Activations rounded to int8 against any matrix but those with groups of 8: the tiles of a block are unpacked once,
+// and vpdpbusd multiplies their codes by all tokens.
 #include "cpu/kernels.h"
-#include "cpu/outliers_avx512.h"
+#include "cpu/outliers_tokens.h"
 #include "cpu/prefetch.h"
 #include "cpu/quantize.h"
 #include "cpu/rounded.h"
 #include "cpu/statistics_avx512.h"
 #include "cpu/store_avx512.h"
-#include "cpu/transpose.h"
 #include "cpu/unpack_vbmi.h"
 
 namespace hf_spqr {
 namespace {
 
 constexpr int kVectors = kColumns / 4;              // of a tile
-constexpr int kBlockVectors = kRoundedColumns / 4;  // of a block of activations
+constexpr int kBlockVectors = kRoundedColumns / 4;  // of a block of activations; panels begin with a block
 constexpr int kBlockTiles = kRoundedColumns / kColumns;
-constexpr int kStretchTiles = 4 * kBlockTiles;  // most of a stretch; panels begin with a block
-constexpr int kTogether = 6;                    // tokens
+constexpr int kTogether = 6;  // tokens
 
 // One block of a token; returns its scale.
 template <DType D>
@@ -81,10 +79,6 @@ void prepare(const PrepareArgs& a, int64_t first, int64_t last) {
     for (int64_t token = first; token < last; token += kRows) transpose_tokens(out, token);
 }
 
-// Codes of R row blocks of a stretch, four columns to a word.
-template <int R>
-using Codes = uint32_t[kStretchTiles * kVectors][R][kRows];
-
 template <int B>
 void unpack_tile(const uint32_t* tile, char* out, int64_t stride) {
     static const Unpack<B> kUnpack;
@@ -102,14 +96,13 @@ UnpackTile unpack_tile_of(int bits) {
     return kTable[bits - 1];
 }
 
-// What tokens are multiplied by: `tiles` tiles from the first one of `block` on.
+// What tokens are multiplied by: R row blocks of a block.
 template <int R>
-struct Part {
-    const uint32_t (*codes)[R][kRows];
-    int tiles;
+struct Unpacked {
+    alignas(64) uint32_t codes[kBlockVectors][R][kRows];  // four columns to a word
     int64_t block;
-    const float *scale[R], *zero[R];  // of the first group
-    int64_t group_stride;             // to those of the next one
+    int vectors;                      // of codes, fewer where the matrix ends
+    const float *scale[R], *zero[R];  // [group][row]
 };
 
 // sum[token][r] = codes of `count` vectors * x.
@@ -158,79 +151,70 @@ __attribute__((always_inline)) inline __m512 shifted(const int32_t* sum, __m512 
 
 // y[token][r] += x's scale * weights' scale * (code . x - zero * sum of x), for T tokens. A block is one group.
 template <int R, int T>
-void multiply_long(const Part<R>& part, const Rounded& x, int64_t token, float (*y)[R][kRows]) {
-    const uint32_t (*w)[R][kRows] = part.codes;
-    int64_t group = 0, block = part.block;
-    for (int left = part.tiles * kVectors; left > 0; left -= kBlockVectors, ++block, group += part.group_stride) {
-        const int count = left < kBlockVectors ? left : kBlockVectors;
+void multiply_long(const Unpacked<R>& w, const Rounded& x, int64_t token, float (*y)[R][kRows]) {
+    const float *sums = x.sum(w.block, 0) + token, *scales = x.scale(w.block) + token;
+    alignas(64) int32_t sum[T][R][kRows];
+    dot_apart<R, T>(w.codes, w.vectors, x.code(w.block, token), sum);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const __m512 s = _mm512_load_ps(w.scale[r]), z = _mm512_load_ps(w.zero[r]);
+            const __m512 f = _mm512_mul_ps(shifted(sum[t][r], z, sums[t]), _mm512_set1_ps(scales[t]));
+            _mm512_store_ps(y[t][r], _mm512_fmadd_ps(s, f, _mm512_load_ps(y[t][r])));
+        }
+    }
+}
+
+// The same for a block of several groups, each Steps vectors long.
+template <int R, int T, int Steps>
+void multiply_short(const Unpacked<R>& w, const Rounded& x, int64_t token, float (*y)[R][kRows]) {
+    const int8_t* code = x.code(w.block, token);
+    const float *sums = x.sum(w.block, 0) + token, *scales = x.scale(w.block) + token;
+    __m512 total[T][R];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) total[t][r] = _mm512_setzero_ps();
+    }
+    for (int at = 0, group = 0; at < w.vectors; at += Steps, sums += x.tokens, group += kRows) {
         alignas(64) int32_t sum[T][R][kRows];
-        dot_apart<R, T>(w, count, x.code(block, token), sum);
-        w += count;
-        const float *sums = x.sum(block, 0) + token, *scales = x.scale(block) + token;
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
+        if constexpr (Steps == 4) {
+            dot<R, T>(w.codes + at, Steps, code + 4 * at, sum);
+        } else {
+            dot_apart<R, T>(w.codes + at, w.vectors - at < Steps ? w.vectors - at : Steps, code + 4 * at, sum);
+        }
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const __m512 s = _mm512_load_ps(part.scale[r] + group), z = _mm512_load_ps(part.zero[r] + group);
-                const __m512 f = _mm512_mul_ps(shifted(sum[t][r], z, sums[t]), _mm512_set1_ps(scales[t]));
-                _mm512_store_ps(y[t][r], _mm512_fmadd_ps(s, f, _mm512_load_ps(y[t][r])));
+        for (int r = 0; r < R; ++r) {
+            const __m512 s = _mm512_load_ps(w.scale[r] + group), z = _mm512_load_ps(w.zero[r] + group);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                total[t][r] = _mm512_fmadd_ps(s, shifted(sum[t][r], z, sums[t]), total[t][r]);
             }
         }
     }
-}
-
-// The same for blocks of several groups, each Steps vectors long.
-template <int R, int T, int Steps>
-void multiply_short(const Part<R>& part, const Rounded& x, int64_t token, float (*y)[R][kRows]) {
-    const uint32_t (*w)[R][kRows] = part.codes;
-    int64_t group = 0, block = part.block;
-    for (int left = part.tiles * kVectors; left > 0; left -= kBlockVectors, ++block) {
-        const int vectors = left < kBlockVectors ? left : kBlockVectors;
-        const int8_t* code = x.code(block, token);
-        const float *sums = x.sum(block, 0) + token, *scales = x.scale(block) + token;
-        __m512 total[T][R];
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
+    for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) total[t][r] = _mm512_setzero_ps();
-        }
-        for (int at = 0; at < vectors; at += Steps, sums += x.tokens, group += kRows) {
-            const int count = Steps == 4 || vectors - at > Steps ? Steps : vectors - at;
-            alignas(64) int32_t sum[T][R][kRows];
-            (Steps == 4 ? dot<R, T> : dot_apart<R, T>)(w, count, code + 4 * at, sum);
-            w += count;
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const __m512 s = _mm512_load_ps(part.scale[r] + group), z = _mm512_load_ps(part.zero[r] + group);
-#pragma GCC unroll 8
-                for (int t = 0; t < T; ++t) {
-                    total[t][r] = _mm512_fmadd_ps(s, shifted(sum[t][r], z, sums[t]), total[t][r]);
-                }
-            }
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const __m512 before = _mm512_load_ps(y[t][r]);
-                _mm512_store_ps(y[t][r], _mm512_fmadd_ps(_mm512_set1_ps(scales[t]), total[t][r], before));
-            }
+        for (int r = 0; r < R; ++r) {
+            const __m512 before = _mm512_load_ps(y[t][r]);
+            _mm512_store_ps(y[t][r], _mm512_fmadd_ps(_mm512_set1_ps(scales[t]), total[t][r], before));
         }
     }
 }
 
 template <int R, int T, int Steps>
-void multiply(const Part<R>& part, const Rounded& x, int64_t token, float (*y)[R][kRows]) {
+void multiply(const Unpacked<R>& w, const Rounded& x, int64_t token, float (*y)[R][kRows]) {
     if constexpr (Steps == kBlockVectors) {
-        multiply_long<R, T>(part, x, token, y);
+        multiply_long<R, T>(w, x, token, y);
     } else {
-        multiply_short<R, T, Steps>(part, x, token, y);
+        multiply_short<R, T, Steps>(w, x, token, y);
     }
 }
 
 template <int R, int Steps>
-void multiply_all(const Part<R>& part, const Rounded& x, float (*y)[R][kRows]) {
-    using Multiply = void (*)(const Part<R>&, const Rounded&, int64_t, float (*)[R][kRows]);
+void multiply_all(const Unpacked<R>& w, const Rounded& x, float (*y)[R][kRows]) {
+    using Multiply = void (*)(const Unpacked<R>&, const Rounded&, int64_t, float (*)[R][kRows]);
     constexpr Multiply kMultiply[kTogether + 1] = {nullptr,
                                                    multiply<R, 1, Steps>,
                                                    multiply<R, 2, Steps>,
@@ -241,7 +225,7 @@ void multiply_all(const Part<R>& part, const Rounded& x, float (*y)[R][kRows]) {
     const int64_t shares = ceil_div(x.tokens, kTogether);
     for (int64_t share = 0, token = 0; share < shares; ++share) {
         const int64_t next = x.tokens * (share + 1) / shares;
-        kMultiply[next - token](part, x, token, y + token);
+        kMultiply[next - token](w, x, token, y + token);
         token = next;
     }
 }
@@ -254,47 +238,50 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
     const int64_t ahead = pass_bytes(m, R), tile_words = int64_t(m.bits) * kRows;
     alignas(64) float y[kPromptTokens][R][kRows];
     memset(y, 0, a.tokens * sizeof y[0]);
-    alignas(64) Codes<R> codes;
     PanelScales statistics[R];
+    Unpacked<R> w;
+    w.block = 0;
     OutlierPrefetch outliers(m, row_block, R);
     for (PanelWalk walk(m, row_block); walk.next();) {
         const Panel& panel = walk.panel;
         outliers.panel();
         for (int r = 0; r < R; ++r) statistics[r].load(m, panel.statistics + r * m.words, panel.groups);
-        for (int64_t tile = 0; tile < panel.count; tile += kStretchTiles) {
-            const int here = int(panel.count - tile < kStretchTiles ? panel.count - tile : kStretchTiles);
-            const int group = m.group == kPerChannel ? 0 : int(tile * kColumns / m.group) * kRows;
-            Part<R> part{codes, here, (panel.first_tile + tile) / kBlockTiles,
-                         {},    {},   m.group == kPerChannel ? 0 : kRows};
+        for (int64_t tile = 0; tile < panel.count; tile += kBlockTiles, ++w.block) {
+            const int here = int(panel.count - tile < kBlockTiles ? panel.count - tile : kBlockTiles);
+            const int group = group_of_tile(m, tile) * kRows;
             for (int r = 0; r < R; ++r) {
                 const uint32_t* packed = panel.tiles + r * m.words + tile * tile_words;
                 prefetch_lines(reinterpret_cast<const char*>(packed) + ahead, here * m.bits);
                 for (int i = 0; i < here; ++i) {
-                    unpack(packed + i * tile_words, reinterpret_cast<char*>(codes[i * kVectors][r]), sizeof codes[0]);
+                    char* out = reinterpret_cast<char*>(w.codes[i * kVectors][r]);
+                    unpack(packed + i * tile_words, out, sizeof w.codes[0]);
                 }
-                part.scale[r] = statistics[r].scale + group;
-                part.zero[r] = statistics[r].zero + group;
+                w.scale[r] = statistics[r].scale + group;
+                w.zero[r] = statistics[r].zero + group;
             }
-            multiply_all<R, Steps>(part, x, y);
+            w.vectors = here * kVectors;
+            multiply_all<R, Steps>(w, x, y);
         }
     }
     for (int r = 0; r < R; ++r) {
-        __m512 sum[kMaxTokens];
-        for (int64_t first = 0; first < a.tokens; first += kMaxTokens) {
-            const int64_t last = a.tokens - first < kMaxTokens ? a.tokens : first + kMaxTokens;
-            for (int64_t t = first; t < last; ++t) sum[t - first] = _mm512_load_ps(y[t][r]);
-            add_outliers(m, row_block + r, x.column(0) + first, x.padded_tokens, int(last - first), sum);
-            for (int64_t t = first; t < last; ++t) store_block(a, t, row_block + r, sum[t - first]);
-        }
+        add_outliers(m, row_block + r, x.column(0), x.padded_tokens, a.tokens, y[0][r], R * kRows);
+        for (int t = 0; t < a.tokens; ++t) store_block(a, t, row_block + r, _mm512_load_ps(y[t][r]));
     }
+}
+
+template <int R, int Steps>
+int64_t row_blocks(const LinearArgs& a, int64_t block, int64_t last) {
+    for (; block + R <= last; block += R) row_blocks<R, Steps>(a, block);
+    return block;
 }
 
 template <int Steps>
 void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
-    constexpr int kAtOnce = Steps == kBlockVectors ? 4 : 2;  // as registers hold the sums
-    int64_t block = first;
-    for (; block + kAtOnce <= last; block += kAtOnce) row_blocks<kAtOnce, Steps>(a, block);
-    for (; block < last; ++block) row_blocks<1, Steps>(a, block);
+    if constexpr (Steps == kBlockVectors) {  // registers hold the sums of four
+        if (a.tokens > kTogether) first = row_blocks<4, Steps>(a, first, last);
+    }
+    first = row_blocks<2, Steps>(a, first, last);
+    row_blocks<1, Steps>(a, first, last);
 }
 
 bool takes(const Matrix& m, DType, int64_t tokens) {
