@@ -1,6 +1,7 @@
 // Every format, 1 to kMaxTokens tokens: a tile is unpacked once and multiplied by all tokens.
 #include "cpu/kernels.h"
 #include "cpu/outliers_avx512.h"
+#include "cpu/outliers_tokens.h"
 #include "cpu/planes.h"
 #include "cpu/statistics_avx512.h"
 #include "cpu/store_avx512.h"
@@ -119,7 +120,8 @@ void row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
         if (a.tokens == 1) {
             sum[0] = add_outliers(a.weight, block, a.x, sum[0]);
         } else {
-            add_outliers(a.weight, block, planes.column(0), planes.padded_tokens, a.tokens, sum);
+            float* y = reinterpret_cast<float*>(sum);
+            add_outliers(a.weight, block, planes.column(0), planes.padded_tokens, a.tokens, y, kRows);
         }
         for (int t = 0; t < a.tokens; ++t) store_block(a, t, block, sum[t]);
     }

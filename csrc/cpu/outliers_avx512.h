@@ -132,27 +132,5 @@ struct OutlierPass {
     }
 };
 
-// The same for several tokens: sum[token]. x is [column][token], `padded` (a multiple of 16) tokens wide.
-inline void add_outliers(const Matrix& m, int64_t block, const float* x, int64_t padded, int tokens, __m512* sum) {
-    if (m.outlier_row == nullptr) return;
-    for (int64_t row = block * kRows, r = 0; r < kRows && row < m.rows; ++r, ++row) {
-        const int64_t begin = m.outlier_row[row], end = m.outlier_row[row + 1];
-        for (int first = 0; first < tokens && begin < end; first += 16) {
-            __m512 part = _mm512_setzero_ps();
-            for (int64_t i = begin; i < end; ++i) {
-                const uint64_t column = m.outlier ? m.outlier[i] & 0xffff : m.outlier_wide[i] & 0xffffffff;
-                const uint16_t value = m.outlier ? uint16_t(m.outlier[i] >> 16) : uint16_t(m.outlier_wide[i] >> 32);
-                const __m512 v = _mm512_set1_ps(_cvtsh_ss(value));
-                part = _mm512_fmadd_ps(v, _mm512_loadu_ps(x + column * padded + first), part);
-            }
-            alignas(64) float of_token[16];
-            _mm512_store_ps(of_token, part);
-            for (int t = first; t < tokens && t < first + 16; ++t) {
-                reinterpret_cast<float*>(sum + t)[r] += of_token[t - first];
-            }
-        }
-    }
-}
-
 }  // namespace
 }  // namespace hf_spqr
