@@ -41,6 +41,32 @@ def test_forward_is_the_linear_of_the_dequantized_weight(make, bias, backend):
 
 
 @pytest.mark.parametrize("make", MODULES)
+def test_int8_activations_are_a_matter_of_the_op(make):
+    """Eager, compiled and with gradients; how far from the exact result is a matter of the kernels."""
+    module = make(bias=False)
+    module.backend = "int8_activations"
+    x = torch.randn(5, 96, requires_grad=True)
+    tensors = [getattr(module, name) for name in (*module.tensor_names, "perm", "bias")]
+    expected = type(module).linear(x.detach(), *tensors, 48, *module._numbers, True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for run in (module, compiled):
+        assert torch.equal(run(x), expected)
+        with torch.no_grad():
+            assert torch.equal(run(x), expected)
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad, module.dequantize_weight().sum(0).expand(5, 96))
+
+
+def test_quantized_activations_stay_as_they_are():
+    module = affine_module(group_size=-1)
+    module.act_bits = 8
+    x = torch.randn(5, 96)
+    expected = module(x)
+    module.backend = "int8_activations"
+    assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("make", MODULES)
 def test_casts_leave_packed_tensors_alone(make):
     module = make()
     before = {name: tensor.clone() for name, tensor in module.packed_tensors().items()}
