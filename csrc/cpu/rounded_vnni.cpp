@@ -155,13 +155,17 @@ void multiply_long(const Unpacked<R>& w, const Rounded& x, int64_t token, float 
     const float *sums = x.sum(w.block, 0) + token, *scales = x.scale(w.block) + token;
     alignas(64) int32_t sum[T][R][kRows];
     dot_apart<R, T>(w.codes, w.vectors, x.code(w.block, token), sum);
+    __m512 s[R], z[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) s[r] = _mm512_load_ps(w.scale[r]), z[r] = _mm512_load_ps(w.zero[r]);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
+        const __m512 scale = _mm512_set1_ps(scales[t]);
+        const float sum_of_x = sums[t];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            const __m512 s = _mm512_load_ps(w.scale[r]), z = _mm512_load_ps(w.zero[r]);
-            const __m512 f = _mm512_mul_ps(shifted(sum[t][r], z, sums[t]), _mm512_set1_ps(scales[t]));
-            _mm512_store_ps(y[t][r], _mm512_fmadd_ps(s, f, _mm512_load_ps(y[t][r])));
+            const __m512 f = _mm512_mul_ps(shifted(sum[t][r], z[r], sum_of_x), scale);
+            _mm512_store_ps(y[t][r], _mm512_fmadd_ps(s[r], f, _mm512_load_ps(y[t][r])));
         }
     }
 }

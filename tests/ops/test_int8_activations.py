@@ -1,4 +1,4 @@
-"""Activations rounded to int8: what rounding is, and that kernels which do it give a product of rounded activations."""
+"""Activations rounded to int8: what rounding is, and that kernels which round give a product of what it gives."""
 
 import pytest
 import torch
