@@ -188,7 +188,8 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
     const Matrix& m = a.weight;
     const TokenBlocks<Bytes> x(m, a.tokens, a.planes);
     const UnpackTile unpack = unpack_tile_of(m.bits);
-    const int64_t ahead = pass_bytes(m, R), tile_words = int64_t(m.bits) * kRows;
+    const int64_t tile_words = int64_t(m.bits) * kRows;
+    Ahead<R> ahead(m, row_block);
     alignas(64) float y[kPromptTokens][R][kRows];
     memset(y, 0, a.tokens * sizeof y[0]);
     PanelScales statistics[R];
@@ -198,13 +199,14 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
     for (PanelWalk walk(m, row_block); walk.next();) {
         const Panel& panel = walk.panel;
         outliers.panel();
+        ahead.lines((panel.tiles - panel.statistics) / kRows);
         for (int r = 0; r < R; ++r) statistics[r].load(m, panel.statistics + r * m.words, panel.groups);
         for (int64_t tile = 0; tile < panel.count; tile += kBlockTiles, ++w.block) {
             const int here = int(panel.count - tile < kBlockTiles ? panel.count - tile : kBlockTiles);
             const int group = group_of_tile(m, tile) * kRows;
+            ahead.lines(here * m.bits);
             for (int r = 0; r < R; ++r) {
                 const uint32_t* packed = panel.tiles + r * m.words + tile * tile_words;
-                prefetch_lines(reinterpret_cast<const char*>(packed) + ahead, here * m.bits);
                 for (int i = 0; i < here; ++i) {
                     char* out = reinterpret_cast<char*>(w.codes[i * kVectors][r]);
                     unpack(packed + i * tile_words, out, sizeof w.codes[0]);
