@@ -8,14 +8,14 @@ bool alone(const Matrix& m, int64_t tokens) {
     return tokens == 1 && has_gemv_vnni(m);
 }
 
-int64_t planes_bytes(const Matrix& m, DType dtype, int64_t tokens) {
-    return alone(m, tokens) ? planes_bytes_vnni(m, dtype, 1) : batch_bytes_vnni(m, tokens);
+int64_t planes_bytes(const Matrix& m, DType, int64_t tokens) {
+    return alone(m, tokens) ? planes_bytes_vnni(m) : batch_bytes_vnni(m, tokens);
 }
 
 void prepare(const PrepareArgs& a, int64_t first, int64_t last) {
     if (!alone(*a.weight, a.tokens)) return prepare_batch_vnni(a, first, last);
     kAvx512Kernels.prepare(a, first, last);
-    split_planes_vnni(*a.weight, a.out, 0, 1, a.planes);
+    split_planes_vnni(*a.weight, a.out, a.planes);
 }
 
 void linear(const LinearArgs& a, int64_t first, int64_t last) {

@@ -78,7 +78,7 @@ struct GroupScales {
 template <class Statistics, int B, bool Sixteen, int R>
 void row_blocks(const LinearArgs& a, int64_t first_block) {
     const Matrix& m = a.weight;
-    const Planes planes(m, 1, a.planes);
+    const Planes planes(m, a.planes);
     const UnpackHalf<B> unpack;
     const int tiles = Sixteen ? 1 : plane_block(m) / kColumns;  // of a block of activations
     const int group_step = m.group == kPerChannel ? 0 : 1;      // a row's only group serves all its blocks

@@ -34,19 +34,6 @@ inline float outlier_sum(const uint64_t* entry, int64_t begin, int64_t end, cons
     return sum;
 }
 
-// Adds the outliers of the block's rows to y.
-inline __m512 add_outliers(const Matrix& m, int64_t block, const float* x, __m512 y) {
-    if (m.outlier_row == nullptr) return y;
-    alignas(64) float sum[kRows] = {};
-    for (int64_t row = block * kRows, r = 0; r < kRows && row < m.rows; ++r, ++row) {
-        const int64_t begin = m.outlier_row[row], end = m.outlier_row[row + 1];
-        if (begin < end) {
-            sum[r] = m.outlier ? outlier_sum(m.outlier, begin, end, x) : outlier_sum(m.outlier_wide, begin, end, x);
-        }
-    }
-    return _mm512_add_ps(y, _mm512_load_ps(sum));
-}
-
 // The activations of entries, one after another.
 inline void fetch_activations(const uint32_t* entry, int64_t count, const float* x, float* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = x[entry[i] & 0xffff];

@@ -4,9 +4,9 @@
 
 namespace hf_spqr {
 
-// Activations of one token.
-int64_t planes_bytes_vnni(const Matrix&, DType, int64_t tokens);
-void split_planes_vnni(const Matrix&, const float* x, int64_t token, int64_t tokens, char* planes);
+// Activations of one token (planes.h), for matrices that has_gemv_vnni accepts.
+int64_t planes_bytes_vnni(const Matrix&);
+void split_planes_vnni(const Matrix&, const float* x, char* planes);
 
 // One token of SpQR, row blocks [first, last), for matrices that has_gemv_spqr_vnni accepts.
 bool has_gemv_spqr_vnni(const Matrix&);
