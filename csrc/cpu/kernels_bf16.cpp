@@ -4,12 +4,12 @@
 namespace hf_spqr {
 namespace {
 
-bool in_halves(DType dtype, int64_t tokens) {
-    return dtype == DType::bf16 && tokens >= kFewestBf16;
+bool in_halves(const Matrix& m, DType dtype, int64_t tokens) {
+    return dtype == DType::bf16 && tokens >= (plane_block(m) < kColumns ? kFewestBf16 : kFewestBf16OfLong);
 }
 
 int64_t planes_bytes(const Matrix& m, DType dtype, int64_t tokens) {
-    return in_halves(dtype, tokens) ? halves_bytes(m, tokens) : kVnniKernels.planes_bytes(m, dtype, tokens);
+    return in_halves(m, dtype, tokens) ? halves_bytes(m, tokens) : kVnniKernels.planes_bytes(m, dtype, tokens);
 }
 
 bool takes_prompts(DType dtype) {
@@ -17,11 +17,11 @@ bool takes_prompts(DType dtype) {
 }
 
 void prepare(const PrepareArgs& a, int64_t first, int64_t last) {
-    (in_halves(a.dtype, a.tokens) ? prepare_halves : kVnniKernels.prepare)(a, first, last);
+    (in_halves(*a.weight, a.dtype, a.tokens) ? prepare_halves : kVnniKernels.prepare)(a, first, last);
 }
 
 void linear(const LinearArgs& a, int64_t first, int64_t last) {
-    if (!in_halves(a.dtype, a.tokens)) {
+    if (!in_halves(a.weight, a.dtype, a.tokens)) {
         kVnniKernels.linear(a, first, last);
     } else if (rounds_weights(a.weight, a.tokens)) {
         prefill_bf16(a, first, last);

@@ -6,9 +6,9 @@ namespace hf_spqr {
 namespace {
 
 // Where it was measured to be faster than the exact kernels: not for one token, which memory limits, nor for prompts
-// where there are outliers.
+// where there are outliers or groups of 8.
 bool takes(const Matrix& m, DType, int64_t tokens) {
-    return m.group != 8 && tokens > 1 && (tokens <= kMaxTokens || m.outlier_row == nullptr);
+    return tokens > 1 && (tokens <= kMaxTokens || (m.outlier_row == nullptr && m.group != 8));
 }
 
 int64_t bytes(const Matrix& m, int64_t tokens) {
