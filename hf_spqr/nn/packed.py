@@ -128,7 +128,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def check_tensors(cls, layout: Any, tensors: Mapping[str, Tensor]) -> None:
-        """:meth:`check` of the tensors of a matrix of ``layout``."""
+        """Raise CheckpointError unless the tensors of a matrix of ``layout`` would pass :meth:`check`."""
         try:
             cls._check_trusted(layout, tensors)
         except ValueError as error:
