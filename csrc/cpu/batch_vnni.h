@@ -232,8 +232,8 @@ int64_t row_blocks(const LinearArgs& a, int64_t block, int64_t last) {
 
 template <int Bytes, int Steps>
 void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
-    if constexpr (Steps == kBlockVectors) {  // registers hold the sums of four
-        if (a.tokens > kTogether) first = row_blocks<Bytes, 4, Steps>(a, first, last);
+    if constexpr (Steps == kBlockVectors) {  // registers hold the sums of four, which pays for many
+        if (a.tokens > 2 * kTogether) first = row_blocks<Bytes, 4, Steps>(a, first, last);
     }
     first = row_blocks<Bytes, 2, Steps>(a, first, last);
     row_blocks<Bytes, 1, Steps>(a, first, last);
