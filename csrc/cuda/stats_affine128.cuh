@@ -31,6 +31,8 @@ class StatsAffine128 {
         : m_(m), stream_(dev::keep(stream + 2 * (lane >> 2))) {
         const int here = m.panels.groups - 32 * m.panels.last_panel;
         last_scale_words_ = (here + 1) / 2 * kRows;
+        stored_ = m.symmetric ? 0 : ~0u;
+        middle_ = m.symmetric ? (1u << (BITS - 1)) * 0x00010001u : 0;
     }
 
     HF_DEVICE void prefetch(int) {}
@@ -54,15 +56,17 @@ class StatsAffine128 {
     // --- for resident.cuh: statistics of a step are in a slot, scales first ---
 
     static constexpr int kZeroVectors = BITS == 3 ? 3 : 1;
+    static constexpr int kZeroShift = BITS == 2 ? 3 : BITS == 3 ? 4 : BITS == 4 ? 2 : 1;  // log2 of a vector's pairs
     static constexpr int kRingBytes = (1 + kZeroVectors) * kRows * 4;
 
-    static HF_DEVICE void fetch(const Matrix& m, const uint32_t* stream, uint32_t panel, int stat_words, int step,
-                                uint32_t to, int lane_words) {
-        const int pair = step & 15, scale_words = stat_words - (m.symmetric ? 0 : BITS * kRows);
-        const int vector = BITS == 3 ? 0 : pair / (16 / BITS);
-        const int in_panel = lane_words < kRows ? pair * kRows : scale_words + vector * kRows - kRows;
+    template <int TO>
+    static HF_DEVICE void fetch(const Matrix& m, const uint32_t* stream, uint32_t panel, int stat_words, int pair,
+                                uint32_t slot, int lane_words) {
         if (lane_words >= (m.symmetric ? kRows : kRingBytes / 4)) return;
-        dev::copy_stream<0, 0>(to + 4 * lane_words, stream + (panel + uint32_t(in_panel + lane_words)), true);
+        const int zeros = (kRows - 1 - lane_words) >> 31;  // all bits, of lanes that fetch zero codes
+        const int vector = pair >> (zeros & kZeroShift), first = stat_words - (BITS + 1) * kRows & zeros;
+        dev::copy_stream<TO, 0>(slot + 4 * lane_words,
+                                stream + (panel + uint32_t(vector * kRows + first + lane_words)), true);
     }
     HF_DEVICE void begin(const uint32_t*) {}
     HF_DEVICE void take(uint32_t slot, int step) {
@@ -90,22 +94,19 @@ class StatsAffine128 {
   private:
     // The zero points of both sets in one row, as fp16 subnormals in the place of a code.
     HF_DEVICE uint32_t zero_pair(int r) const {
-        uint32_t zero = (1u << (BITS - 1)) * 0x00010001u;
-        if (!m_.symmetric) {
-            zero = plain_pair(BITS, pair_, [&](int v) {
-                uint2 w = zeros_[0];
-                if constexpr (BITS == 3) w = v == 0 ? zeros_[0] : v == 1 ? zeros_[1] : zeros_[2];
-                return r ? w.y : w.x;
-            });
-        }
-        return zero << IntegerFields<BITS>::kFirst;
+        const uint32_t zero = plain_pair(BITS, pair_, [&](int v) {
+            uint2 w = zeros_[0];
+            if constexpr (BITS == 3) w = v == 0 ? zeros_[0] : v == 1 ? zeros_[1] : zeros_[2];
+            return r ? w.y : w.x;
+        });
+        return ((zero & stored_) | middle_) << IntegerFields<BITS>::kFirst;
     }
 
     const Matrix& m_;
     const uint32_t* stream_;
     int last_scale_words_, pair_;
     uint2 scales_, zeros_[kZeroVectors];
-    uint32_t zero_[2];
+    uint32_t zero_[2], stored_, middle_;
 };
 
 template <int BITS>
@@ -128,6 +129,7 @@ class StatsAffineChannel {
 
     static constexpr int kRingBytes = 0;
 
+    template <int TO>
     static HF_DEVICE void fetch(const Matrix&, const uint32_t*, uint32_t, int, int, uint32_t, int) {}
     HF_DEVICE void begin(const uint32_t* stream) {
         words_ = dev::load_stream(reinterpret_cast<const uint2*>(stream) + (dev::thread() >> 2 & 7));
