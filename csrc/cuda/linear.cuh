@@ -40,15 +40,16 @@ class XFetcher {
     HF_DEVICE XFetcher(const LinearArgs& a, int64_t first_token, int tokens, int which, int first_step, int lane,
                        uint32_t to) {
         from_ = dev::keep(a.x + (first_token + which) * a.x_stride + first_step * kStepColumns + 8 * lane);
-        more_ = WIDTH * a.x_stride;
+        stride_ = int(a.x_stride);
         left_ = int(a.x_stride) - 8 * lane - first_step * kStepColumns;
         count_ = (tokens - which + WIDTH - 1) / WIDTH;
         to_ = dev::keep(to + which * kTokenBytes + x_place(8 * lane));
     }
 
-    // The slice's next 256 columns to the buffer at byte `buffer`.
-    HF_DEVICE void fetch(uint32_t buffer) {
-        fetch_tokens<0>(from_, to_ + buffer, left_ > 0 ? 16 : 0);
+    // The slice's next 256 columns, to `further` bytes behind where the last ones went.
+    HF_DEVICE void fetch(uint32_t further) {
+        to_ += further;
+        fetch_tokens<0>(left_ > 0 ? 16 : 0);
         from_ = dev::keep(from_ + SLICES * kStepColumns);
         left_ -= SLICES * kStepColumns;
     }
@@ -56,18 +57,17 @@ class XFetcher {
   private:
     // Four tokens without a branch, then the next four, if there are any.
     template <int I>
-    HF_DEVICE void fetch_tokens(const uint16_t* from, uint32_t to, int bytes) {
-        dev::copy_async<I * WIDTH * kTokenBytes>(to, from, bytes, I < count_);
+    HF_DEVICE void fetch_tokens(int bytes) {
+        dev::copy_async<I * WIDTH * kTokenBytes>(to_, dev::at_stride<I * WIDTH>(from_, stride_), bytes, I < count_);
         constexpr int next = I + 1;
         if constexpr (next < 8 * NT / WIDTH) {
             if (next % 4 == 0 && next >= count_) return;
-            fetch_tokens<next>(from + more_, to, bytes);
+            fetch_tokens<next>(bytes);
         }
     }
 
     const uint16_t* from_;
-    int64_t more_;
-    int left_, count_;
+    int stride_, left_, count_;
     uint32_t to_;
 };
 
@@ -76,8 +76,9 @@ template <class Stats, int BITS>
 class WordFetcher {
   public:
     HF_DEVICE WordFetcher(const Matrix& m, const uint32_t* stream, int lane) : m_(m) {
-        from_ = dev::keep(stream + (lane & 3) * (BITS * kRows) + 2 * (lane >> 2));
-        left_ = int(dev::keep(uint32_t(m.panels.tiles - (lane & 3))));
+        from_ = dev::keep(stream + 2 * (lane >> 2));
+        tile_words_ = (lane & 3) * (BITS * kRows);
+        left_ = m.panels.tiles - (lane & 3);
     }
 
     template <int H>
@@ -85,7 +86,7 @@ class WordFetcher {
         // Both sets of a step lie in one panel, unless panels are short.
         constexpr bool same = Stats::kTileShift >= 3;
         const int tile = step * kStepTiles + H * kTilesPerSet;
-        if (H == 0 || !same) at_ = dev::keep(from_ + offset(tile));
+        if (H == 0 || !same) at_ = dev::keep(from_ + (offset(tile) + tile_words_));
         if (tile >= left_) return;
 #pragma unroll
         for (int v = 0; v < BITS; ++v) {
@@ -116,7 +117,7 @@ class WordFetcher {
     const Matrix& m_;
     const uint32_t* from_;
     const uint32_t* at_ = nullptr;
-    int left_;
+    int tile_words_, left_;
     uint2 words_[2][BITS] = {};
 };
 
@@ -283,7 +284,6 @@ linear_kernel(const LinearArgs a) {
     const uint32_t none = uint32_t(a.tokens) >> 28;
     const uint32_t ones[4] = {kOnes + none, kOnes + (none >> 1), kOnes + (none >> 2), kOnes + (none >> 3)};
     uint32_t other = dev::keep(buffer_bytes);  // from the buffer in use to the other one
-    uint32_t to = 0;                           // the buffer that x was last fetched to
     float total[R][NT][4] = {};
     // Where warps share x, all go through the loop equally often, because they meet in it.
     const int end = WIDTH > 1 ? (steps + SLICES - 1) / SLICES * SLICES : steps;
@@ -295,8 +295,7 @@ linear_kernel(const LinearArgs a) {
             dev::sync_warp();
         }
         const int next = step + SLICES;
-        to += other;
-        if (next < steps) x.fetch(to);
+        if (next < steps) x.fetch(other);
         if (WIDTH == 1 || step < steps) {
 #pragma unroll
             for (int r = 0; r < R; ++r) mine.each[r].stats.decode(step);

@@ -28,12 +28,7 @@ class StatsAffine128 {
     static constexpr int kRowBlocks = BITS == 2 || BITS == 4 ? 2 : 1;  // of a warp: as many as the registers hold
 
     HF_DEVICE StatsAffine128(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t)
-        : m_(m), stream_(dev::keep(stream + 2 * (lane >> 2))) {
-        const int here = m.panels.groups - 32 * m.panels.last_panel;
-        last_scale_words_ = (here + 1) / 2 * kRows;
-        stored_ = m.symmetric ? 0 : ~0u;
-        middle_ = m.symmetric ? (1u << (BITS - 1)) * 0x00010001u : 0;
-    }
+        : m_(m), stream_(dev::keep(stream + 2 * (lane >> 2))) {}
 
     HF_DEVICE void prefetch(int) {}
 
@@ -44,9 +39,9 @@ class StatsAffine128 {
         pair_ = step & 15;
         const int offset = panel * m_.panels.panel_words;
         scales_ = dev::load_stream(reinterpret_cast<const uint2*>(stream_ + (offset + pair_ * kRows)));
-        const int scale_words = panel == m_.panels.last_panel ? last_scale_words_ : 16 * kRows;
+        const int stat_words = panel == m_.panels.last_panel ? m_.panels.last_stat_words : m_.panels.stat_words;
         const int vector = BITS == 3 ? 0 : pair_ / (16 / BITS);
-        const uint32_t* zeros = stream_ + (offset + scale_words + vector * kRows);
+        const uint32_t* zeros = stream_ + (offset + stat_words + (vector - BITS) * kRows);
 #pragma unroll
         for (int v = 0; v < kZeroVectors; ++v) {
             if (!m_.symmetric) zeros_[v] = dev::load_stream(reinterpret_cast<const uint2*>(zeros + v * kRows));
@@ -94,19 +89,22 @@ class StatsAffine128 {
   private:
     // The zero points of both sets in one row, as fp16 subnormals in the place of a code.
     HF_DEVICE uint32_t zero_pair(int r) const {
-        const uint32_t zero = plain_pair(BITS, pair_, [&](int v) {
-            uint2 w = zeros_[0];
-            if constexpr (BITS == 3) w = v == 0 ? zeros_[0] : v == 1 ? zeros_[1] : zeros_[2];
-            return r ? w.y : w.x;
-        });
-        return ((zero & stored_) | middle_) << IntegerFields<BITS>::kFirst;
+        uint32_t zero = (1u << (BITS - 1)) * 0x00010001u;
+        if (!m_.symmetric) {
+            zero = plain_pair(BITS, pair_, [&](int v) {
+                uint2 w = zeros_[0];
+                if constexpr (BITS == 3) w = v == 0 ? zeros_[0] : v == 1 ? zeros_[1] : zeros_[2];
+                return r ? w.y : w.x;
+            });
+        }
+        return zero << IntegerFields<BITS>::kFirst;
     }
 
     const Matrix& m_;
     const uint32_t* stream_;
-    int last_scale_words_, pair_;
+    int pair_;
     uint2 scales_, zeros_[kZeroVectors];
-    uint32_t zero_[2], stored_, middle_;
+    uint32_t zero_[2];
 };
 
 template <int BITS>
