@@ -9,6 +9,8 @@
 namespace hf_spqr {
 
 class GroupSums {
+    static_assert(4 * kBatch == 32, "a lane for each bound of a batch");
+
   public:
     HF_DEVICE GroupSums(const ResidentArgs& a, uint32_t shared, const ResidentMap& map, int group, int slice, int lane)
         : a_(a), group_(group), slice_(slice), lane_(lane), stretches_(a.plan.chunk_columns < a.weight.columns) {
@@ -40,7 +42,11 @@ class GroupSums {
         begin_ = dev::shuffle(bound_, 4 * place);
         middle_ = dev::shuffle(bound_, 4 * place + 1);
         end_ = dev::shuffle(bound_, 4 * place + 2);
-        if (stretches_) return;
+        if (stretches_) {
+            entries_[0] = entry_of(first_left(0) + lane_, middle_);
+            entries_[1] = entry_of(first_left(1) + lane_, end_);
+            return;
+        }
         const uint32_t* from = dev::keep(a_.weight.outlier + (begin_ + lane_));
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
@@ -85,8 +91,8 @@ class GroupSums {
         if (a_.weight.outlier) {
             float v[2 * TOKENS] = {};
             if (stretches_) {
-                of_row<TOKENS, 0>(v, first_column, begin_, middle_, x);
-                of_row<TOKENS, 1>(v, first_column, middle_, end_, x);
+                of_row<TOKENS, 0>(v, first_column, middle_, x);
+                of_row<TOKENS, 1>(v, first_column, end_, x);
             } else {
                 of_both_rows<TOKENS>(v, x);
             }
@@ -139,21 +145,27 @@ class GroupSums {
         }
     }
 
-    // Of row I, whose outliers are [begin, end): those up to the next stretch of columns, where the cursor then
-    // stands.
+    // Of row I, whose outliers end at `end`: those up to the next stretch of columns, where the cursor then stands.
     template <int TOKENS, int I>
-    HF_DEVICE void of_row(float (&v)[2 * TOKENS], int first_column, int begin, int end, const ResidentX& x) {
+    HF_DEVICE void of_row(float (&v)[2 * TOKENS], int first_column, int end, const ResidentX& x) {
         const uint32_t end_column = uint32_t(first_column + a_.plan.chunk_columns);
-        int& cursor = cursors_[place_ + I];
-        int at = fresh_ ? begin : cursor;
-        for (int here = 32; here == 32; at += here) {
-            const uint32_t entry = at + lane_ < end ? dev::load_stream(a_.weight.outlier + at + lane_) : ~0u;
+        uint32_t entry = entries_[I];
+        int at = first_left(I), here = 32;
+        while (here == 32) {
             const bool in = at + lane_ < end && (entry & 0xffffu) < end_column;
             if (in) multiply<TOKENS>(v, entry, uint32_t(first_column), I == 0, x);
             here = dev::count(in);
+            at += here;
+            if (here == 32) entry = entry_of(at + lane_, end);
         }
         dev::sync_warp();
-        if (lane_ == 0) cursor = at;
+        if (lane_ == 0) cursors_[place_ + I] = at;
+    }
+
+    // The first outlier of row i that belongs to this stretch of columns or to a later one.
+    HF_DEVICE int first_left(int i) const { return !fresh_ ? cursors_[place_ + i] : i ? middle_ : begin_; }
+    HF_DEVICE uint32_t entry_of(int index, int end) const {
+        return index < end ? dev::load_stream(a_.weight.outlier + index) : 0;
     }
 
     template <int TOKENS>
