@@ -19,7 +19,7 @@ class GroupSums {
         const uint32_t sums = shared + map.sums + group * (2 * kSlices * kRows * padded * 4);
         put_at_ = dev::pin(sums + ((slice * kRows + 2 * g) * padded + 2 * t) * 4);
         const int per_token = a.tokens == 1 ? 16 : 16 / padded;
-        const int summer = lane & (per_token < kSlices ? per_token : kSlices) - 1;
+        const int summer = lane % (per_token < kSlices ? per_token : kSlices);
         get_at_ = dev::pin(sums + ((summer * kRows + 2 * slice + (lane >> 4)) * padded + (lane & 15) / per_token) * 4);
         waiting_ = reinterpret_cast<float*>(memory + map.waiting) + group * (kBatch * kRows * padded);
         cursors_ = reinterpret_cast<int*>(memory + map.cursors) + group * (kBatch * kRows);

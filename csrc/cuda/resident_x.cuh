@@ -1,12 +1,11 @@
 // x in shared memory, as fp16 in stored order of columns, for resident.cuh.
 //
 // bf16 and fp32 are scaled per token by a power of two so that the largest |x| lands in [16, 32): nothing overflows,
-// and what is 2^19 times smaller still has all its bits. Steps of 256 columns one after the
-// other, tokens one after the other in each, as x_place has them.
+// and what is 2^19 times smaller still has all its bits. Steps of 256 columns lie one
+// after the other, in each its tokens, as x_place has them.
 #pragma once
 #include "cuda/resident_plan.h"
 #include "cuda/store.cuh"
-#include "cuda/x_place.cuh"
 
 namespace hf_spqr {
 

@@ -59,7 +59,7 @@ class StatsAffine128 {
                                 uint32_t slot, int lane_words) {
         if (lane_words >= (m.symmetric ? kRows : kRingBytes / 4)) return;
         const int zeros = (kRows - 1 - lane_words) >> 31;  // all bits, of lanes that fetch zero codes
-        const int vector = pair >> (zeros & kZeroShift), first = stat_words - (BITS + 1) * kRows & zeros;
+        const int vector = pair >> (zeros & kZeroShift), first = (stat_words - (BITS + 1) * kRows) & zeros;
         dev::copy_stream<TO, 0>(slot + 4 * lane_words,
                                 stream + (panel + uint32_t(vector * kRows + first + lane_words)), true);
     }
