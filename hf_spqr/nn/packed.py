@@ -123,19 +123,19 @@ class PackedLinear(nn.Module):
         return nbytes(self.packed_tensors())
 
     def check(self) -> None:
-        """Raise CheckpointError unless the indices in the tensors are sound; kernels follow them unchecked."""
+        """Raise CheckpointError unless the indices and zero points in the tensors are sound; kernels trust them."""
         self.check_tensors(self.layout, self.packed_tensors())
 
     @classmethod
     def check_tensors(cls, layout: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError unless the indices in the tensors of a matrix of ``layout`` are sound."""
+        """Raise CheckpointError unless the tensors of a matrix of ``layout`` would pass :meth:`check`."""
         try:
-            cls._check_indices(layout, tensors)
+            cls._check_trusted(layout, tensors)
         except ValueError as error:
             raise CheckpointError(f"damaged packed layer: {error}") from error
 
     @staticmethod
-    def _check_indices(layout: Any, tensors: Mapping[str, Tensor]) -> None:
+    def _check_trusted(layout: Any, tensors: Mapping[str, Tensor]) -> None:
         if "perm" in tensors:
             check_perm(tensors["perm"], layout.in_features)
 

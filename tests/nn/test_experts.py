@@ -225,6 +225,12 @@ def test_check_finds_damage():
     linear.outlier_row.data[1, -1] += 1
     with pytest.raises(CheckpointError, match="damaged"):
         linear.check()
+    layout = AffineLayout(48, 96, 4, -1)
+    experts = AffineGroupedLinear.join(layout, [affine.pack(random_affine(layout, seed=e)) for e in range(EXPERTS)])
+    experts.check()
+    experts.packed.data[1, 2, 3] |= 1 << 20
+    with pytest.raises(CheckpointError, match="damaged packed experts: a zero point does not fit 4 bits"):
+        experts.check()
 
 
 def test_deepcopy_and_pickle_keep_every_bit():

@@ -124,6 +124,18 @@ def test_check_finds_indices_that_would_read_out_of_bounds():
         module.check()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_check_finds_zero_points_that_no_code_has(bits):
+    """Those of whole rows have 16 bits, of which kernels take all and the reference eight."""
+    module = affine_module(bits=bits, group_size=-1)
+    module.check()
+    for flag in (1 << 16 + bits, -(2**31)):
+        damaged = copy.deepcopy(module)
+        damaged.packed.data[2, 7] |= flag
+        with pytest.raises(CheckpointError, match=f"a zero point does not fit {bits} bits"):
+            damaged.check()
+
+
 def test_repr_tells_the_bits_that_the_bytes_take():
     module = spqr_module(256, 256, perm=False, share=0.0)
     assert f"bits_per_weight={8 * module.nbytes() / 65536:.3f}" in repr(module)
