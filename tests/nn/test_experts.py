@@ -161,7 +161,7 @@ def test_half_precision_and_single_token(dtype):
 def test_gradient_reaches_the_hidden_states(kind):
     packed, plain = packed_pair("gpt_oss", kind)
     hidden, index, weights = routing()
-    hidden = hidden / 1000  # the random weights are large, and the slope of a gate far from zero is all rounding
+    hidden *= 0.01  # gates that do not saturate: a step would turn 2e-5 in its input into any error of the gradient
     grads = []
     for module in (packed, plain):
         x = hidden.clone().requires_grad_()
