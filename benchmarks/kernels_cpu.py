@@ -18,6 +18,7 @@ Writes benchmarks/results/kernels_cpu-<processor>.json; settings that are not me
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
@@ -31,13 +32,14 @@ from machine import file_name, machine, merge, save
 from hf_spqr import ops
 from hf_spqr.bench import weights
 from hf_spqr.bench.timing import Candidate, dense, measure, module, plain_read, rotating
+from hf_spqr.nn import PackedLinear
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
 SETTING = ("shape", "threads", "tokens")
 
 
 def ours(n: int, k: int, quick: bool) -> list[Candidate]:
-    layers = {
+    layers: dict[str, PackedLinear] = {
         "spqr 3 g16 1%": weights.spqr_linear(n, k),
         "spqr 3 g16": weights.spqr_linear(n, k, outliers=0),
         "affine 4 g128": weights.affine_linear(n, k),
@@ -46,6 +48,10 @@ def ours(n: int, k: int, quick: bool) -> list[Candidate]:
         layers["spqr 4 g16 1%"] = weights.spqr_linear(n, k, bits=4)
         layers["affine 3 g128"] = weights.affine_linear(n, k, bits=3)
         layers["affine 2 g128"] = weights.affine_linear(n, k, bits=2)
+        for name in ("spqr 3 g16 1%", "affine 4 g128"):  # as llama.cpp and onnxruntime round activations
+            rounded = copy.deepcopy(layers[name])
+            rounded.backend = "int8_activations"
+            layers[f"{name} int8"] = rounded
     return [module(name, layer, layer.nbytes()) for name, layer in layers.items()]
 
 

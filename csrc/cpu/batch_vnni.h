@@ -88,11 +88,16 @@ __attribute__((noinline)) void dot_apart(const uint32_t (*w)[R][kRows], int coun
 template <int Bytes, int R, int T, bool Few>
 __attribute__((always_inline)) inline void dots(const uint32_t (*w)[R][kRows], int count, const int8_t* x,
                                                 int32_t (*sum)[R][kRows]) {
-    (Few ? dot<Bytes, 0, R, T> : dot_apart<Bytes, 0, R, T>)(w, count, x, sum);
-    if constexpr (Bytes > 1) (Few ? dot<Bytes, 1, R, T> : dot_apart<Bytes, 1, R, T>)(w, count, x, sum);
+    if constexpr (Few) {
+        dot<Bytes, 0, R, T>(w, count, x, sum);
+        if constexpr (Bytes > 1) dot<Bytes, 1, R, T>(w, count, x, sum);
+    } else {
+        dot_apart<Bytes, 0, R, T>(w, count, x, sum);
+        if constexpr (Bytes > 1) dot_apart<Bytes, 1, R, T>(w, count, x, sum);
+    }
 }
 
-// scale * (sum - zero * sum of x)
+// sum - zero * sum of x
 __attribute__((always_inline)) inline __m512 shifted(const int32_t* sum, __m512 zero, float sum_of_x) {
     const __m512 f = _mm512_cvtepi32_ps(_mm512_load_si512(sum));
     return _mm512_fnmadd_ps(zero, _mm512_set1_ps(sum_of_x), f);
