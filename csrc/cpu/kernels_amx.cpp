@@ -36,7 +36,8 @@ void integer_linear(const IntegerArgs& a, int64_t first, int64_t last) {
 const Kernels& amx_kernels() {
     static const IntegerKernels integers = {kVnniIntegers.quantize, prepared_bytes, prepare_integers, integer_linear};
     const Kernels& b = bf16_kernels();
-    static const Kernels kernels = {planes_bytes, b.takes_prompts, prepare, linear, b.dequantize, b.read, integers};
+    static const Kernels kernels = {planes_bytes, b.takes_fp32, b.takes_prompts, prepare,
+                                    linear,       b.dequantize, b.read,          integers};
     return kernels;
 }
 

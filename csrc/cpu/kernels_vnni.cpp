@@ -31,6 +31,7 @@ uint32_t read(const uint32_t* p, int64_t words) {
 
 }  // namespace
 
-extern const Kernels kVnniKernels = {planes_bytes_vnni, nullptr, prepare, linear, dequantize, read, kVnniIntegers};
+extern const Kernels kVnniKernels = {planes_bytes_vnni, nullptr, nullptr,      prepare, linear,
+                                     dequantize,        read,    kVnniIntegers};
 
 }  // namespace hf_spqr

@@ -30,9 +30,18 @@ class Case:
         return self.dequantize(*self.tensors, *self.weight.shape, *self.numbers, dtype)
 
     def check(self, x: Tensor, bias: Tensor | None = None) -> None:
-        """More than 64 tokens in bfloat16 go through a bfloat16 matrix product: its weights are rounded too."""
-        rounded = x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] > 64
+        bits, group_size, *_ = self.numbers
+        rounded = x.dtype == torch.bfloat16 and may_round(bits, group_size, x.numel() // x.shape[-1])
         compare(self.run(x, bias), x, self.weight, bias, rounded)
+
+
+def may_round(bits: int, group_size: int, tokens: int) -> bool:
+    """Whether bfloat16 x may be multiplied by weights rounded to bfloat16: more than 64 tokens, and with AVX-512 BF16
+    fewer where each group of 8 or 16 weights has a scale (docs/cpu.md)."""
+    has_kernel = ops.COMPILED and torch.ops.hf_spqr.cpu_isa() in ("avx512_bf16", "amx") and bits in (2, 3, 4)
+    if has_kernel and group_size in (8, 16):
+        return tokens > (24 if bits == 4 else 8)
+    return tokens > 64
 
 
 def compare(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: bool) -> None:
