@@ -36,12 +36,17 @@ class Case:
 
 
 def may_round(bits: int, group_size: int, tokens: int) -> bool:
-    """Whether bfloat16 x may be multiplied by weights rounded to bfloat16: more than 64 tokens, and with AVX-512 BF16
-    fewer where each group of 8 or 16 weights has a scale (docs/cpu.md)."""
-    has_kernel = ops.COMPILED and torch.ops.hf_spqr.cpu_isa() in ("avx512_bf16", "amx") and bits in (2, 3, 4)
-    if has_kernel and group_size in (8, 16):
-        return tokens > (24 if bits == 4 else 8)
+    """Whether bfloat16 x may be multiplied by weights rounded to bfloat16 on the instruction set in use."""
+    if ops.COMPILED and torch.ops.hf_spqr.cpu_isa() in ("avx512_bf16", "amx"):
+        return rounds_weights(bits, group_size, tokens)
     return tokens > 64
+
+
+def rounds_weights(bits: int, group_size: int, tokens: int) -> bool:
+    """The rule of docs/cpu.md for AVX-512 BF16 and AMX."""
+    if bits not in (2, 3, 4):
+        return False
+    return tokens > (64 if group_size not in (8, 16) else 24 if bits == 4 else 8)
 
 
 def compare(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: bool) -> None:
