@@ -169,6 +169,15 @@ def test_non_finite_inputs_are_not_hidden(isa, tokens, value):
     assert not y[0].isfinite().any() and y[1:].isfinite().all()
 
 
+@pytest.mark.parametrize("tokens", [3, 16, 33])
+def test_nothing_is_left_of_an_earlier_call(isa, tokens):
+    """Rows of outliers are padded with a column of zeros, in memory that may hold anything."""
+    case = spqr_case(spqr.SpQRLayout(64, 512, 3, 16), 0.01)
+    x, _ = inputs(case, tokens, torch.bfloat16, bias=False)
+    case.run(torch.full_like(x, float("nan")))
+    case.check(x)
+
+
 def test_zero_input(isa):
     case = spqr_case(spqr.SpQRLayout(32, 128))
     assert torch.equal(case.run(torch.zeros(1, 128)), torch.zeros(1, 32))
