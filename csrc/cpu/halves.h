@@ -54,7 +54,7 @@ struct Shares {
 // The first share by rounded weights is multiplied while these come about, unless they wait for outliers.
 inline Shares shares_of(const Matrix& m, int64_t tokens) {
     if (!rounds_weights(m, tokens)) return {tokens, tokens / ceil_div(tokens, kMostOfShare), kMostOfShare};
-    if (tokens > kMaxTokens) return {tokens, 0, kMostOfPrompt};
+    if (m.outlier_row && !outliers_apart(m, tokens)) return {tokens, 0, kMostOfPrompt};
     static_assert(2 * kFewestOfFirst <= 9 + 1);
     const int64_t half = ceil_div(tokens, 2);
     return {tokens, half < kMostOfShare ? half : kMostOfShare, kMostOfPrompt};

@@ -1,14 +1,13 @@
-// Many bf16 tokens of a matrix with short groups, whose scales would have to be applied too often: tiles become bf16
-// weights and are multiplied by all tokens. The accuracy is that of a bf16 matrix product.
+// Several bf16 tokens where rounds_weights: tiles become bf16 weights and are multiplied by all tokens. The accuracy
+// is that of a bf16 matrix product.
 #include <immintrin.h>
 #include "cpu/bf16.h"
 #include "cpu/halves.h"
 #include "cpu/multiply_weights_bf16.h"
 #include "cpu/prefetch.h"
 #include "cpu/statistics_avx512.h"
-#include "cpu/stretch_outliers_bf16.h"
 #include "cpu/store_avx512.h"
-#include "cpu/vec.h"
+#include "cpu/stretch_outliers_bf16.h"
 
 namespace hf_spqr {
 namespace {
