@@ -135,6 +135,32 @@ def fused(rows: list[Row]) -> str:
     return table(head, body)
 
 
+def int8(rows: list[Row]) -> str:
+    """Times faster than torch's bfloat16, exact and with activations rounded to int8."""
+    tokens = [t for (t,) in distinct(rows, "tokens")]
+    body = []
+    for (threads,) in distinct(rows, "threads"):
+        for name in dict.fromkeys(row["name"].removesuffix(" int8") for row in rows if row["name"].endswith(" int8")):
+            cells = [name, str(threads)]
+            for count in tokens:
+                setting = {"threads": threads, "tokens": count}
+                found = [one(rows, name=n, **setting) for n in ("torch bf16", name, f"{name} int8")]
+                seconds = [row["seconds"] for row in found if row]
+                whole = len(seconds) == len(found)
+                cells.append(f"{seconds[0] / seconds[1]:.2f} → {seconds[0] / seconds[2]:.2f}" if whole else "–")
+            body.append(cells)
+    return table(["", "threads", *(f"{count} tokens" for count in tokens)], body)
+
+
+def int8_perplexity() -> str:
+    rows = json.loads((RESULTS / "int8_perplexity.json").read_text())["rows"]
+    body = []
+    for row in rows:
+        exact, rounded = row["exact"], row["int8"]
+        body.append([row["model"], row["name"], f"{exact:.4f}", f"{rounded:.4f}", f"{rounded / exact - 1:+.2%}"])
+    return table(["", "", "exact", "int8", "increase"], body)
+
+
 def put(page: str, name: str, text: str) -> str:
     """``page`` with ``text`` between the marks of ``name``."""
     start, end = f"<!-- {name} -->\n", "<!-- end -->"
@@ -189,10 +215,16 @@ def main() -> None:
     page = put(page, "batch 1", batch_one(rows))
     if any(row["tokens"] > 1 for row in rows):
         page = put(page, "more tokens", more_tokens(rows))
-    for kind, make in (("generate_cpu", whole_models), ("pages_cpu", pages), ("fused_cpu", fused)):
+    for kind, make in (
+        ("generate_cpu", whole_models),
+        ("pages_cpu", pages),
+        ("fused_cpu", fused),
+        ("int8_activations", int8),
+    ):
         found = load(kind, args.processor)
         if found:
             page = put(page, kind, make(found))
+    page = put(page, "int8 perplexity", int8_perplexity())
     (DOCS / "cpu.md").write_text(page)
     draw(rows, DOCS / "cpu.svg")
     print("wrote", DOCS / "cpu.md", "and", DOCS / "cpu.svg")

@@ -42,10 +42,10 @@ def test_full_round_trip():
 
 
 def test_runtime_fields_are_never_stored():
-    config = SpQRConfig(dataset=["text"], tokenizer="name", backend="reference")
+    config = SpQRConfig(dataset=["text"], tokenizer="name", backend="int8_activations")
     for stored in (config.to_dict(), dict(config), json.loads(config.to_json_string()), config.to_diff_dict()):
         assert not {"dataset", "tokenizer", "backend"} & set(stored)
-    assert config.get_loading_attributes() == {"backend": "reference"}
+    assert config.get_loading_attributes() == {"backend": "int8_activations"}
 
 
 @pytest.mark.parametrize(

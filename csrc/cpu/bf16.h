@@ -4,7 +4,8 @@
 
 namespace hf_spqr {
 
-constexpr int kFewestBf16 = 2;  // tokens from which these beat the VNNI kernels
+// Tokens from which these beat the VNNI kernels; where groups are shorter than a tile, and where not.
+constexpr int kFewestBf16 = 2, kFewestBf16OfLong = 7;
 
 // bf16 activations, any matrix, 1 to kMaxTokens tokens.
 int64_t halves_bytes(const Matrix&, int64_t tokens);

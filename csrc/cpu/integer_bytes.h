@@ -25,14 +25,6 @@ struct Bytes {
         }
     }
 
-    template <int R>
-    static void unpack(int bits, const uint32_t* codes, int tiles, char* w) {
-        constexpr void (*kTable[8])(const uint32_t*, int, char*) = {
-            unpack_bits<1, R>, unpack_bits<2, R>, unpack_bits<3, R>, unpack_bits<4, R>,
-            unpack_bits<5, R>, unpack_bits<6, R>, unpack_bits<7, R>, unpack_bits<8, R>};
-        kTable[bits - 1](codes, tiles, w);
-    }
-
     template <int R, int T>
     static void accumulate(const char* w, int steps, const int8_t* x, int64_t x_stride, int32_t* sum, Ahead ahead) {
         __m512i s[T][R];

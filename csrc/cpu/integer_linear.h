@@ -3,7 +3,7 @@
 //   Element          a code of an activation
 //   kTileBytes       of an unpacked tile, kSteps: of the tile; a step takes one 32-bit word of activations
 //   kBlocks          row blocks at once, kTogether: tokens at once
-//   unpack<R>(bits, codes, tiles, w)    tiles to w, their steps R * 64 bytes apart
+//   unpack_bits<B, R>(codes, tiles, w)    tiles of B bits to w, their steps R * 64 bytes apart
 //   accumulate<R, T>(w, steps, x, x_stride, sum, ahead)    sum[T][R * 16] += products, x in elements
 //   kTokenTiles      whether activations lie in tiles of 16 tokens x 64 columns and, but for the sums of weights,
 //                    multiply<R>(w, steps, x, x_block, tokens, sum, ahead, bits) takes the place of accumulate
@@ -109,6 +109,15 @@ struct Ahead {
         next += step;
     }
 };
+
+template <class E, int R>
+void unpack(int bits, const uint32_t* codes, int tiles, char* w) {
+    constexpr decltype(&E::template unpack_bits<8, R>) kTable[8] = {
+        E::template unpack_bits<1, R>, E::template unpack_bits<2, R>, E::template unpack_bits<3, R>,
+        E::template unpack_bits<4, R>, E::template unpack_bits<5, R>, E::template unpack_bits<6, R>,
+        E::template unpack_bits<7, R>, E::template unpack_bits<8, R>};
+    kTable[bits - 1](codes, tiles, w);
+}
 
 // R row blocks, up to kTokens tokens from `token` on.
 template <class E, int R>
@@ -252,7 +261,7 @@ struct RowBlocks {
         const int64_t size = int64_t(tiles) * m.bits * kRows;
         for (int r = 0; r < R; ++r) {
             const uint32_t* own = codes + r * m.words;
-            E::template unpack<R>(m.bits, own, tiles, w + r * 64);
+            unpack<E, R>(m.bits, own, tiles, w + r * 64);
             ahead[r] =
                 reinterpret_cast<const char*>(end < m.columns ? own + size : m.packed + (block + R + r) * m.words);
         }

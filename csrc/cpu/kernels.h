@@ -23,11 +23,21 @@ struct PrepareArgs {
     char* planes;  // of all tokens: integer form of x, where the kernels want one
 };
 
+// A linear layer whose activations are rounded to int8 first (rounded.h), where that is allowed and faster.
+struct RoundedKernels {
+    bool (*takes)(const Matrix&, DType, int64_t tokens);
+    // Of memory at `planes`, for at most kPromptTokens tokens.
+    int64_t (*bytes)(const Matrix&, int64_t tokens);
+    // As in Kernels, but that nothing is wanted or given at `out` and `x`, and linear takes kPromptTokens tokens.
+    void (*prepare)(const PrepareArgs&, int64_t first, int64_t last);
+    void (*linear)(const LinearArgs&, int64_t first, int64_t last);
+};
+
 struct Kernels {
     // Bytes of x in the form of the kernels; null where they take it in fp32.
     int64_t (*planes_bytes)(const Matrix&, DType, int64_t tokens);
     // Whether x is prepared in fp32, beside that form or alone; null: always.
-    bool (*takes_fp32)(DType, int64_t tokens);
+    bool (*takes_fp32)(const Matrix&, DType, int64_t tokens);
     // Whether linear is also the fastest way for more tokens than kMaxTokens, kPromptTokens at a time; null: never.
     // The accuracy is then that of a product in their dtype.
     bool (*takes_prompts)(DType);
@@ -40,6 +50,7 @@ struct Kernels {
     // Exclusive or over words (a multiple of 64 of them): what a plain read of memory costs.
     uint32_t (*read)(const uint32_t*, int64_t words);
     const IntegerKernels& integers;
+    const RoundedKernels* rounded = nullptr;  // or null
 };
 
 extern const Kernels kScalarKernels;
@@ -47,8 +58,9 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kVnniKernels;  // AVX-512 with VNNI and VBMI
-const Kernels& bf16_kernels();      // the same with BF16
-const Kernels& amx_kernels();       // the same with AMX tiles of bf16 and int8
+extern const RoundedKernels kVnniRounded;
+const Kernels& bf16_kernels();  // the same with BF16
+const Kernels& amx_kernels();   // the same with AMX tiles of bf16 and int8
 #endif
 
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3, avx512_bf16 = 4, amx = 5 };

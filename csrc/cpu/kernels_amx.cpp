@@ -31,13 +31,20 @@ void integer_linear(const IntegerArgs& a, int64_t first, int64_t last) {
     (has_integer_amx(a.weight, a.tokens) ? integer_linear_amx : kVnniIntegers.linear)(a, first, last);
 }
 
+// Tiles take their part first.
+bool takes_rounded(const Matrix& m, DType dtype, int64_t tokens) {
+    return !in_tiles(m, dtype, tokens) && kVnniRounded.takes(m, dtype, tokens);
+}
+
 }  // namespace
 
 const Kernels& amx_kernels() {
     static const IntegerKernels integers = {kVnniIntegers.quantize, prepared_bytes, prepare_integers, integer_linear};
     const Kernels& b = bf16_kernels();
-    static const Kernels kernels = {planes_bytes, b.takes_fp32, b.takes_prompts, prepare,
-                                    linear,       b.dequantize, b.read,          integers};
+    static const RoundedKernels rounded = {takes_rounded, kVnniRounded.bytes, kVnniRounded.prepare,
+                                           kVnniRounded.linear};
+    static const Kernels kernels = {planes_bytes, b.takes_fp32, b.takes_prompts, prepare, linear,
+                                    b.dequantize, b.read,       integers,        &rounded};
     return kernels;
 }
 

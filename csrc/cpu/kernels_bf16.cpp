@@ -4,16 +4,16 @@
 namespace hf_spqr {
 namespace {
 
-bool in_halves(DType dtype, int64_t tokens) {
-    return dtype == DType::bf16 && tokens >= kFewestBf16;
+bool in_halves(const Matrix& m, DType dtype, int64_t tokens) {
+    return dtype == DType::bf16 && tokens >= (plane_block(m) < kColumns ? kFewestBf16 : kFewestBf16OfLong);
 }
 
 int64_t planes_bytes(const Matrix& m, DType dtype, int64_t tokens) {
-    return in_halves(dtype, tokens) ? halves_bytes(m, tokens) : kVnniKernels.planes_bytes(m, dtype, tokens);
+    return in_halves(m, dtype, tokens) ? halves_bytes(m, tokens) : kVnniKernels.planes_bytes(m, dtype, tokens);
 }
 
-bool takes_fp32(DType dtype, int64_t tokens) {
-    return !in_halves(dtype, tokens);
+bool takes_fp32(const Matrix& m, DType dtype, int64_t tokens) {
+    return !in_halves(m, dtype, tokens);
 }
 
 bool takes_prompts(DType dtype) {
@@ -21,11 +21,11 @@ bool takes_prompts(DType dtype) {
 }
 
 void prepare(const PrepareArgs& a, int64_t first, int64_t last) {
-    (in_halves(a.dtype, a.tokens) ? prepare_halves : kVnniKernels.prepare)(a, first, last);
+    (in_halves(*a.weight, a.dtype, a.tokens) ? prepare_halves : kVnniKernels.prepare)(a, first, last);
 }
 
 void linear(const LinearArgs& a, int64_t first, int64_t last) {
-    if (!in_halves(a.dtype, a.tokens)) {
+    if (!in_halves(a.weight, a.dtype, a.tokens)) {
         kVnniKernels.linear(a, first, last);
     } else if (rounds_weights(a.weight, a.tokens)) {
         prefill_bf16(a, first, last);
@@ -37,8 +37,8 @@ void linear(const LinearArgs& a, int64_t first, int64_t last) {
 }  // namespace
 
 const Kernels& bf16_kernels() {
-    static const Kernels kernels = {planes_bytes, takes_fp32,      takes_prompts,     prepare,
-                                    linear,       dequantize_bf16, kVnniKernels.read, kVnniKernels.integers};
+    static const Kernels kernels = {planes_bytes,    takes_fp32,        takes_prompts,         prepare,      linear,
+                                    dequantize_bf16, kVnniKernels.read, kVnniKernels.integers, &kVnniRounded};
     return kernels;
 }
 

@@ -4,20 +4,27 @@
 namespace hf_spqr {
 namespace {
 
+bool alone(const Matrix& m, int64_t tokens) {
+    return tokens == 1 && has_gemv_vnni(m);
+}
+
+int64_t planes_bytes(const Matrix& m, DType, int64_t tokens) {
+    return alone(m, tokens) ? planes_bytes_vnni(m) : batch_bytes_vnni(m, tokens);
+}
+
 void prepare(const PrepareArgs& a, int64_t first, int64_t last) {
+    if (!alone(*a.weight, a.tokens)) return prepare_batch_vnni(a, first, last);
     kAvx512Kernels.prepare(a, first, last);
-    for (int64_t t = first; t < last; ++t) {
-        split_planes_vnni(*a.weight, a.out + t * a.out_stride, t, a.tokens, a.planes);
-    }
+    split_planes_vnni(*a.weight, a.out, a.planes);
 }
 
 void linear(const LinearArgs& a, int64_t first, int64_t last) {
-    if (a.tokens == 1 && has_gemv_spqr_vnni(a.weight)) {
-        gemv_spqr_vnni(a, first, last);
-    } else if (a.tokens == 1 && has_gemv_vnni(a.weight)) {
-        gemv_vnni(a, first, last);
-    } else {
+    if (!alone(a.weight, a.tokens)) {
         batch_vnni(a, first, last);
+    } else if (has_gemv_spqr_vnni(a.weight)) {
+        gemv_spqr_vnni(a, first, last);
+    } else {
+        gemv_vnni(a, first, last);
     }
 }
 
@@ -31,7 +38,7 @@ uint32_t read(const uint32_t* p, int64_t words) {
 
 }  // namespace
 
-extern const Kernels kVnniKernels = {planes_bytes_vnni, nullptr, nullptr,      prepare, linear,
-                                     dequantize,        read,    kVnniIntegers};
+extern const Kernels kVnniKernels = {planes_bytes, nullptr, nullptr,       prepare,      linear,
+                                     dequantize,   read,    kVnniIntegers, &kVnniRounded};
 
 }  // namespace hf_spqr

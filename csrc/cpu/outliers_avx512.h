@@ -1,6 +1,7 @@
 // The outliers of a row block against one token. Internal linkage (see vec.h).
 #pragma once
 #include <immintrin.h>
+#include <string.h>
 #include "cpu/panels.h"
 #include "cpu/prefetch.h"
 
@@ -31,19 +32,6 @@ inline float outlier_sum(const uint64_t* entry, int64_t begin, int64_t end, cons
         sum += _cvtsh_ss(uint16_t(entry[i] >> 32)) * x[entry[i] & 0xffffffff];
     }
     return sum;
-}
-
-// Adds the outliers of the block's rows to y.
-inline __m512 add_outliers(const Matrix& m, int64_t block, const float* x, __m512 y) {
-    if (m.outlier_row == nullptr) return y;
-    alignas(64) float sum[kRows] = {};
-    for (int64_t row = block * kRows, r = 0; r < kRows && row < m.rows; ++r, ++row) {
-        const int64_t begin = m.outlier_row[row], end = m.outlier_row[row + 1];
-        if (begin < end) {
-            sum[r] = m.outlier ? outlier_sum(m.outlier, begin, end, x) : outlier_sum(m.outlier_wide, begin, end, x);
-        }
-    }
-    return _mm512_add_ps(y, _mm512_load_ps(sum));
 }
 
 // The activations of entries, one after another.
@@ -100,11 +88,14 @@ struct OutlierPass {
         uint32_t* to = reinterpret_cast<uint32_t*>(waiting + fetched);
         for (int64_t i = 0; i < lines; ++i) _mm_prefetch(ahead + fetched * 4 + i * kLine, _MM_HINT_T0);
         for (int64_t i = 0; i < per_tile; i += 4) {
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) {
-                uint32_t c = reinterpret_cast<const uint16_t*>(entry + i + j)[0];  // the column
-                asm("" : "+r"(c));  // keeps the compiler from making a gather of it
+#pragma GCC unroll 2
+            for (int j = 0; j < 4; j += 2) {  // one load for two columns: loads are what these loops are short of
+                uint64_t two;
+                memcpy(&two, entry + i + j, sizeof two);
+                uint64_t c = uint16_t(two), d = uint16_t(two >> 32);
+                asm("" : "+r"(c), "+r"(d));  // keeps the compiler from making a gather of it
                 to[i + j] = bits[c];
+                to[i + j + 1] = bits[d];
             }
         }
         fetched += per_tile;
@@ -131,28 +122,6 @@ struct OutlierPass {
         for (int r = 0; r < R; ++r) y[r] = _mm512_add_ps(y[r], _mm512_load_ps(sum + r * kRows));
     }
 };
-
-// The same for several tokens: sum[token]. x is [column][token], `padded` (a multiple of 16) tokens wide.
-inline void add_outliers(const Matrix& m, int64_t block, const float* x, int64_t padded, int tokens, __m512* sum) {
-    if (m.outlier_row == nullptr) return;
-    for (int64_t row = block * kRows, r = 0; r < kRows && row < m.rows; ++r, ++row) {
-        const int64_t begin = m.outlier_row[row], end = m.outlier_row[row + 1];
-        for (int first = 0; first < tokens && begin < end; first += 16) {
-            __m512 part = _mm512_setzero_ps();
-            for (int64_t i = begin; i < end; ++i) {
-                const uint64_t column = m.outlier ? m.outlier[i] & 0xffff : m.outlier_wide[i] & 0xffffffff;
-                const uint16_t value = m.outlier ? uint16_t(m.outlier[i] >> 16) : uint16_t(m.outlier_wide[i] >> 32);
-                const __m512 v = _mm512_set1_ps(_cvtsh_ss(value));
-                part = _mm512_fmadd_ps(v, _mm512_loadu_ps(x + column * padded + first), part);
-            }
-            alignas(64) float of_token[16];
-            _mm512_store_ps(of_token, part);
-            for (int t = first; t < tokens && t < first + 16; ++t) {
-                reinterpret_cast<float*>(sum + t)[r] += of_token[t - first];
-            }
-        }
-    }
-}
 
 }  // namespace
 }  // namespace hf_spqr

@@ -12,11 +12,11 @@ struct TileOrder {
     alignas(64) float factor[kColumns];
     alignas(32) uint8_t column[kColumns];
 
-    TileOrder(const Matrix& m, int64_t tokens) {
-        const HalfOrder* order = tokens == 1 && has_half_order(m) ? &half_order(m.bits) : nullptr;
+    explicit TileOrder(int bits) {
+        const HalfOrder& order = half_order(bits);
         for (int i = 0; i < kColumns; ++i) {
-            factor[i] = order && order->is_doubled(i) ? 0.5f : 1.f;
-            column[i] = uint8_t(order ? order->column(i) : i);
+            factor[i] = order.is_doubled(i) ? 0.5f : 1.f;
+            column[i] = uint8_t(order.column(i));
         }
     }
 
@@ -36,7 +36,11 @@ void split(__m512 x, __m512 inverse, int8_t* hi, int8_t* lo) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(lo), _mm512_cvtepi32_epi8(low));
 }
 
-// Scale and sum of columns [first, last).
+struct BlockNumbers {
+    float scale, sum;  // sum: of the activations
+};
+
+// Of columns [first, last).
 BlockNumbers numbers_of(const float* x, int64_t first, int64_t last) {
     __m512 largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
     for (int64_t k = first; k < last; k += 16) {
@@ -51,36 +55,28 @@ BlockNumbers numbers_of(const float* x, int64_t first, int64_t last) {
 
 }  // namespace
 
-int64_t planes_bytes_vnni(const Matrix& m, DType, int64_t tokens) {
-    return Planes(m, tokens, nullptr).bytes();
+int64_t planes_bytes_vnni(const Matrix& m) {
+    return Planes(m, nullptr).bytes();
 }
 
 // x: fp32 of the token, zero padded to whole tiles.
-void split_planes_vnni(const Matrix& m, const float* x, int64_t token, int64_t tokens, char* out) {
-    const Planes planes(m, tokens, out);
+void split_planes_vnni(const Matrix& m, const float* x, char* out) {
+    const Planes planes(m, out);
     const int block = plane_block(m);
     const int64_t end = ceil_div(m.columns, kColumns) * kColumns;
     for (int64_t b = 0; b < planes.blocks; ++b) {
         const int64_t first = b * block, last = first + block < end ? first + block : end;
         const BlockNumbers n = numbers_of(x, first, last);
-        planes.block(b)[token] = n;
-        if (tokens == 1)
-            _mm_storeu_ps(planes.quad(b), _mm_setr_ps(n.scale, 1.f, n.scale > 0 ? n.sum / n.scale : n.sum, 1.f));
+        _mm_storeu_ps(planes.quad(b), _mm_setr_ps(n.scale, 1.f, n.scale > 0 ? n.sum / n.scale : n.sum, 1.f));
     }
-    if (planes.transposed) {  // the padding stays as it is: nobody looks at what it gives
-        for (int64_t k = 0; k < m.columns; ++k) planes.column(k)[token] = x[k];
-    }
-    const TileOrder order(m, tokens);
+    const TileOrder order(m.bits);
     for (int64_t tile = 0; tile < planes.tiles; ++tile) {
-        PlaneTile& out_tile = planes.tile(tile)[token];
+        PlaneTile& out_tile = *planes.tile(tile);
         for (int half = 0; half < 2; ++half) {
             const int64_t first = tile * kColumns + 16 * half;
-            // Two groups of 8 may share a vector.
-            const float low = planes.block(first / block)[token].scale,
-                        high = planes.block((first + 8) / block)[token].scale;
-            const __m512 scale = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high));
-            const __mmask16 some = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_GT_OQ);
-            const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_load_ps(order.factor + 16 * half), scale);
+            const float scale = planes.quad(first / block)[0];
+            const __m512 factor = _mm512_load_ps(order.factor + 16 * half);
+            const __m512 inverse = _mm512_maskz_div_ps(scale > 0 ? 0xffff : 0, factor, _mm512_set1_ps(scale));
             const __m512 v = first < end ? _mm512_loadu_ps(x + first) : _mm512_setzero_ps();
             split(v, inverse, reinterpret_cast<int8_t*>(out_tile.hi) + 16 * half,
                   reinterpret_cast<int8_t*>(out_tile.lo) + 16 * half);

@@ -81,37 +81,5 @@ struct Unpack<6> : UnpackPlanes<4, 2> {};
 template <>
 struct Unpack<7> : UnpackPlanes<4, 3> {};
 
-// 256 * hi + lo of `Count` vectors of codes against the activations of their columns, added to `sum` (of former
-// columns of the block, scaled alike). The lo plane continues from the shifted hi plane, which saves an addition.
-template <int Count>
-__attribute__((always_inline)) inline __m512i dot(const __m512i* w, const int32_t* hi, const int32_t* lo) {
-    __m512i a = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int i = 0; i < Count; ++i) a = _mm512_dpbusd_epi32(a, w[i], _mm512_set1_epi32(hi[i]));
-    a = _mm512_slli_epi32(a, 8);
-#pragma GCC unroll 8
-    for (int i = 0; i < Count; ++i) a = _mm512_dpbusd_epi32(a, w[i], _mm512_set1_epi32(lo[i]));
-    return a;
-}
-
-// The same over several tiles of a block: four sums, because one alone would wait for itself.
-struct TileSums {
-    __m512i hi[2], lo[2];
-
-    TileSums() { hi[0] = hi[1] = lo[0] = lo[1] = _mm512_setzero_si512(); }
-
-    __attribute__((always_inline)) void add(const __m512i* w, const int32_t* x_hi, const int32_t* x_lo) {
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            hi[i % 2] = _mm512_dpbusd_epi32(hi[i % 2], w[i], _mm512_set1_epi32(x_hi[i]));
-            lo[i % 2] = _mm512_dpbusd_epi32(lo[i % 2], w[i], _mm512_set1_epi32(x_lo[i]));
-        }
-    }
-    __m512i total() const {
-        const __m512i high = _mm512_slli_epi32(_mm512_add_epi32(hi[0], hi[1]), 8);
-        return _mm512_add_epi32(high, _mm512_add_epi32(lo[0], lo[1]));
-    }
-};
-
 }  // namespace
 }  // namespace hf_spqr

@@ -206,6 +206,13 @@ HF_DEVICE T* keep(T* p) {
     asm("" : "+l"(p));
     return p;
 }
+// p + TIMES * stride elements, as one instruction: the compiler would keep the multiples of a stride in registers.
+template <int TIMES, class T>
+HF_DEVICE const T* at_stride(const T* p, int stride) {
+    const T* r;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(r) : "r"(stride), "n"(TIMES * int(sizeof(T))), "l"(p));
+    return r;
+}
 // (a & mask) | bits
 template <uint32_t MASK>
 HF_DEVICE uint32_t mask_or(uint32_t a, uint32_t bits) {

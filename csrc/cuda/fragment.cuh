@@ -5,7 +5,7 @@
 // so that both words of a lane lie side by side; and each thread t of a quad takes k from a tile of its own: four
 // tiles, a set of 128 columns, in eight mma. A quarter is a quarter of a tile: 8 columns, 4 column pairs, 2 mma.
 #pragma once
-#include "cuda/tile.cuh"
+#include "cuda/x_place.cuh"
 
 namespace hf_spqr {
 
@@ -49,23 +49,29 @@ HF_DEVICE void weight_operand(uint32_t (&a)[4], const uint32_t (&w)[2][BITS], co
     a[3] = weight_pair<BITS, PAIR + 1>(w[1], q, 1);
 }
 
-template <int NT, int J, int H>
-HF_DEVICE void multiply_tokens(float (&acc)[NT][4], const uint32_t (&first)[4], const uint32_t (&second)[4],
-                               uint32_t x) {
-    const uint4 b = dev::load_shared4<H * 256 + J * 4096>(x);
-    dev::mma_f16(acc[J], first, b.x, b.y);
-    dev::mma_f16(acc[J], second, b.z, b.w);
-    if constexpr (J + 1 < NT) multiply_tokens<NT, J + 1, H>(acc, first, second, x);
+// The columns of x that quarter I of the lane's tile in set H multiplies, of token 8 J + g.
+template <int I, int H, int J>
+HF_DEVICE uint4 load_x(uint32_t x) {
+    return dev::load_shared4<16 * I + kSetBytes * H + 8 * kTokenBytes * J>(x);
 }
 
-// Quarter I of the lane's tile in set H. w[row] are the tile's words; the quarter's columns of x for the lane's token
-// g lie in shared memory at x + 256 H, those of tokens 8 j + g j * 4096 bytes further.
+template <int NT, int I, int H, int J = 0>
+HF_DEVICE void multiply_tokens(float (&acc)[NT][4], const uint32_t (&first)[4], const uint32_t (&second)[4],
+                               uint32_t x) {
+    const uint4 b = load_x<I, H, J>(x);
+    dev::mma_f16(acc[J], first, b.x, b.y);
+    dev::mma_f16(acc[J], second, b.z, b.w);
+    if constexpr (J + 1 < NT) multiply_tokens<NT, I, H, J + 1>(acc, first, second, x);
+}
+
+// Quarter I of the lane's tile in set H. w[row] are the tile's words; x is where the lane's tile of set 0 begins in
+// shared memory, for its token g.
 template <int BITS, int NT, int I, int H>
 HF_DEVICE void multiply_quarter(float (&acc)[NT][4], const uint32_t (&w)[2][BITS], const Quarter& q, uint32_t x) {
     uint32_t first[4], second[4];
     weight_operand<BITS, 4 * I>(first, w, q);
     weight_operand<BITS, 4 * I + 2>(second, w, q);
-    multiply_tokens<NT, 0, H>(acc, first, second, x);
+    multiply_tokens<NT, I, H>(acc, first, second, x);
 }
 
 }  // namespace hf_spqr

@@ -85,14 +85,16 @@ class Unpacker {
 // x of a set: tokens that are not there and columns past the end are zeros.
 template <int THREADS, int TOKENS>
 HF_DEVICE void fetch_set(const Int8Args& a, int64_t first_token, int set, uint32_t to) {
-    const int chunk = dev::thread() & 7;
+    constexpr int kStride = THREADS / 8;  // of a thread's tokens: a multiple of 8, so that all have the same key
+    const int chunk = dev::thread() & 7, first = dev::thread() >> 3, left = int(a.tokens - first_token) - first;
     const int64_t column = int64_t(set) * kSetColumns + 16 * chunk;
+    const int8_t* from = a.x + (first_token + first) * a.x_stride + column;
+    to += first * kSetColumns + ((chunk ^ (first & 7)) << 4);
 #pragma unroll
-    for (int i = 0; i < TOKENS * 8 / THREADS; ++i) {
-        const int b = i * (THREADS / 8) + (dev::thread() >> 3);
-        const bool there = first_token + b < a.tokens && column < a.x_stride;
-        const int8_t* from = there ? a.x + (first_token + b) * a.x_stride + column : a.x;
-        dev::copy_async<0>(to + b * kSetColumns + ((chunk ^ (b & 7)) << 4), from, there ? 16 : 0, true);
+    for (int i = 0; i < TOKENS / kStride; ++i) {
+        const bool there = i * kStride < left && column < a.x_stride;
+        dev::copy_async<0>(to + i * kStride * kSetColumns, from, there ? 16 : 0, true);
+        from = dev::keep(from + kStride * a.x_stride);
     }
 }
 

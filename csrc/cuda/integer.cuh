@@ -39,7 +39,7 @@ template <int BITS, int NT, int R, int I, int H, int J = 0>
 HF_DEVICE void multiply_codes(IntegerSums<BITS, NT> (&sums)[R], float (&x_sums)[NT][4],
                               const uint32_t (&w)[R][2][BITS], const uint32_t (&ones)[4], uint32_t x) {
     using Fields = IntegerFields<BITS>;
-    const uint4 b = dev::load_shared4<H * 256 + J * 4096>(x);
+    const uint4 b = load_x<I, H, J>(x);
     dev::mma_f16(x_sums[J], ones, b.x, b.y);
     dev::mma_f16(x_sums[J], ones, b.z, b.w);
 #pragma unroll
@@ -53,17 +53,17 @@ HF_DEVICE void multiply_codes(IntegerSums<BITS, NT> (&sums)[R], float (&x_sums)[
     if constexpr (J + 1 < NT) multiply_codes<BITS, NT, R, I, H, J + 1>(sums, x_sums, w, ones, x);
 }
 
-// Quarter I of the lane's tile in set H of one row block; x[j][i] as in resident.cuh. Sums of x come from elsewhere.
+// Quarter I of the lane's tile in set H of one row block; x[j] as in multiply_quarter, for the j-th eight tokens. Sums
+// of x come from elsewhere.
 template <int BITS, int NT, int I, int H>
-HF_DEVICE void multiply_integers(IntegerSums<BITS, NT>& sums, const uint32_t (&w)[2][BITS],
-                                 const uint32_t (&x)[NT][4]) {
+HF_DEVICE void multiply_integers(IntegerSums<BITS, NT>& sums, const uint32_t (&w)[2][BITS], const uint32_t (&x)[NT]) {
     using Fields = IntegerFields<BITS>;
     uint32_t first[4], second[4];
     code_operand<BITS, 4 * I, Fields::kFirst>(first, w);
     code_operand<BITS, 4 * I + 2, Fields::kSecond>(second, w);
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-        const uint4 b = dev::load_shared4<H * 256>(x[j][I]);
+        const uint4 b = load_x<I, H, 0>(x[j]);
         dev::mma_f16(sums.of[0][j], first, b.x, b.y);
         dev::mma_f16(sums.of[Fields::kSums - 1][j], second, b.z, b.w);
     }

@@ -11,7 +11,6 @@
 #include "cuda/kernels.h"
 #include "cuda/outliers.cuh"
 #include "cuda/store.cuh"
-#include "cuda/x_place.cuh"
 
 namespace hf_spqr {
 
@@ -25,7 +24,7 @@ struct LinearShape {
     // Tokens that x has room for. A tile of tokens that is not full is read with repeated tokens, or as garbage whose
     // results nobody reads.
     static HF_CONSTANT int x_tokens(int tokens) { return NT > 1 ? kTokens : tokens; }
-    static constexpr int x_bytes(int tokens) { return 2 * SLICES * (NT > 1 ? kTokens : tokens) * kStepColumns * 2; }
+    static constexpr int x_bytes(int tokens) { return 2 * SLICES * x_tokens(tokens) * kTokenBytes; }
     static constexpr int shared_bytes(int tokens, int stat_words) {
         const int loop = x_bytes(tokens) + kWarps * stat_words * 4, sums = kWarps * R * kRows * kTokens * 4;
         return loop > sums ? loop : sums;
@@ -41,16 +40,16 @@ class XFetcher {
     HF_DEVICE XFetcher(const LinearArgs& a, int64_t first_token, int tokens, int which, int first_step, int lane,
                        uint32_t to) {
         from_ = dev::keep(a.x + (first_token + which) * a.x_stride + first_step * kStepColumns + 8 * lane);
-        more_ = WIDTH * a.x_stride;
+        stride_ = int(a.x_stride);
         left_ = int(a.x_stride) - 8 * lane - first_step * kStepColumns;
         count_ = (tokens - which + WIDTH - 1) / WIDTH;
-        to_ = dev::keep(to + which * kTokenBytes + 16 * x_place(lane, which));
+        to_ = dev::keep(to + which * kTokenBytes + x_place(8 * lane));
     }
 
-    // The slice's next 256 columns to the buffer at byte `buffer`.
-    HF_DEVICE void fetch(uint32_t buffer) {
-        const uint32_t even = to_ + buffer, odd = WIDTH > 1 ? even : even ^ 32;
-        fetch_tokens<0>(from_, even, odd, left_ > 0 ? 16 : 0);
+    // The slice's next 256 columns, to `further` bytes behind where the last ones went.
+    HF_DEVICE void fetch(uint32_t further) {
+        to_ += further;
+        fetch_tokens<0>(left_ > 0 ? 16 : 0);
         from_ = dev::keep(from_ + SLICES * kStepColumns);
         left_ -= SLICES * kStepColumns;
     }
@@ -58,18 +57,17 @@ class XFetcher {
   private:
     // Four tokens without a branch, then the next four, if there are any.
     template <int I>
-    HF_DEVICE void fetch_tokens(const uint16_t* from, uint32_t even, uint32_t odd, int bytes) {
-        dev::copy_async<I * WIDTH * kTokenBytes>(I & 1 ? odd : even, from, bytes, I < count_);
+    HF_DEVICE void fetch_tokens(int bytes) {
+        dev::copy_async<I * WIDTH * kTokenBytes>(to_, dev::at_stride<I * WIDTH>(from_, stride_), bytes, I < count_);
         constexpr int next = I + 1;
         if constexpr (next < 8 * NT / WIDTH) {
             if (next % 4 == 0 && next >= count_) return;
-            fetch_tokens<next>(from + more_, even, odd, bytes);
+            fetch_tokens<next>(bytes);
         }
     }
 
     const uint16_t* from_;
-    int64_t more_;
-    int left_, count_;
+    int stride_, left_, count_;
     uint32_t to_;
 };
 
@@ -78,8 +76,9 @@ template <class Stats, int BITS>
 class WordFetcher {
   public:
     HF_DEVICE WordFetcher(const Matrix& m, const uint32_t* stream, int lane) : m_(m) {
-        from_ = dev::keep(stream + (lane & 3) * (BITS * kRows) + 2 * (lane >> 2));
-        left_ = int(dev::keep(uint32_t(m.panels.tiles - (lane & 3))));
+        from_ = dev::keep(stream + 2 * (lane >> 2));
+        tile_words_ = (lane & 3) * (BITS * kRows);
+        left_ = m.panels.tiles - (lane & 3);
     }
 
     template <int H>
@@ -87,7 +86,7 @@ class WordFetcher {
         // Both sets of a step lie in one panel, unless panels are short.
         constexpr bool same = Stats::kTileShift >= 3;
         const int tile = step * kStepTiles + H * kTilesPerSet;
-        if (H == 0 || !same) at_ = dev::keep(from_ + offset(tile));
+        if (H == 0 || !same) at_ = dev::keep(from_ + (offset(tile) + tile_words_));
         if (tile >= left_) return;
 #pragma unroll
         for (int v = 0; v < BITS; ++v) {
@@ -118,7 +117,7 @@ class WordFetcher {
     const Matrix& m_;
     const uint32_t* from_;
     const uint32_t* at_ = nullptr;
-    int left_;
+    int tile_words_, left_;
     uint2 words_[2][BITS] = {};
 };
 
@@ -160,26 +159,25 @@ struct RowBlocks {
                                      shared + I * Stats::kSharedWords * 4)...} {}
 };
 
-// One set: acc += W x over its 128 columns. x[i] is chunk i of the lane's tile of set 0, of the lane's token.
+// One set: acc += W x over its 128 columns. x as in multiply_quarter.
 template <class Stats, int BITS, int NT, int H>
-HF_DEVICE void multiply_set(float (&acc)[NT][4], RowBlock<Stats, BITS>& block, const uint32_t (&x)[4]) {
+HF_DEVICE void multiply_set(float (&acc)[NT][4], RowBlock<Stats, BITS>& block, uint32_t x) {
     uint32_t w[2][BITS];
     block.words.template split<H>(w);
     Quarter q;
     block.stats.template quarter<H, 0>(q);
-    multiply_quarter<BITS, NT, 0, H>(acc, w, q, x[0]);
+    multiply_quarter<BITS, NT, 0, H>(acc, w, q, x);
     block.stats.template quarter<H, 1>(q);
-    multiply_quarter<BITS, NT, 1, H>(acc, w, q, x[1]);
+    multiply_quarter<BITS, NT, 1, H>(acc, w, q, x);
     block.stats.template quarter<H, 2>(q);
-    multiply_quarter<BITS, NT, 2, H>(acc, w, q, x[2]);
+    multiply_quarter<BITS, NT, 2, H>(acc, w, q, x);
     block.stats.template quarter<H, 3>(q);
-    multiply_quarter<BITS, NT, 3, H>(acc, w, q, x[3]);
+    multiply_quarter<BITS, NT, 3, H>(acc, w, q, x);
 }
 
 // One step, 256 columns in two sets, and the words of the next one on their way.
 template <class Stats, int BITS, int NT>
-HF_DEVICE void multiply_step(float (&total)[1][NT][4], RowBlock<Stats, BITS> (&blocks)[1], int next,
-                             const uint32_t (&x)[4]) {
+HF_DEVICE void multiply_step(float (&total)[1][NT][4], RowBlock<Stats, BITS> (&blocks)[1], int next, uint32_t x) {
     RowBlock<Stats, BITS>& block = blocks[0];
     float acc[NT][4] = {};
     multiply_set<Stats, BITS, NT, 0>(acc, block, x);
@@ -196,17 +194,17 @@ HF_DEVICE void multiply_step(float (&total)[1][NT][4], RowBlock<Stats, BITS> (&b
 
 // Set H of a step with codes as integers (integer.cuh).
 template <class Stats, int BITS, int NT, int R, int H>
-HF_DEVICE void multiply_integer_set(float (&total)[R][NT][4], RowBlock<Stats, BITS> (&blocks)[R], int next,
-                                    const uint32_t (&x)[4], const uint32_t (&ones)[4]) {
+HF_DEVICE void multiply_integer_set(float (&total)[R][NT][4], RowBlock<Stats, BITS> (&blocks)[R], int next, uint32_t x,
+                                    const uint32_t (&ones)[4]) {
     IntegerSums<BITS, NT> sums[R];
     float x_sums[NT][4] = {};
     uint32_t w[R][2][BITS];
 #pragma unroll
     for (int r = 0; r < R; ++r) blocks[r].words.template split<H>(w[r]);
-    multiply_codes<BITS, NT, R, 0, H>(sums, x_sums, w, ones, x[0]);
-    multiply_codes<BITS, NT, R, 1, H>(sums, x_sums, w, ones, x[1]);
-    multiply_codes<BITS, NT, R, 2, H>(sums, x_sums, w, ones, x[2]);
-    multiply_codes<BITS, NT, R, 3, H>(sums, x_sums, w, ones, x[3]);
+    multiply_codes<BITS, NT, R, 0, H>(sums, x_sums, w, ones, x);
+    multiply_codes<BITS, NT, R, 1, H>(sums, x_sums, w, ones, x);
+    multiply_codes<BITS, NT, R, 2, H>(sums, x_sums, w, ones, x);
+    multiply_codes<BITS, NT, R, 3, H>(sums, x_sums, w, ones, x);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         add_set<BITS, NT>(total[r], sums[r], x_sums, blocks[r].stats.template set<H>());
@@ -278,17 +276,14 @@ linear_kernel(const LinearArgs a) {
     }
     x.fetch(0);
 
-    // The lane's token g (or the last one) and tile t; chunk i of set h is at x_at[i] + 256 h.
+    // The lane's token g (or the last one) and tile t.
     const int token = NT > 1 ? g : (g < tokens ? g : tokens - 1);
-    uint32_t x_at[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x_at[i] = x_slice + token * kTokenBytes + 16 * x_place(4 * t + i, token);
+    uint32_t x_at = x_slice + token * kTokenBytes + x_place(kColumns * t);
     // A matrix of ones, as four numbers that the compiler cannot tell to be the same: so it keeps them in the four
     // registers that an mma wants, and does not fill those again for each.
     const uint32_t none = uint32_t(a.tokens) >> 28;
     const uint32_t ones[4] = {kOnes + none, kOnes + (none >> 1), kOnes + (none >> 2), kOnes + (none >> 3)};
     uint32_t other = dev::keep(buffer_bytes);  // from the buffer in use to the other one
-    uint32_t to = 0;                           // the buffer that x was last fetched to
     float total[R][NT][4] = {};
     // Where warps share x, all go through the loop equally often, because they meet in it.
     const int end = WIDTH > 1 ? (steps + SLICES - 1) / SLICES * SLICES : steps;
@@ -300,8 +295,7 @@ linear_kernel(const LinearArgs a) {
             dev::sync_warp();
         }
         const int next = step + SLICES;
-        to += other;
-        if (next < steps) x.fetch(to);
+        if (next < steps) x.fetch(other);
         if (WIDTH == 1 || step < steps) {
 #pragma unroll
             for (int r = 0; r < R; ++r) mine.each[r].stats.decode(step);
@@ -317,8 +311,7 @@ linear_kernel(const LinearArgs a) {
                 multiply_step<Stats, BITS, NT>(total, mine.each, next, x_at);
             }
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x_at[i] += other;
+        x_at += other;
         other = 0 - other;
     }
     dev::sync_block();

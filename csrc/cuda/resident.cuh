@@ -15,64 +15,30 @@
 
 namespace hf_spqr {
 
-// The order in which a warp goes through its steps; the same for fetching and for multiplying.
+// A warp's steps of a stretch of columns, row block after row block; the same for fetching and for multiplying.
 class Walk {
   public:
-    HF_DEVICE Walk(const ResidentArgs& a, int first, int stride, int slice)
-        : steps_(a.weight.panels.tiles), chunk_steps_(a.plan.chunk_columns / kStepColumns), slice_(slice) {
-        steps_ = (steps_ + kStepTiles - 1) / kStepTiles;
-        const int row_blocks = (a.weight.rows - 1) / kRows + 1;
-        words_ = a.weight.panels.words;
-        rounds_ = first < row_blocks ? (row_blocks - 1 - first) / stride + 1 : 0;
-        stream_ = a.weight.packed + int64_t(first) * words_;
-        between_ = int64_t(stride) * words_;
-        batch_end_ = rounds_ < kBatch ? rounds_ : kBatch;
-        begin_chunk(0);
-        if (rounds_ > 0) settle();
+    // Steps `first`, first + kSlices, ... before `end`, of `row_blocks` row blocks that lie `between` words apart.
+    HF_DEVICE Walk(const uint32_t* stream, int64_t between, int row_blocks, int first, int end)
+        : stream_(stream), between_(between), first_(first), end_(end), step_(first) {
+        left_ = first < end ? ((end - first - 1) / kSlices + 1) * row_blocks : 0;
     }
 
-    HF_DEVICE bool ended() const { return batch_ >= rounds_; }
+    HF_DEVICE bool ended() const { return left_ <= 0; }
     HF_DEVICE int step() const { return step_; }
     HF_DEVICE const uint32_t* stream() const { return stream_; }
     HF_DEVICE void next() {
+        --left_;
         step_ += kSlices;
-        settle();
+        if (step_ < end_) return;
+        step_ = first_;
+        stream_ += between_;
     }
 
   private:
-    HF_DEVICE void begin_chunk(int from) {
-        chunk_ = from;
-        chunk_end_ = from + chunk_steps_ < steps_ ? from + chunk_steps_ : steps_;
-        step_ = from + slice_;
-        round_ = batch_;
-    }
-
-    // On to a step that there is.
-    HF_DEVICE void settle() {
-        while (step_ >= chunk_end_) {
-            if (round_ + 1 < batch_end_) {  // the next row block
-                ++round_;
-                stream_ += between_;
-                step_ = chunk_ + slice_;
-                continue;
-            }
-            if (chunk_end_ < steps_) {  // the next columns of the same row blocks
-                stream_ -= (round_ - batch_) * between_;
-                begin_chunk(chunk_end_);
-                continue;
-            }
-            stream_ += between_;
-            batch_ = batch_end_;
-            batch_end_ = rounds_ < batch_ + kBatch ? rounds_ : batch_ + kBatch;
-            if (ended()) return;
-            begin_chunk(0);
-        }
-    }
-
-    int steps_, chunk_steps_, slice_, words_, rounds_;
     const uint32_t* stream_;
     int64_t between_;
-    int batch_ = 0, batch_end_, chunk_, chunk_end_, round_, step_;
+    int first_, end_, step_, left_;
 };
 
 // A warp's ring of slots. A slot holds a step: eight tiles, each with room after it so that the four of a set meet in
@@ -83,20 +49,29 @@ class Ring {
     static constexpr int kTileBytes = tile_bytes(BITS);
     static constexpr int kSlotBytes = kStepTiles * kTileBytes + Stats::kRingBytes;
 
-    HF_DEVICE Ring(const ResidentArgs& a, const Walk& first, uint32_t at, int lane)
-        : m_(a.weight), ahead_(first), begin_(at), last_(at + (kStages - 1) * kSlotBytes), slot_(last_) {
+    HF_DEVICE Ring(const Matrix& m, const Walk& first, uint32_t at, int lane)
+        : m_(m), ahead_(first), begin_(at), last_(dev::pin(at + (kStages - 1) * kSlotBytes)), slot_(last_) {
         lane_words_ = int(dev::pin(uint32_t(4 * lane)));
         to_ = dev::pin((lane >> 2) * kTileBytes + (lane & 3) * 16);
         from_ = dev::pin((lane >> 2) * (BITS * kRows) + (lane & 3) * 4);
-        // What the kernel before this one in the stream wrote may be read only when it has ended. Until then, towards
-        // the L2 cache.
-        Walk soon = first;
-        for (int i = 0; i < 2 && !soon.ended(); ++i) {
-            const uint32_t* words = soon.stream() + tiles_of(soon.step()) - Stats::kRingBytes / 4;
+        lane_steps_ = int(dev::pin(uint32_t(m.panels.tiles + kStepTiles - 1 - (lane >> 2)) / kStepTiles));
+    }
+
+    // Towards the L2 cache: what will be fetched first.
+    HF_DEVICE void prefetch(int lane) const {
+        Walk soon = ahead_;
+        for (int i = 0; i < kStages - 1 && !soon.ended(); ++i) {
+            const uint32_t* words = soon.stream() + Place(m_.panels, soon.step()).tiles() - Stats::kRingBytes / 4;
             if (32 * lane < kStepTiles * BITS * kRows + Stats::kRingBytes / 4) dev::prefetch(words + 32 * lane);
             soon.next();
         }
-        dev::wait_for_kernel();
+    }
+
+    // To the beginning of a walk, when nothing of the last one is left.
+    HF_DEVICE void start(const Walk& walk) {
+        ahead_ = walk;
+        slot_ = last_;
+        dev::sync_warp();
         for (int i = 0; i < kStages - 1; ++i) fetch(begin_ + i * kSlotBytes);
     }
 
@@ -112,24 +87,29 @@ class Ring {
     }
 
   private:
-    // Where in a row block the tiles of a step lie.
-    HF_DEVICE uint32_t tiles_of(int step) const {
-        const Panels& p = m_.panels;
-        constexpr int tile_shift = Stats::kTileShift;
-        const int tile = step * kStepTiles, panel = tile >> tile_shift;
-        const int stat_words = panel == p.last_panel ? p.last_stat_words : p.stat_words;
-        return uint32_t(panel * p.panel_words + stat_words) + uint32_t(tile - (panel << tile_shift)) * (BITS * kRows);
-    }
+    // A step of a row block: its panel, its place in there, the panel's beginning and statistics in words.
+    struct Place {
+        int in_panel, stat_words;
+        uint32_t panel;
+
+        HF_DEVICE Place(const Panels& p, int step) {
+            constexpr int shift = Stats::kTileShift - 3;  // log2 of a panel's steps
+            in_panel = int(dev::keep(uint32_t(step & ((1 << shift) - 1))));
+            stat_words = step >> shift == p.last_panel ? p.last_stat_words : p.stat_words;
+            panel = uint32_t((step >> shift) * p.panel_words);
+        }
+        HF_DEVICE uint32_t tiles() const {
+            return panel + uint32_t(stat_words + in_panel * (kStepTiles * BITS * kRows));
+        }
+    };
 
     // Fetches the next step of all into a slot.
     HF_DEVICE void fetch(uint32_t slot) {
         if (!ahead_.ended()) {
-            const Panels& p = m_.panels;
-            const int step = ahead_.step(), tile = step * kStepTiles, panel = tile >> Stats::kTileShift;
-            const int stat_words = panel == p.last_panel ? p.last_stat_words : p.stat_words;
-            Stats::fetch(m_, ahead_.stream(), uint32_t(panel * p.panel_words), stat_words, step,
-                         slot + kStepTiles * kTileBytes, lane_words_);
-            copy<0>(slot + to_, ahead_.stream() + (tiles_of(step) + from_), tile * 16 + lane_words_ < p.tiles * 16);
+            const Place place(m_.panels, ahead_.step());
+            Stats::template fetch<kStepTiles * kTileBytes>(m_, ahead_.stream(), place.panel, place.stat_words,
+                                                           place.in_panel, slot, lane_words_);
+            copy<0>(slot + to_, ahead_.stream() + (place.tiles() + from_), ahead_.step() < lane_steps_);
             ahead_.next();
         }
         dev::close_copies();
@@ -144,7 +124,7 @@ class Ring {
     const Matrix& m_;
     Walk ahead_;
     uint32_t begin_, last_, slot_, to_, from_;
-    int lane_words_;
+    int lane_words_, lane_steps_;  // steps that have the lane's tile
 };
 
 // The words of set H of a slot, row by row. `at` is the slot and the lane's place in it.
@@ -157,10 +137,10 @@ HF_DEVICE void load_words(uint32_t (&w)[2][BITS], uint32_t at) {
 }
 
 // Quarter I of set H of a step: acc += W x over its columns, every second mma into acc[1], which need not wait for the
-// other. x[j][i] is chunk i of the lane's tile of set 0, of token g of the j-th eight.
+// other. x[j] as in multiply_quarter, for the j-th eight tokens.
 template <class Stats, int BITS, int NT, int H, int I>
 HF_DEVICE void multiply_resident_quarter(float (&acc)[2][NT][4], Stats& stats, const uint32_t (&w)[2][BITS],
-                                         const uint32_t (&x)[NT][4]) {
+                                         const uint32_t (&x)[NT]) {
     Quarter q;
     stats.template quarter<H, I>(q);
     uint32_t first[4], second[4];
@@ -168,7 +148,7 @@ HF_DEVICE void multiply_resident_quarter(float (&acc)[2][NT][4], Stats& stats, c
     weight_operand<BITS, 4 * I + 2>(second, w, q);
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-        const uint4 b = dev::load_shared4<H * 256>(x[j][I]);
+        const uint4 b = load_x<I, H, 0>(x[j]);
         dev::mma_f16(acc[0][j], first, b.x, b.y);
         dev::mma_f16(acc[1][j], second, b.z, b.w);
     }
@@ -176,8 +156,7 @@ HF_DEVICE void multiply_resident_quarter(float (&acc)[2][NT][4], Stats& stats, c
 
 // A step of two sets.
 template <class Stats, int BITS, int NT>
-HF_DEVICE void multiply_resident_step(float (&total)[NT][4], Stats& stats, uint32_t words,
-                                      const uint32_t (&x)[NT][4]) {
+HF_DEVICE void multiply_resident_step(float (&total)[NT][4], Stats& stats, uint32_t words, const uint32_t (&x)[NT]) {
     float acc[2][NT][4] = {};
     uint32_t w[2][BITS], v[2][BITS];
     load_words<BITS, 0>(w, words);
@@ -200,11 +179,11 @@ HF_DEVICE void multiply_resident_step(float (&total)[NT][4], Stats& stats, uint3
     }
 }
 
-// Set H of a step with codes as integers (integer.cuh); the sums of x over the set are at x_sums[j] for the j-th eight
-// tokens.
+// Set H of a step with codes as integers (integer.cuh). x_sums[j]: the step's sums of x for the lane's two of the j-th
+// eight tokens, over set 0, then over set 1.
 template <class Stats, int BITS, int NT, int H>
-HF_DEVICE void multiply_integer_set(float (&total)[NT][4], Stats& stats, uint32_t words, const uint32_t (&x)[NT][4],
-                                    const uint32_t (&x_sums)[NT], uint32_t sums_offset) {
+HF_DEVICE void multiply_integer_set(float (&total)[NT][4], Stats& stats, uint32_t words, const uint32_t (&x)[NT],
+                                    const uint4 (&x_sums)[NT]) {
     uint32_t w[2][BITS];
     load_words<BITS, H>(w, words);
     IntegerSums<BITS, NT> sums;
@@ -215,9 +194,8 @@ HF_DEVICE void multiply_integer_set(float (&total)[NT][4], Stats& stats, uint32_
     float of_x[NT][4];
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-        const uint2 both = dev::load_shared2<0>(x_sums[j] + sums_offset);
-        of_x[j][0] = of_x[j][2] = dev::as_float(both.x);
-        of_x[j][1] = of_x[j][3] = dev::as_float(both.y);
+        of_x[j][0] = of_x[j][2] = dev::as_float(H ? x_sums[j].z : x_sums[j].x);
+        of_x[j][1] = of_x[j][3] = dev::as_float(H ? x_sums[j].w : x_sums[j].y);
     }
     add_set<BITS, NT>(total, sums, of_x, stats.template set<H>());
 }
@@ -234,60 +212,69 @@ linear_resident_kernel(const ResidentArgs a) {
     const uint32_t shared = dev::shared_address();
 
     const int blocks = dev::grid_blocks(), row_blocks = (m.rows - 1) / kRows + 1, stride = blocks * groups;
-    const int first = int(dev::block_x()) + blocks * group;
-    Ring<Stats, BITS> ring(a, Walk(a, first, stride, slice), shared + map.rings + warp * map.ring_bytes, lane);
+    const int first = int(dev::block_x()) + blocks * group, rounds = (row_blocks + stride - 1) / stride;
+    const int mine = first < row_blocks ? (row_blocks - 1 - first) / stride + 1 : 0;
+    const int steps = (m.panels.tiles + kStepTiles - 1) / kStepTiles,
+              chunk_steps = a.plan.chunk_columns / kStepColumns;
+    const bool stretches = steps > chunk_steps;
+    const auto walk = [&](int batch, int chunk) {
+        const int end = chunk + chunk_steps < steps ? chunk + chunk_steps : steps;
+        const int here = stretches && mine - batch > kBatch ? kBatch : mine - batch;
+        return Walk(m.packed + (first + int64_t(batch) * stride) * m.panels.words, int64_t(stride) * m.panels.words,
+                    here, chunk + slice, end);
+    };
+    Ring<Stats, BITS> ring(m, walk(0, 0), shared + map.rings + warp * map.ring_bytes, lane);
+    // What the kernel before this one in the stream wrote may be read only when it has ended.
+    ring.prefetch(lane);
+    dev::wait_for_kernel();
     Stats stats(m, m.packed, lane, 0, 0, shared + map.scratch + warp * (Stats::kSharedWords * 4));
     GroupSums sums(a, shared, map, group, slice, lane);
     ResidentX x(a, shared, map);
 
-    const int steps = (m.panels.tiles + kStepTiles - 1) / kStepTiles,
-              chunk_steps = a.plan.chunk_columns / kStepColumns;
-    const int rounds = (row_blocks + stride - 1) / stride;
-    const uint32_t x_advance = kSlices * a.tokens * kTokenBytes;
+    const uint32_t x_advance = dev::pin(kSlices * a.tokens * kTokenBytes);
     const uint32_t words_at = dev::pin(t * Ring<Stats, BITS>::kTileBytes + 8 * g);
     constexpr int kStats = kStepTiles * Ring<Stats, BITS>::kTileBytes;  // where a slot has statistics
     for (int batch = 0; batch < rounds; batch += kBatch) {
+        sums.begin_batch(first + batch * stride, stride);
         for (int chunk = 0; chunk < steps; chunk += chunk_steps) {
-            if (batch + chunk == 0 || steps > chunk_steps) x.load<4 * NT>(chunk * kStepColumns);
+            if (batch + chunk == 0 || stretches) {
+                ring.start(walk(batch, chunk));
+                if (batch + chunk == 0) x.find_scales();
+                x.load<4 * NT>(chunk * kStepColumns);
+            }
             const int end = chunk + chunk_steps < steps ? chunk + chunk_steps : steps;
-            for (int round = batch; round < batch + kBatch; ++round) {
+            for (int round = batch; round < batch + kBatch && round < mine; ++round) {
                 const int row_block = first + round * stride;
-                if (row_block >= row_blocks) break;
                 sums.begin(row_block, round - batch, chunk == 0);
                 stats.begin(m.packed + int64_t(row_block) * m.panels.words);
-                uint32_t x_at[NT][4], x_sums[NT];
+                uint32_t x_at[NT], x_sums[NT];
 #pragma unroll
                 for (int j = 0; j < NT; ++j) {
                     // Tokens that do not exist are read as others.
                     const int token = 8 * j + g < a.tokens ? 8 * j + g : j > 0 ? g : a.tokens - 1;
                     x_sums[j] = x.sums_at(slice, 8 * j + 2 * t < a.tokens ? 4 * j + t : 0);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        x_at[j][i] =
-                            shared + (slice * a.tokens + token) * kTokenBytes + 16 * x_place(4 * t + i, token);
-                    }
+                    x_at[j] = shared + (slice * a.tokens + token) * kTokenBytes + x_place(kColumns * t);
                 }
                 float total[NT][4] = {};
                 for (int step = chunk + slice; step < end; step += kSlices) {
                     const uint32_t slot = ring.next();
                     stats.take(slot + kStats, step);
                     if constexpr (Stats::kInteger) {
-                        multiply_integer_set<Stats, BITS, NT, 0>(total, stats, slot + words_at, x_at, x_sums, 0);
-                        multiply_integer_set<Stats, BITS, NT, 1>(total, stats, slot + words_at, x_at, x_sums,
-                                                                 x.bytes_of_set_sums());
+                        uint4 of_x[NT];
 #pragma unroll
-                        for (int j = 0; j < NT; ++j) x_sums[j] += 2 * kSlices * x.bytes_of_set_sums();
+                        for (int j = 0; j < NT; ++j) {
+                            of_x[j] = dev::load_shared4<0>(x_sums[j]);
+                            x_sums[j] += kSlices * x.bytes_of_step_sums();
+                        }
+                        multiply_integer_set<Stats, BITS, NT, 0>(total, stats, slot + words_at, x_at, of_x);
+                        multiply_integer_set<Stats, BITS, NT, 1>(total, stats, slot + words_at, x_at, of_x);
                     } else {
-                        if (step + kSlices >= end) sums.fetch_outliers();
                         stats.decode(step);
                         dev::sync_warp();
                         multiply_resident_step<Stats, BITS, NT>(total, stats, slot + words_at, x_at);
                     }
 #pragma unroll
-                    for (int j = 0; j < NT; ++j) {
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) x_at[j][i] += x_advance;
-                    }
+                    for (int j = 0; j < NT; ++j) x_at[j] += x_advance;
                 }
                 sums.finish(total, Stats::kFactor, chunk * kStepColumns, end == steps, x);
             }

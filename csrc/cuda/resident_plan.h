@@ -1,7 +1,7 @@
 // How the kernel for few tokens (resident.cuh) uses shared memory: decided on the host, known to both sides.
 #pragma once
 #include "cuda/kernels.h"
-#include "cuda/tile.cuh"
+#include "cuda/x_place.cuh"
 
 namespace hf_spqr {
 
@@ -44,8 +44,8 @@ struct ResidentMap {
         const int warps = groups * kSlices;
         const bool in_stretches = plan.chunk_columns < columns;
         // Behind the last token's x there may be reads of tokens that do not exist.
-        x_sums = plan.chunk_columns * 2 * tokens + (padded(tokens) - tokens) * kStepColumns * 2;
-        rings = x_sums + (sums_of_x ? plan.chunk_columns / 128 * set_sums_bytes(tokens) : 0);
+        x_sums = (plan.chunk_columns / kStepColumns * tokens + padded(tokens) - tokens) * kTokenBytes;
+        rings = x_sums + (sums_of_x ? plan.chunk_columns / kStepColumns * step_sums_bytes(tokens) : 0);
         rings = (rings + 15) / 16 * 16;
         scratch = rings + warps * ring_bytes;
         sums = scratch + warps * scratch_bytes;
@@ -58,7 +58,7 @@ struct ResidentMap {
 
     // Tokens that sums have room for: a power of two, at least what a lane of an mma holds side by side.
     static HF_CONSTANT int padded(int tokens) { return tokens <= 2 ? 2 : tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16; }
-    static HF_CONSTANT int set_sums_bytes(int tokens) { return (tokens + 1) / 2 * 8; }
+    static HF_CONSTANT int step_sums_bytes(int tokens) { return (tokens + 1) / 2 * 16; }
 };
 
 }  // namespace hf_spqr

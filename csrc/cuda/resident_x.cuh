@@ -1,12 +1,11 @@
 // x in shared memory, as fp16 in stored order of columns, for resident.cuh.
 //
 // bf16 and fp32 are scaled per token by a power of two so that the largest |x| lands in [16, 32): nothing overflows,
-// and what is 2^19 times smaller still has all its bits. Per step of 256 columns and token there are 32 chunks of 8
-// columns, permuted by x_place.
+// and what is 2^19 times smaller still has all its bits. Steps of 256 columns lie one
+// after the other, in each its tokens, as x_place has them.
 #pragma once
 #include "cuda/resident_plan.h"
 #include "cuda/store.cuh"
-#include "cuda/x_place.cuh"
 
 namespace hf_spqr {
 
@@ -15,7 +14,36 @@ class ResidentX {
     HF_DEVICE ResidentX(const ResidentArgs& a, uint32_t shared, const ResidentMap& map)
         : a_(a), at_(shared), sums_(shared + map.x_sums), integer_(map.rings > map.x_sums) {
         up_ = reinterpret_cast<float*>(dev::shared_memory() + map.scales);
-        if (a.dtype != DType::f16) find_scales();
+    }
+
+    // Of each token, unless x is fp16 already. All threads of the block, before anything is loaded.
+    HF_DEVICE void find_scales() const {
+        if (a_.dtype == DType::f16) return;
+        uint32_t* of_warps = reinterpret_cast<uint32_t*>(up_ + 2 * kResidentTokens);  // [warp][token]
+        const int warp = dev::thread() / 32, warps = dev::block_threads() / 32;
+        for (int first = 0; first < a_.tokens; first += kAtOnce) {
+            uint32_t most[kAtOnce] = {};
+            find_largest(most, first);
+#pragma unroll
+            for (int k = 0; k < kAtOnce; ++k) {
+                const uint32_t of_warp = dev::max_of_warp(most[k]);
+                if (dev::thread() % 32 == 0 && first + k < a_.tokens) {
+                    of_warps[warp * kResidentTokens + first + k] = of_warp;
+                }
+            }
+        }
+        dev::sync_block();
+        if (dev::thread() < a_.tokens) {
+            uint32_t most = 0;
+            for (int w = 0; w < warps; ++w) {
+                const uint32_t of_warp = of_warps[w * kResidentTokens + dev::thread()];
+                most = of_warp > most ? of_warp : most;
+            }
+            const uint32_t e = most >> 23, exponent = e < 5 ? 5 : e > 253 ? 253 : e;
+            up_[dev::thread()] = dev::as_float((258 - exponent) << 23);
+            up_[kResidentTokens + dev::thread()] = dev::as_float((exponent - 4) << 23);
+        }
+        dev::sync_block();
     }
 
     // Columns from `first` on, as many as fit. All threads of the block; AT_ONCE tokens' at a time are on their way.
@@ -40,16 +68,15 @@ class ResidentX {
         dev::sync_block();
     }
 
-    // Where the sums over set 0 of step `step` lie of tokens 2t and 2t + 1, as two floats.
-    HF_DEVICE uint32_t sums_at(int step, int t) const { return sums_ + 2 * step * bytes_of_set_sums() + 8 * t; }
-    HF_DEVICE int bytes_of_set_sums() const { return ResidentMap::set_sums_bytes(a_.tokens); }
+    // Where the sums over a step lie, of tokens 2t and 2t + 1: over set 0 as two floats, then over set 1.
+    HF_DEVICE uint32_t sums_at(int step, int t) const { return sums_ + step * bytes_of_step_sums() + 16 * t; }
+    HF_DEVICE int bytes_of_step_sums() const { return ResidentMap::step_sums_bytes(a_.tokens); }
 
-    // Where fp16 x of token 0 lies for column `column` of those that are here. Even tokens' lie token * kTokenBytes
-    // further, odd ones' too but with bit 5 of the place inverted.
+    // Where fp16 x of token 0 lies for column `column` of those that are here; token b's lies b * kTokenBytes further.
     template <int TOKENS>
     HF_DEVICE uint32_t column_at(uint32_t column) const {
-        if constexpr (TOKENS == 1) return at_ + (2 * column ^ (column >> 2 & 16));
-        return at_ + (column >> 8) * uint32_t(a_.tokens * kTokenBytes) + ((2 * column & 511) ^ (column >> 2 & 16));
+        if constexpr (TOKENS == 1) return at_ + x_place(column);
+        return at_ + (column >> 8) * uint32_t(a_.tokens * kTokenBytes) + x_place(column & 255);
     }
     // What turns a sum over tokens' x into one over what was given.
     HF_DEVICE float scale(int token) const { return a_.dtype == DType::f16 ? 1.f : up_[kResidentTokens + token]; }
@@ -59,7 +86,7 @@ class ResidentX {
 
     HF_DEVICE void put(int chunk, int token, uint4 v) const {
         const int step = chunk >> 5;
-        dev::store_shared(at_ + (step * a_.tokens + token) * kTokenBytes + 16 * x_place(chunk & 31, token), v);
+        dev::store_shared(at_ + (step * a_.tokens + token) * kTokenBytes + x_place(8 * (chunk & 31)), v);
         if (!integer_) return;
         const float low = dev::add(dev::add(dev::low_float(v.x), dev::low_float(v.y)),
                                    dev::add(dev::low_float(v.z), dev::low_float(v.w)));
@@ -69,7 +96,8 @@ class ResidentX {
 #pragma unroll
         for (int mask = 1; mask < 16; mask *= 2) sum = dev::add(sum, dev::shuffle_xor(sum, mask));
         if ((chunk & 15) == 0) {
-            dev::store_shared(sums_ + (chunk >> 4) * bytes_of_set_sums() + 4 * token, dev::as_bits(sum));
+            const uint32_t place = 8 * (chunk >> 4 & 1) + 4 * (token & 1);
+            dev::store_shared(sums_at(step, token >> 1) + place, dev::as_bits(sum));
         }
     }
 
@@ -149,34 +177,6 @@ class ResidentX {
                 if (first + k < a_.tokens) take(k, dev::as_bits(read_as(a_.x, at, a_.dtype)));
             }
         }
-    }
-
-    HF_DEVICE void find_scales() const {
-        uint32_t* of_warps = reinterpret_cast<uint32_t*>(up_ + 2 * kResidentTokens);  // [warp][token]
-        const int warp = dev::thread() / 32, warps = dev::block_threads() / 32;
-        for (int first = 0; first < a_.tokens; first += kAtOnce) {
-            uint32_t most[kAtOnce] = {};
-            find_largest(most, first);
-#pragma unroll
-            for (int k = 0; k < kAtOnce; ++k) {
-                const uint32_t of_warp = dev::max_of_warp(most[k]);
-                if (dev::thread() % 32 == 0 && first + k < a_.tokens) {
-                    of_warps[warp * kResidentTokens + first + k] = of_warp;
-                }
-            }
-        }
-        dev::sync_block();
-        if (dev::thread() < a_.tokens) {
-            uint32_t most = 0;
-            for (int w = 0; w < warps; ++w) {
-                const uint32_t of_warp = of_warps[w * kResidentTokens + dev::thread()];
-                most = of_warp > most ? of_warp : most;
-            }
-            const uint32_t e = most >> 23, exponent = e < 5 ? 5 : e > 253 ? 253 : e;
-            up_[dev::thread()] = dev::as_float((258 - exponent) << 23);
-            up_[kResidentTokens + dev::thread()] = dev::as_float((exponent - 4) << 23);
-        }
-        dev::sync_block();
     }
 
     const ResidentArgs& a_;

@@ -28,10 +28,7 @@ class StatsAffine128 {
     static constexpr int kRowBlocks = BITS == 2 || BITS == 4 ? 2 : 1;  // of a warp: as many as the registers hold
 
     HF_DEVICE StatsAffine128(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t)
-        : m_(m), stream_(dev::keep(stream + 2 * (lane >> 2))) {
-        const int here = m.panels.groups - 32 * m.panels.last_panel;
-        last_scale_words_ = (here + 1) / 2 * kRows;
-    }
+        : m_(m), stream_(dev::keep(stream + 2 * (lane >> 2))) {}
 
     HF_DEVICE void prefetch(int) {}
 
@@ -42,9 +39,9 @@ class StatsAffine128 {
         pair_ = step & 15;
         const int offset = panel * m_.panels.panel_words;
         scales_ = dev::load_stream(reinterpret_cast<const uint2*>(stream_ + (offset + pair_ * kRows)));
-        const int scale_words = panel == m_.panels.last_panel ? last_scale_words_ : 16 * kRows;
+        const int stat_words = panel == m_.panels.last_panel ? m_.panels.last_stat_words : m_.panels.stat_words;
         const int vector = BITS == 3 ? 0 : pair_ / (16 / BITS);
-        const uint32_t* zeros = stream_ + (offset + scale_words + vector * kRows);
+        const uint32_t* zeros = stream_ + (offset + stat_words + (vector - BITS) * kRows);
 #pragma unroll
         for (int v = 0; v < kZeroVectors; ++v) {
             if (!m_.symmetric) zeros_[v] = dev::load_stream(reinterpret_cast<const uint2*>(zeros + v * kRows));
@@ -54,15 +51,17 @@ class StatsAffine128 {
     // --- for resident.cuh: statistics of a step are in a slot, scales first ---
 
     static constexpr int kZeroVectors = BITS == 3 ? 3 : 1;
+    static constexpr int kZeroShift = BITS == 2 ? 3 : BITS == 3 ? 4 : BITS == 4 ? 2 : 1;  // log2 of a vector's pairs
     static constexpr int kRingBytes = (1 + kZeroVectors) * kRows * 4;
 
-    static HF_DEVICE void fetch(const Matrix& m, const uint32_t* stream, uint32_t panel, int stat_words, int step,
-                                uint32_t to, int lane_words) {
-        const int pair = step & 15, scale_words = stat_words - (m.symmetric ? 0 : BITS * kRows);
-        const int vector = BITS == 3 ? 0 : pair / (16 / BITS);
-        const int in_panel = lane_words < kRows ? pair * kRows : scale_words + vector * kRows - kRows;
+    template <int TO>
+    static HF_DEVICE void fetch(const Matrix& m, const uint32_t* stream, uint32_t panel, int stat_words, int pair,
+                                uint32_t slot, int lane_words) {
         if (lane_words >= (m.symmetric ? kRows : kRingBytes / 4)) return;
-        dev::copy_stream<0, 0>(to + 4 * lane_words, stream + (panel + uint32_t(in_panel + lane_words)), true);
+        const int zeros = (kRows - 1 - lane_words) >> 31;  // all bits, of lanes that fetch zero codes
+        const int vector = pair >> (zeros & kZeroShift), first = (stat_words - (BITS + 1) * kRows) & zeros;
+        dev::copy_stream<TO, 0>(slot + 4 * lane_words,
+                                stream + (panel + uint32_t(vector * kRows + first + lane_words)), true);
     }
     HF_DEVICE void begin(const uint32_t*) {}
     HF_DEVICE void take(uint32_t slot, int step) {
@@ -103,7 +102,7 @@ class StatsAffine128 {
 
     const Matrix& m_;
     const uint32_t* stream_;
-    int last_scale_words_, pair_;
+    int pair_;
     uint2 scales_, zeros_[kZeroVectors];
     uint32_t zero_[2];
 };
@@ -128,6 +127,7 @@ class StatsAffineChannel {
 
     static constexpr int kRingBytes = 0;
 
+    template <int TO>
     static HF_DEVICE void fetch(const Matrix&, const uint32_t*, uint32_t, int, int, uint32_t, int) {}
     HF_DEVICE void begin(const uint32_t* stream) {
         words_ = dev::load_stream(reinterpret_cast<const uint2*>(stream) + (dev::thread() >> 2 & 7));

@@ -83,10 +83,11 @@ template <Format FORMAT, int BITS>
 class StatsAny {
   public:
     static constexpr bool kInteger = false;
-    static constexpr float kFactor = 1.f;  // of the sums, made up for at the end
-    static constexpr int kRowBlocks = 1;   // of a warp
-    static constexpr int kTileShift = -1;  // as the matrix says
-    static constexpr int kSharedWords = 32 * 24;
+    static constexpr float kFactor = 1.f;   // of the sums, made up for at the end
+    static constexpr int kRowBlocks = 1;    // of a warp
+    static constexpr int kTileShift = -1;   // as the matrix says
+    static constexpr int kGroupBytes = 96;  // 16 rows, and room so that groups do not meet in a bank
+    static constexpr int kSharedWords = 32 * kGroupBytes / 4;
 
     HF_DEVICE StatsAny(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t shared)
         : m_(m), reader_(m, stream), lane_(lane), shared_(shared) {}
@@ -95,29 +96,35 @@ class StatsAny {
 
     HF_DEVICE void decode(int step) {
         const int shift = m_.panels.group_shift, first = step * kStepColumns >> shift;
-        const int full = shift < 8 ? kStepColumns >> shift : 1;
-        const int left = m_.panels.groups - first, items = kRows * (full < left ? full : left);
+        const int full = shift < 8 ? kStepColumns >> shift : 1, left = m_.panels.groups - first;
+        const int groups = full < left ? full : left, row = lane_ & 15;
+        // Made from the step, so that the places of its quarters are not kept in registers throughout.
+        column_ = step * kStepColumns + (lane_ & 3) * kColumns;
+        groups_ = shared_ + (lane_ >> 2) * 8 - first * kGroupBytes;
         float largest = 0.f;
-        for (int i = lane_; i < items; i += 32) largest = fmaxf(largest, reader_.bound(first + i / kRows, i % kRows));
+        if constexpr (FORMAT == Format::spqr) {  // the same for all rows, and at most 32 groups
+            if (lane_ < groups) largest = reader_.bound(first + lane_, row);
+        } else {
+            for (int i = lane_ >> 4; i < groups; i += 2) largest = fmaxf(largest, reader_.bound(first + i, row));
+        }
         const StepScale scale(dev::max_of_warp(dev::as_bits(largest)));
         factor_ = scale.back(kSubtractFirst<BITS> ? 12 : 24 - Fields<BITS>::kLow);
-        for (int i = lane_; i < kRows * full; i += 32) {
+        for (int i = lane_ >> 4; i < full; i += 2) {
             uint32_t word = 0;
-            if (i < items) {
-                const ScaleZero sz = reader_.read(first + i / kRows, i % kRows);
+            if (i < groups) {
+                const ScaleZero sz = reader_.read(first + i, row);
                 const float s = dev::mul(sz.scale, scale.up());
                 const float z = dev::mul(sz.zero, dev::as_float(uint32_t(127 - kPlace) << 23));
                 word = dev::to_half2(s, kSubtractFirst<BITS> ? -z : -dev::mul(s, z));
             }
-            dev::store_shared(shared_ + (i / kRows * 24 + i % kRows) * 4, word);
+            dev::store_shared(shared_ + i * kGroupBytes + row * 4, word);
         }
     }
 
     template <int H, int I>
     HF_DEVICE void quarter(Quarter& q) {
-        const int t = lane_ & 3, g = lane_ >> 2;
-        const int group = ((4 * H + t) * kColumns + 8 * I) >> m_.panels.group_shift;
-        fill<BITS>(q, dev::load_shared2<0>(shared_ + (group * 24 + 2 * g) * 4));
+        const int group = (column_ + 4 * H * kColumns + 8 * I) >> m_.panels.group_shift;
+        fill<BITS>(q, dev::load_shared2<0>(groups_ + group * kGroupBytes));
     }
 
     HF_DEVICE float factor() const { return factor_; }
@@ -127,8 +134,8 @@ class StatsAny {
 
     const Matrix& m_;
     StatReader<FORMAT> reader_;
-    int lane_;
-    uint32_t shared_;
+    int lane_, column_;  // the lane's tile of set 0 of the step
+    uint32_t shared_, groups_;
     float factor_;
 };
 

@@ -33,8 +33,7 @@ class StatsSpqr16 {
         // Lane l < 16 has group l of the panel, the others have none and write their constants where nobody looks.
         left_ = lane < 16 ? m.panels.groups - 16 * first_step - lane : INT32_MIN / 2;
         step_groups_ = 16 * stride;
-        shift_ = 6 * h;
-        upper_ = h;
+        shift_ = int(dev::pin(6 * h));
         const uint32_t constants = shared + 9 * kTileWords * 4;
         constants_out_ = dev::keep(constants + h * 144 + place(row >> 1) * 16 + (row & 1) * 8);
         constants_in_ = dev::keep(constants + h * 16);
@@ -66,19 +65,21 @@ class StatsSpqr16 {
         slot<0>(w0 >> shift_, w0 >> shift_);
         slot<1>(w1 >> shift_, w1 >> shift_);
         slot<2>(w2 >> shift_, w2 >> shift_);
-        slot<3>((upper_ ? w2 : w0) >> 12, upper_ ? spare : w1 >> 9);
+        const bool upper = shift_ != 0;
+        slot<3>((upper ? w2 : w0) >> 12, upper ? spare : w1 >> 9);
     }
 
     // --- for resident.cuh: statistics of a step are in a slot ---
 
     static constexpr int kRingBytes = (3 + 2) * kRows * 4;
 
-    // To the slot's place at `to`; what the panel at `panel` of the row block does not have becomes zero. lane_words =
-    // 4 * lane.
+    // Of a step of the panel at `panel` of the row block, to byte TO of the slot; what the panel does not have becomes
+    // zero. lane_words = 4 * lane.
+    template <int TO>
     static HF_DEVICE void fetch(const Matrix&, const uint32_t* stream, uint32_t panel, int stat_words, int,
-                                uint32_t to, int lane_words) {
+                                uint32_t slot, int lane_words) {
         if (4 * lane_words >= kRingBytes) return;
-        dev::copy_stream<0, 0>(to + 4 * lane_words, stream + (panel + lane_words), lane_words < stat_words);
+        dev::copy_stream<TO, 0>(slot + 4 * lane_words, stream + (panel + lane_words), lane_words < stat_words);
     }
     HF_DEVICE void begin(const uint32_t*) {}
     HF_DEVICE void take(uint32_t slot, int) {
@@ -148,7 +149,6 @@ class StatsSpqr16 {
 
     const uint32_t *codes_at_, *second_at_;
     int step_words_, step_groups_, left_, shift_;
-    bool upper_;
     uint32_t slot_codes_, slot_second_;
     float eighth_;
     uint32_t constants_out_, constants_in_, out_, in_[2], bias_;

@@ -236,6 +236,10 @@ template <class T>
 T* keep(T* p) {
     return p;
 }
+template <int TIMES, class T>
+const T* at_stride(const T* p, int stride) {
+    return p + int64_t(TIMES) * stride;
+}
 template <uint32_t MASK>
 uint32_t mask_or(uint32_t a, uint32_t bits) {
     return (a & MASK) | bits;

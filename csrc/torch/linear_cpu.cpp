@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
+#include "torch/rounded_cpu.h"
 #include "torch/split_cpu.h"
 
 namespace hf_spqr {
@@ -24,7 +25,11 @@ void linear_packed(const Tensor& x, int64_t tokens, const Matrix& m, const int32
     const Kernels& k = kernels();
     const int64_t padded = ceil_div(m.columns, kColumns) * kColumns;
     const int64_t at_once = ceil_div(tokens, ceil_div(tokens, most));
-    const int64_t x_bytes = k.takes_fp32 && !k.takes_fp32(dtype, at_once) ? 0 : padded * 4 * at_once;
+    const int64_t of_last = tokens - (ceil_div(tokens, at_once) - 1) * at_once;
+    const auto fp32_bytes = [&](int64_t count) {
+        return k.takes_fp32 && !k.takes_fp32(m, dtype, count) ? 0 : padded * 4 * count;
+    };
+    const int64_t x_bytes = std::max(fp32_bytes(at_once), fp32_bytes(of_last));
     const int64_t planes_bytes = k.planes_bytes ? k.planes_bytes(m, dtype, at_once) : 0;
     Tensor scratch = stable::new_empty(x, {x_bytes + planes_bytes}, ScalarType::Byte);
     char* memory = static_cast<char*>(scratch.mutable_data_ptr());
@@ -116,7 +121,7 @@ Tensor linear_dense(Tensor x, const Matrix& m, const std::optional<Tensor>& perm
 }  // namespace
 
 Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::optional<Tensor>& perm,
-                  const std::optional<Tensor>& bias) {
+                  const std::optional<Tensor>& bias, bool int8_activations) {
     const DType dtype = float_dtype(op, "x", x.scalar_type());
     const int32_t* order = permutation(op, perm, m.columns);
     const void* bias_data = bias_pointer(op, bias, m.rows, x.scalar_type(), "the dtype of x");
@@ -125,6 +130,11 @@ Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::o
     const int64_t tokens = x.numel() / m.columns;
     if (tokens == 0) return stable::new_empty(x, shape);
     const Tensor flat = stable::reshape(stable::contiguous(x), {tokens, m.columns});
+    if (int8_activations && takes_rounded(m, dtype, tokens)) {
+        Tensor y = stable::new_empty(x, shape);
+        linear_rounded(flat, m, order, bias_data, dtype, y);
+        return y;
+    }
     const Kernels& k = kernels();
     const bool takes_prompts = k.takes_prompts && k.takes_prompts(dtype);
     if (tokens > kMaxTokens && !takes_prompts) {

@@ -21,12 +21,12 @@ void check_x(const char* op, const Tensor& x) {
 
 Tensor spqr_linear(const Tensor& x, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
                    const OptionalTensor& perm, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-                   int64_t group_size, int64_t stat_bits, int64_t second_group) {
+                   int64_t group_size, int64_t stat_bits, int64_t second_group, bool int8_activations) {
     constexpr const char* kOp = "spqr_linear";
     check_x(kOp, x);
     const Matrix m = spqr_matrix(kOp, packed, outlier_row, outlier, x.size(-1),
                                  {out_features, bits, group_size, stat_bits, second_group});
-    return linear_cpu(kOp, x, m, perm, bias);
+    return linear_cpu(kOp, x, m, perm, bias, int8_activations);
 }
 
 Tensor spqr_dequantize(const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
@@ -39,11 +39,12 @@ Tensor spqr_dequantize(const Tensor& packed, const Tensor& outlier_row, const Te
 }
 
 Tensor affine_linear(const Tensor& x, const Tensor& packed, const OptionalTensor& perm, const OptionalTensor& bias,
-                     int64_t out_features, int64_t bits, int64_t group_size, bool symmetric, bool scale_bf16) {
+                     int64_t out_features, int64_t bits, int64_t group_size, bool symmetric, bool scale_bf16,
+                     bool int8_activations) {
     constexpr const char* kOp = "affine_linear";
     check_x(kOp, x);
     const Matrix m = affine_matrix(kOp, packed, x.size(-1), {out_features, bits, group_size, symmetric, scale_bf16});
-    return linear_cpu(kOp, x, m, perm, bias);
+    return linear_cpu(kOp, x, m, perm, bias, int8_activations);
 }
 
 Tensor affine_dequantize(const Tensor& packed, const OptionalTensor& perm, int64_t out_features, int64_t in_features,
@@ -89,13 +90,14 @@ int64_t read_memory(const Tensor& data) {
 STABLE_TORCH_LIBRARY(hf_spqr, m) {
     m.def(
         "spqr_linear(Tensor x, Tensor packed, Tensor outlier_row, Tensor outlier, Tensor? perm, Tensor? bias, "
-        "int out_features, int bits, int group_size, int stat_bits, int second_group) -> Tensor");
+        "int out_features, int bits, int group_size, int stat_bits, int second_group, bool int8_activations=False) -> "
+        "Tensor");
     m.def(
         "spqr_dequantize(Tensor packed, Tensor outlier_row, Tensor outlier, Tensor? perm, int out_features, "
         "int in_features, int bits, int group_size, int stat_bits, int second_group, ScalarType dtype) -> Tensor");
     m.def(
         "affine_linear(Tensor x, Tensor packed, Tensor? perm, Tensor? bias, int out_features, int bits, "
-        "int group_size, bool symmetric, bool scale_bf16) -> Tensor");
+        "int group_size, bool symmetric, bool scale_bf16, bool int8_activations=False) -> Tensor");
     m.def(
         "affine_dequantize(Tensor packed, Tensor? perm, int out_features, int in_features, int bits, "
         "int group_size, bool symmetric, bool scale_bf16, ScalarType dtype) -> Tensor");

@@ -12,7 +12,7 @@ namespace {
 
 Tensor spqr_linear(const Tensor& x, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
                    const OptionalTensor& perm, const OptionalTensor& bias, int64_t out_features, int64_t bits,
-                   int64_t group_size, int64_t stat_bits, int64_t second_group) {
+                   int64_t group_size, int64_t stat_bits, int64_t second_group, bool /*int8_activations*/) {
     constexpr const char* kOp = "spqr_linear";
     STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x must have at least one dimension");
     const Matrix m = spqr_matrix(kOp, device_of(kOp, "x", x), packed, outlier_row, outlier, x.size(-1),
@@ -30,7 +30,8 @@ Tensor spqr_dequantize(const Tensor& packed, const Tensor& outlier_row, const Te
 }
 
 Tensor affine_linear(const Tensor& x, const Tensor& packed, const OptionalTensor& perm, const OptionalTensor& bias,
-                     int64_t out_features, int64_t bits, int64_t group_size, bool symmetric, bool scale_bf16) {
+                     int64_t out_features, int64_t bits, int64_t group_size, bool symmetric, bool scale_bf16,
+                     bool /*int8_activations*/) {
     constexpr const char* kOp = "affine_linear";
     STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x must have at least one dimension");
     const Matrix m = affine_matrix(kOp, device_of(kOp, "x", x), packed, x.size(-1),

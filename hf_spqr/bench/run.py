@@ -26,24 +26,33 @@ DENSE = "torch bf16"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of packed layer. method: "spqr" or "affine". outliers: share of weights kept in 16 bit, of spqr."""
+    """A kind of packed layer. method: "spqr" or "affine". outliers: share of weights kept in 16 bit, of spqr.
+
+    backend: as in the configs.
+    """
 
     method: str
     bits: int
     group_size: int
     outliers: float = 0.0
+    backend: str = "auto"
 
     @property
     def name(self) -> str:
         text = f"{self.method} {self.bits} bit g{self.group_size}"
-        return f"{text} {self.outliers:.1%} outliers" if self.outliers else text
+        text += f" {self.outliers:.1%} outliers" if self.outliers else ""
+        return text if self.backend == "auto" else f"{text} {self.backend}"
 
     def layer(self, rows: int, columns: int, device: str) -> Any:
         """A layer of random weights."""
         sizes = {"bits": self.bits, "group_size": self.group_size, "device": device}
+        layer: Any
         if self.method == "spqr":
-            return weights.spqr_linear(rows, columns, outliers=self.outliers, **sizes)  # type: ignore[arg-type]
-        return weights.affine_linear(rows, columns, **sizes)  # type: ignore[arg-type]
+            layer = weights.spqr_linear(rows, columns, outliers=self.outliers, **sizes)  # type: ignore[arg-type]
+        else:
+            layer = weights.affine_linear(rows, columns, **sizes)  # type: ignore[arg-type]
+        layer.backend = self.backend
+        return layer
 
 
 @dataclass(frozen=True)

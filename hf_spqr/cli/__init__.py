@@ -23,7 +23,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="hf-spqr",
-    help="Quantize language models with SpQR, look at the result and measure it.",
+    help="Quantize language models with SpQR or OmniQuant, look at the result and measure it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -10,6 +10,8 @@ import typer
 from rich.table import Table
 
 from hf_spqr.cli.common import (
+    Backend,
+    BackendOption,
     CommandError,
     DeviceOption,
     JsonOption,
@@ -52,6 +54,7 @@ def bench_command(
         int | None, typer.Option("--threads", help="Threads of torch. Default: its own choice.", min=1)
     ] = None,
     device: DeviceOption = None,
+    backend: BackendOption = Backend.auto,
     quick: Annotated[bool, typer.Option("--quick", help="One shape only, in a few seconds.")] = False,
     file: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON object to a file.")] = None,
     json: JsonOption = False,
@@ -75,7 +78,7 @@ def bench_command(
     from hf_spqr import ops
     from hf_spqr.bench.run import free_memory, measure_layers, model_estimates, seconds_per_layer
 
-    kinds = chosen(method, bits, group_size, outliers)
+    kinds = chosen(method, bits, group_size, outliers, backend)
     check_device(device)
     on = "cpu" if device is None else device
     if torch.device(on).type not in ("cpu", "cuda"):
@@ -116,7 +119,9 @@ def bench_command(
         show(data, rows)
 
 
-def chosen(method: Method | None, bits: int | None, group_size: int | None, outliers: float) -> list[Kind]:
+def chosen(
+    method: Method | None, bits: int | None, group_size: int | None, outliers: float, backend: Backend
+) -> list[Kind]:
     """What to time; BadParameter for options that need --method, or that the format does not have."""
     from hf_spqr.bench.run import Kind
     from hf_spqr.formats.affine import AffineLayout
@@ -125,7 +130,7 @@ def chosen(method: Method | None, bits: int | None, group_size: int | None, outl
     if method is None:
         if bits is not None or group_size is not None:
             raise typer.BadParameter("--bits and --group-size need --method spqr or --method affine")
-        return [Kind("spqr", 3, 16, outliers), Kind("affine", 4, 128)]
+        return [Kind("spqr", 3, 16, outliers, backend.value), Kind("affine", 4, 128, backend=backend.value)]
     layout: Any = SpQRLayout if method is Method.spqr else AffineLayout
     defaults = (3, 16) if method is Method.spqr else (4, 128)
     kind = Kind(
@@ -133,6 +138,7 @@ def chosen(method: Method | None, bits: int | None, group_size: int | None, outl
         defaults[0] if bits is None else bits,
         defaults[1] if group_size is None else group_size,
         outliers if method is Method.spqr else 0.0,
+        backend.value,
     )
     try:
         layout(*SHAPES[0], kind.bits, kind.group_size)

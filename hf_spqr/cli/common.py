@@ -37,6 +37,20 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Backend(str, Enum):
+    """What runs packed layers, as in the configs."""
+
+    auto = "auto"
+    reference = "reference"
+    int8_activations = "int8_activations"
+
+
+BackendOption = Annotated[
+    Backend,
+    typer.Option("--backend", help="int8_activations: activations may be rounded to int8 where that is faster."),
+]
+
+
 class CommandError(HfSpqrError):
     """The command cannot do what was asked; the message says why and what to do."""
 
@@ -135,15 +149,25 @@ def load_tokenizer(model: str) -> Any:
         raise CommandError(f"{model} has no tokenizer that can be loaded: {error}") from error
 
 
-def load_model(model: str, dtype: Dtype, device: str | None, **kwargs: Any) -> torch.nn.Module:
-    """``AutoModelForCausalLM.from_pretrained``, with hf_spqr registered and without Transformers' own bars."""
+def load_model(
+    model: str, dtype: Dtype, device: str | None, backend: Backend = Backend.auto, **kwargs: Any
+) -> torch.nn.Module:
+    """``AutoModelForCausalLM.from_pretrained``, with hf_spqr registered and without Transformers' own bars.
+
+    backend: of the packed layers, where there are any.
+    """
     import transformers
 
     import hf_spqr  # noqa: F401  (registers the quantization methods)
+    from hf_spqr.nn import GroupedLinear, PackedLinear
 
     check_model(model)
     check_device(device)
     if device is not None:
         kwargs["device_map"] = device
     transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, **kwargs)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, **kwargs)
+    for module in loaded.modules() if backend is not Backend.auto else ():
+        if isinstance(module, PackedLinear | GroupedLinear):
+            module.backend = backend.value
+    return loaded

@@ -11,6 +11,8 @@ import typer
 from rich.table import Table
 
 from hf_spqr.cli.common import (
+    Backend,
+    BackendOption,
     CommandError,
     DeviceOption,
     Dtype,
@@ -76,6 +78,7 @@ def eval_command(
         Dtype.auto
     ),
     device: DeviceOption = None,
+    backend: BackendOption = Backend.auto,
     json: JsonOption = False,
 ) -> None:
     """Measure a model, quantized or not: perplexity on a text, or lm-eval tasks.
@@ -101,6 +104,8 @@ def eval_command(
     if (dataset is None) == (tasks is None):
         raise typer.BadParameter("give either --dataset, a text for perplexity, or --tasks, tasks of lm-eval")
     if tasks is not None:
+        if backend is not Backend.auto:
+            raise typer.BadParameter("--backend goes with --dataset only")
         found = run_tasks(names, tasks, task_folder, num_fewshot, limit, batch_size, dtype, device)
         if json:
             print_json(found)
@@ -118,7 +123,7 @@ def eval_command(
         "stride": stride,
         "batch_size": batch_size,
     }
-    results = [measure(name, texts, settings, dtype, device) for name in names]
+    results = [measure(name, texts, settings, dtype, device, backend) for name in names]
     data: dict[str, Any] = {"dataset": dataset, **results[-1]}
     if base is not None:
         data["base"] = results[0]
@@ -131,17 +136,23 @@ def eval_command(
 
 
 def measure(
-    model: str, texts: list[str | list[int]], settings: dict[str, Any], dtype: Dtype, device: str | None
+    model: str,
+    texts: list[str | list[int]],
+    settings: dict[str, Any],
+    dtype: Dtype,
+    device: str | None,
+    backend: Backend,
 ) -> dict[str, Any]:
     """Load, score and free one model; the result as a JSON object."""
     from hf_spqr.evaluate import perplexity
 
-    loaded = load_model(model, dtype, device)
+    loaded = load_model(model, dtype, device, backend)
     with progress(f"evaluating {model}") as advance:
         result = perplexity(loaded, load_tokenizer(model), texts, on_progress=advance, **settings)
     return {
         "model": model,
         "dtype": str(loaded.dtype).removeprefix("torch."),
+        "backend": backend.value,
         **checkpoint_bits(model),
         **result.to_dict(),
         "protocol_text": result.describe(),

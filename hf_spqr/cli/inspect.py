@@ -111,6 +111,13 @@ def show(report: CheckpointReport) -> None:
             f"{size_of(report.packed_bytes)}: [bold]{report.bits_per_weight:.3f} bits per weight[/bold], "
             f"{outliers} outliers ({outliers / report.packed_weights:.2%})"
         )
+    if report.foreign:
+        console.print(
+            f"{size_of(report.file_bytes)} on disk, quantized in the format of another program, whose bits are not"
+            " counted here. `hf-spqr convert` rewrites official SpQR and GPTQ v2.",
+            soft_wrap=True,
+        )
+        return
     console.print(
         f"[bold]others[/bold]  {report.other_weights:,} weights in {size_of(report.other_bytes)}\n"
         f"[bold]all[/bold]     {size_of(report.file_bytes)} on disk, "

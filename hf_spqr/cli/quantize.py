@@ -145,7 +145,7 @@ def quantize_command(
 
       hf-spqr quantize MODEL OUT -d text.txt --overrides '{"down_proj": {"bits": 4}}' --skip layers.0
 
-      hf-spqr quantize MODEL OUT -d wikitext:wikitext-2-raw-v1:train --mode reference --percdamp 1.0
+      hf-spqr quantize MODEL OUT -d Salesforce/wikitext:wikitext-2-raw-v1:train --mode reference --percdamp 1.0
 
       hf-spqr quantize MODEL OUT -d c4.jsonl --method omniquant --preset W3A16g128
 

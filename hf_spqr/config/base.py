@@ -39,7 +39,7 @@ __all__ = [
 FORMAT_VERSION = 1
 """Version of the packed format (docs/format.md) that this code reads and writes."""
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "int8_activations")
 GROUP_SIZES = (-1, 8, 16, 32, 64, 128)
 
 
@@ -111,7 +111,7 @@ class PackedConfig(QuantizationConfigMixin):
     quant_method: Any = ""
     LAYER_FIELDS: ClassVar[tuple[str, ...]] = ()
     RUNTIME_FIELDS: ClassVar[tuple[str, ...]] = ("dataset", "tokenizer", "backend")
-    backend: Literal["auto", "reference"]
+    backend: Literal["auto", "reference", "int8_activations"]
     LOADING_ATTRIBUTES: ClassVar[tuple[str, ...]] = ("backend",)
 
     def _init_common(

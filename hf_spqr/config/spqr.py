@@ -46,7 +46,9 @@ class SpQRConfig(PackedConfig):
         modules_to_not_convert: names, suffixes or regular expressions of layers to leave alone (see
             :func:`name_matches`). Embeddings and the output head are always left alone.
         overrides: ``{pattern: {field: value}}`` changes of the fields above ``mode`` for some layers, later ones win.
-        backend: ``"auto"`` or ``"reference"`` (plain PyTorch); not stored, may be given again at load.
+        backend: ``"auto"``, ``"reference"`` (plain PyTorch), or ``"int8_activations"``: kernels may round activations
+            to int8 per block of 128 columns where that is faster, others stay exact (docs/cpu.md). Not stored, may be
+            given again at load.
         format_version: version of the packed format.
 
     Raises:

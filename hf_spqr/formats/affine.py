@@ -166,6 +166,15 @@ def unpack(layout: AffineLayout, tensors: dict[str, Tensor]) -> AffineWeight:
     )
 
 
+def check_zeros(layout: AffineLayout, packed: Tensor) -> None:
+    """Raise ValueError unless each zero point fits the bits of a code (kernels trust it); ``packed`` [..., words].
+
+    Only those of whole rows have more room than that. They are in the first vector of a row block.
+    """
+    if layout.per_channel and not layout.symmetric and bool((packed[..., :ROWS] >> 16 + layout.bits).any()):
+        raise ValueError(f"a zero point does not fit {layout.bits} bits")
+
+
 def _scale_vectors(scales: Tensor) -> Tensor:
     """[16 * R, groups] to vectors [R, ceil(groups / 2), 16] whose word r holds two groups of row r."""
     even = pad_to(scales, scales.shape[0], 2 * ceil_div(scales.shape[1], 2))

@@ -70,7 +70,7 @@ def push_folder(
             Nothing was published.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RevisionNotFoundError
 
     folder = Path(folder)
     files = complete_files(folder)
@@ -107,7 +107,7 @@ def push_folder(
         if error.response is not None and error.response.status_code == 412:
             raise PushError(f"{repo_id} was changed by somebody else during the upload. Push again.") from error
         raise PushError(f"{_failed(repo_id)} ({error})") from error
-    except (OSError, RuntimeError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # HTTPError is also what no connection raises
         raise PushError(f"{_failed(repo_id)} ({type(error).__name__}: {error})") from error
     return Pushed(repo_id, done.oid, done.commit_url, names, removed)
 
@@ -231,11 +231,11 @@ def _plot(report: QuantizationReport, path: Path) -> Path | None:
 
 def _license_of(base_model: str, api: Any) -> str | None:
     """The licence that the base model's card declares; None when it cannot be read."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     try:
         data = api.model_info(base_model).card_data
-    except (HfHubHTTPError, OSError):
+    except (HTTPError, OSError):
         return None
     return None if data is None else data.get("license")
 

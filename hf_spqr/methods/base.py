@@ -106,14 +106,7 @@ class AffineParams:
 
     def layout(self, out_features: int, in_features: int) -> AffineLayout:
         """The packed layout of a layer [out_features, in_features]."""
-        return AffineLayout(
-            out_features,
-            in_features,
-            bits=self.bits,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            scale_dtype=self.scale_dtype,
-        )
+        return AffineLayout(out_features, in_features, self.bits, self.group_size, self.symmetric, self.scale_dtype)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,11 @@ class AffineLinear(PackedLinear):
             x, self.packed, self.perm, bias, self.layout.out_features, self._numbers,
             self.act_bits, self.act_sym, self.backend == "reference",
         )  # fmt: skip
+
+    @staticmethod
+    def _check_trusted(layout: AffineLayout, tensors: Mapping[str, Tensor]) -> None:
+        PackedLinear._check_trusted(layout, tensors)
+        affine.check_zeros(layout, tensors["packed"])
 
     def extra_repr(self) -> str:
         return super().extra_repr() + describe_activations(self.act_bits, self.act_sym)

@@ -181,7 +181,7 @@ class PackedExperts(nn.Module):
         return dict(self.packed.items())  # type: ignore[arg-type]
 
     def check(self) -> None:
-        """Raise CheckpointError unless the indices in the packed tensors are sound."""
+        """Raise CheckpointError unless the indices and zero points in the packed tensors are sound."""
         for linear in self.linears().values():
             linear.check()
 

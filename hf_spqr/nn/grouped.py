@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_spqr import ops
 from hf_spqr.errors import CheckpointError
-from hf_spqr.formats import spqr
+from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.columns import check_perm, nbytes
 from hf_spqr.formats.spqr import SpQRLayout
@@ -112,13 +112,13 @@ class GroupedLinear(nn.Module):
         return 0
 
     def check(self) -> None:
-        """Raise CheckpointError unless the indices in the tensors are sound; kernels follow them unchecked."""
+        """Raise CheckpointError unless the indices and zero points in the tensors are sound; kernels trust them."""
         try:
-            self._check_indices()
+            self._check_trusted()
         except (ValueError, RuntimeError) as error:
             raise CheckpointError(f"damaged packed experts: {error}") from error
 
-    def _check_indices(self) -> None:
+    def _check_trusted(self) -> None:
         if self.perm is not None:
             for perm in self.perm:
                 check_perm(perm, self.in_features)
@@ -131,7 +131,8 @@ class GroupedLinear(nn.Module):
         held = self._parameters
         packed = [held[name] for name in self.linear_class.tensor_names]
         linear = type(self).reference_linear if self.backend == "reference" else type(self).linear
-        return linear(x, ends, *packed, held["perm"], self.out_features, self.in_features, *self._numbers, False)
+        flags = self.backend == "int8_activations", False
+        return linear(x, ends, *packed, held["perm"], self.out_features, self.in_features, *self._numbers, *flags)
 
     def dequantize_weight(self, dtype: torch.dtype) -> Tensor:
         """The matrices of all experts in full, [E, out_features, in_features] of ``dtype``."""
@@ -164,8 +165,8 @@ class SpQRGroupedLinear(GroupedLinear):
     def _split_ragged(self, tensor: Tensor) -> Sequence[Tensor]:
         return grouped.split_outliers(self.outlier_row, tensor)
 
-    def _check_indices(self) -> None:
-        super()._check_indices()
+    def _check_trusted(self) -> None:
+        super()._check_trusted()
         for row, outlier in zip(self.outlier_row, self._split_ragged(self.outlier), strict=True):
             spqr.check_outliers(self.layout, row, outlier)
 
@@ -181,6 +182,10 @@ class AffineGroupedLinear(GroupedLinear):
     linear_class = AffineLinear
     linear, reference_linear = ops.affine_grouped_linear, grouped.reference_affine_grouped_linear
     layout: AffineLayout
+
+    def _check_trusted(self) -> None:
+        super()._check_trusted()
+        affine.check_zeros(self.layout, self.packed)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         if self.act_bits is None:

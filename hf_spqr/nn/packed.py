@@ -17,7 +17,7 @@ from hf_spqr.nn.dense import make_dense
 if TYPE_CHECKING:
     from hf_spqr.nn.share import Share
 
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "reference", "int8_activations"]
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor in a file."""
 
@@ -123,19 +123,19 @@ class PackedLinear(nn.Module):
         return nbytes(self.packed_tensors())
 
     def check(self) -> None:
-        """Raise CheckpointError unless the indices in the tensors are sound; kernels follow them unchecked."""
+        """Raise CheckpointError unless the indices and zero points in the tensors are sound; kernels trust them."""
         self.check_tensors(self.layout, self.packed_tensors())
 
     @classmethod
     def check_tensors(cls, layout: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError unless the indices in the tensors of a matrix of ``layout`` are sound."""
+        """Raise CheckpointError unless the tensors of a matrix of ``layout`` would pass :meth:`check`."""
         try:
-            cls._check_indices(layout, tensors)
+            cls._check_trusted(layout, tensors)
         except ValueError as error:
             raise CheckpointError(f"damaged packed layer: {error}") from error
 
     @staticmethod
-    def _check_indices(layout: Any, tensors: Mapping[str, Tensor]) -> None:
+    def _check_trusted(layout: Any, tensors: Mapping[str, Tensor]) -> None:
         if "perm" in tensors:
             check_perm(tensors["perm"], layout.in_features)
 
@@ -153,7 +153,7 @@ class PackedLinear(nn.Module):
         arguments = (*packed, held["perm"], bias, self.layout.out_features, *self._numbers)
         if self.backend == "reference":
             return type(self).reference_linear(x, *arguments)
-        return ops.call_linear(type(self).linear, x, bias, *arguments)
+        return ops.call_linear(type(self).linear, x, bias, *arguments, self.backend == "int8_activations")
 
     def dequantize_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix [out_features, in_features] in full, of ``dtype`` (the module's float dtype if not given).

@@ -34,8 +34,8 @@ class SpQRLinear(PackedLinear):
         return layout.bits, layout.group_size, layout.stat_bits, layout.second_group
 
     @staticmethod
-    def _check_indices(layout: SpQRLayout, tensors: Mapping[str, Tensor]) -> None:
-        PackedLinear._check_indices(layout, tensors)
+    def _check_trusted(layout: SpQRLayout, tensors: Mapping[str, Tensor]) -> None:
+        PackedLinear._check_trusted(layout, tensors)
         spqr.check_outliers(layout, tensors["outlier_row"], tensors["outlier"])
 
     def outliers(self) -> int:

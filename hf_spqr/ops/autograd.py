@@ -66,14 +66,14 @@ def _no_gradient(name: str) -> Any:
 
 
 def _save(packed_tensors: int) -> Any:
-    """Inputs are x, the packed tensors (perm last of them, maybe None), bias, out_features, the layout's numbers."""
+    """Inputs: x, packed tensors (perm the last, maybe None), bias, out_features, the layout's numbers, a flag."""
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, *rest = inputs
         ctx.save_for_backward(*rest[:packed_tensors])
         ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
         ctx.bias_at = 1 + packed_tensors
-        ctx.out_features, *ctx.layout = rest[packed_tensors + 1 :]
+        ctx.out_features, *ctx.layout, _ = rest[packed_tensors + 1 :]
         ctx.inputs = len(inputs)
 
     return setup_context

@@ -5,7 +5,7 @@ stay a loop. ``ends`` int64 [E] says where the rows of each expert end; rows aft
 give zeros. The tensors are those of :mod:`hf_spqr.formats` with one dimension more, [E, ...], except that the
 outliers, whose number differs, follow each other in one tensor; ``outlier_row`` [E, out_features + 1] counts from 0
 for each expert. ``transpose`` multiplies by the matrix instead of by its transpose: x [S, out_features] gives
-[S, in_features], which is the gradient.
+[S, in_features], which is the gradient. ``int8_activations`` as in :mod:`hf_spqr.ops.schema`; a gradient is exact.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +20,11 @@ from hf_spqr.ops.autograd import fake_linear
 _SHAPE = "int out_features, int in_features"
 SCHEMAS = {
     "spqr_grouped_linear": "(Tensor x, Tensor ends, Tensor packed, Tensor outlier_row, Tensor outlier, Tensor? perm, "
-    f"{_SHAPE}, int bits, int group_size, int stat_bits, int second_group, bool transpose) -> Tensor",
+    f"{_SHAPE}, int bits, int group_size, int stat_bits, int second_group, bool int8_activations, bool transpose) "
+    "-> Tensor",
     "affine_grouped_linear": "(Tensor x, Tensor ends, Tensor packed, Tensor? perm, "
-    f"{_SHAPE}, int bits, int group_size, bool symmetric, bool scale_bf16, bool transpose) -> Tensor",
+    f"{_SHAPE}, int bits, int group_size, bool symmetric, bool scale_bf16, bool int8_activations, bool transpose) "
+    "-> Tensor",
     "integer_grouped_linear": "(Tensor x, Tensor ends, Tensor packed, Tensor? perm, "
     f"{_SHAPE}, int bits, int group_size, bool symmetric, bool scale_bf16, int act_bits, bool act_sym) -> Tensor",
 }
@@ -101,9 +103,9 @@ def _loop(
     tensors: Callable[[int], tuple[Tensor | None, ...]],
     out_features: int,
     in_features: int,
-    *layout_and_transpose: Any,
+    *layout_and_flags: Any,
 ) -> Tensor:
-    *layout, transpose = layout_and_transpose
+    *layout, int8_activations, transpose = layout_and_flags
     y = x.new_empty((x.shape[0], in_features if transpose else out_features))
     last = 0
     for expert, begin, end in _rows(ends):
@@ -111,7 +113,7 @@ def _loop(
             weight = dequantize(*tensors(expert), out_features, in_features, *layout, x.dtype)
             torch.mm(x[begin:end], weight, out=y[begin:end])
         else:
-            y[begin:end] = linear(x[begin:end], *tensors(expert), None, out_features, *layout)
+            y[begin:end] = linear(x[begin:end], *tensors(expert), None, out_features, *layout, int8_activations)
         last = end
     y[last:].zero_()
     return y
@@ -158,7 +160,7 @@ def _register_integer(library: torch.library.Library, namespace: str) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[0]
-        of_x = ops.affine_grouped_linear(grad, *ctx.saved_tensors, *ctx.numbers, True) if wanted else None
+        of_x = ops.affine_grouped_linear(grad, *ctx.saved_tensors, *ctx.numbers, False, True) if wanted else None
         return (of_x, *[None] * (5 + len(ctx.numbers)))
 
     torch.library.register_fake(f"{namespace}::{name}", fake)

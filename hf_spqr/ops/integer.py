@@ -29,13 +29,13 @@ def integer_linear(
     The gradient is that of the dense layer: rounding and clamping pass it on unchanged (straight through).
     ``reference``: in plain PyTorch.
     """
+    arguments = (x, bias, packed, perm, out_features, layout, act_bits, act_sym, reference)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        arguments = (x, bias, packed, perm, out_features, layout, act_bits, act_sym, reference)
         return _StraightThrough.apply(*arguments)
     if reference or torch.compiler.is_compiling():
-        return _run(x, bias, packed, perm, out_features, layout, act_bits, act_sym, reference)
+        return _run(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # as in call_linear
-        return _run(x, bias, packed, perm, out_features, layout, act_bits, act_sym, reference)
+        return _run(*arguments)
 
 
 def _run(
@@ -56,21 +56,12 @@ def _run(
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        packed: Tensor,
-        perm: Tensor | None,
-        out_features: int,
-        layout: Layout,
-        act_bits: int,
-        act_sym: bool,
-        reference: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """``arguments`` are those of :func:`_run`."""
+        x, _, packed, perm, out_features, ctx.layout, _, _, ctx.reference = arguments
         ctx.save_for_backward(packed, perm)
-        ctx.sizes, ctx.layout, ctx.dtype, ctx.reference = (out_features, x.shape[-1]), layout, x.dtype, reference
-        return _run(x, bias, packed, perm, out_features, layout, act_bits, act_sym, reference)
+        ctx.sizes, ctx.dtype = (out_features, x.shape[-1]), x.dtype
+        return _run(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

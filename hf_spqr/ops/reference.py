@@ -13,10 +13,12 @@ from hf_spqr.formats.spqr import SpQRLayout
 from hf_spqr.formats.tokens import code_range, token_grid
 
 __all__ = [
-    "affine_dequantize", "affine_linear", "quantize_activation", "spqr_dequantize", "spqr_linear", "w_int8_linear",
+    "affine_dequantize", "affine_linear", "quantize_activation", "round_activations", "spqr_dequantize", "spqr_linear",
+    "w_int8_linear",
 ]  # fmt: skip
 
 EXACT_COLUMNS = 256  # whose products of two numbers of eight bits and a sign float32 adds up without rounding
+ROUNDED_COLUMNS = 128  # that share a scale where activations are rounded to int8
 
 
 def spqr_dequantize(
@@ -52,13 +54,14 @@ def spqr_linear(
     group_size: int,
     stat_bits: int,
     second_group: int,
+    int8_activations: bool = False,
 ) -> Tensor:
     """x [..., in_features] -> [..., out_features], same dtype."""
     weight = spqr_dequantize(
         packed, outlier_row, outlier, perm, out_features, x.shape[-1], bits, group_size, stat_bits, second_group,
         torch.float32,
     )  # fmt: skip
-    return _linear(x, weight, bias)
+    return _linear(x, weight, bias, perm, int8_activations)
 
 
 def affine_dequantize(
@@ -88,12 +91,30 @@ def affine_linear(
     group_size: int,
     symmetric: bool,
     scale_bf16: bool,
+    int8_activations: bool = False,
 ) -> Tensor:
     """x [..., in_features] -> [..., out_features], same dtype."""
     weight = affine_dequantize(
         packed, perm, out_features, x.shape[-1], bits, group_size, symmetric, scale_bf16, torch.float32
     )
-    return _linear(x, weight, bias)
+    return _linear(x, weight, bias, perm, int8_activations)
+
+
+def round_activations(x: Tensor, perm: Tensor | None = None) -> Tensor:
+    """``x [..., K]`` as float32, each token rounded to int8 in blocks of 128 columns of the stored order.
+
+    A block's values become ``code * scale`` with ``scale = max|x| / 127`` and ``code = round(x / scale)`` to nearest
+    even. A block none of whose values is above 1e-30 is zero; one with NaN or infinity is NaN. Stored column j is
+    column ``perm[j]`` of ``x`` (int32 [K]).
+    """
+    columns = x.shape[-1]
+    stored = (x if perm is None else x.index_select(-1, perm)).float()
+    blocks = torch.nn.functional.pad(stored, (0, -columns % ROUNDED_COLUMNS)).unflatten(-1, (-1, ROUNDED_COLUMNS))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    scale = largest / 127
+    codes = (blocks / scale).round().masked_fill(largest <= 1e-30, 0)
+    rounded = (codes * scale).flatten(-2)[..., :columns]
+    return rounded if perm is None else torch.empty_like(rounded).index_copy_(-1, perm.long(), rounded)
 
 
 def quantize_activation(x: Tensor, perm: Tensor | None, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,6 +185,7 @@ def _affine_layout(
     return AffineLayout(out_features, in_features, bits, group_size, symmetric, scale_dtype)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = torch.nn.functional.linear(x.float(), weight)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, perm: Tensor | None, int8_activations: bool) -> Tensor:
+    rounded = round_activations(x, perm) if int8_activations else x.float()
+    y = torch.nn.functional.linear(rounded, weight)
     return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -6,6 +6,9 @@ that :mod:`hf_spqr.formats` writes; ``perm`` is int32 [in_features]; ``bias`` is
 
 ``quantize_activation`` gives what ``w_int8_linear`` takes: int8 code [..., in_features] in the stored order of
 columns, float32 scale and int32 zero [..., 1]. ``dtype`` is that of the result and of ``bias``.
+
+``int8_activations`` allows a kernel to round ``x`` as :func:`hf_spqr.ops.reference.round_activations` does, where that
+is faster; others compute as without it. The gradient is that of the exact op.
 """
 
 NAMESPACE = "hf_spqr"
@@ -15,11 +18,12 @@ _SPQR_LAYOUT = "int bits, int group_size, int stat_bits, int second_group"
 _SHAPE = "int out_features, int in_features"
 _AFFINE = "Tensor packed, Tensor? perm"
 _AFFINE_LAYOUT = "int bits, int group_size, bool symmetric, bool scale_bf16"
+_INT8 = "bool int8_activations=False"
 
 SCHEMAS = {
-    "spqr_linear": f"(Tensor x, {_SPQR}, Tensor? bias, int out_features, {_SPQR_LAYOUT}) -> Tensor",
+    "spqr_linear": f"(Tensor x, {_SPQR}, Tensor? bias, int out_features, {_SPQR_LAYOUT}, {_INT8}) -> Tensor",
     "spqr_dequantize": f"({_SPQR}, {_SHAPE}, {_SPQR_LAYOUT}, ScalarType dtype) -> Tensor",
-    "affine_linear": f"(Tensor x, {_AFFINE}, Tensor? bias, int out_features, {_AFFINE_LAYOUT}) -> Tensor",
+    "affine_linear": f"(Tensor x, {_AFFINE}, Tensor? bias, int out_features, {_AFFINE_LAYOUT}, {_INT8}) -> Tensor",
     "affine_dequantize": f"({_AFFINE}, {_SHAPE}, {_AFFINE_LAYOUT}, ScalarType dtype) -> Tensor",
     "quantize_activation": "(Tensor x, Tensor? perm, int bits, bool symmetric) -> (Tensor code, Tensor scale, "
     "Tensor zero)",

@@ -91,8 +91,15 @@ class CheckpointReport:
         return 8 * self.packed_bytes / self.packed_weights if self.layers else math.nan
 
     @property
+    def foreign(self) -> bool:
+        """Whether the weights are quantized in the format of another program, whose elements are no weights."""
+        return self.quant_method is not None and not self.layers
+
+    @property
     def model_bits_per_weight(self) -> float:
-        """Mean over everything in the files, embeddings and norms included; NaN for an empty checkpoint."""
+        """Mean over everything in the files, embeddings and norms included; NaN for an empty or foreign checkpoint."""
+        if self.foreign:
+            return math.nan
         weights = self.packed_weights + self.other_weights
         return 8 * (self.packed_bytes + self.other_bytes) / weights if weights else math.nan
 

@@ -56,6 +56,15 @@ def test_text_says_what_is_estimated(run) -> None:
     assert "estimate" in result.out and "70B" in result.out and "GB/s" in result.out
 
 
+@compiled
+def test_rounded_activations_are_named(run) -> None:
+    data = run("bench", "--quick", "--backend", "int8_activations", "--json").json
+    assert [row["name"] for row in data["layers"]][1:3] == [
+        "spqr 3 bit g16 1.0% outliers int8_activations",
+        "affine 4 bit g128 int8_activations",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -28,6 +28,22 @@ def test_limit_and_dtype(run, base: Path, dataset: Path) -> None:
     assert data["dtype"] == "bfloat16"
 
 
+def test_backend_reaches_the_packed_layers(run, quantized: Path, dataset: Path, monkeypatch) -> None:
+    from hf_spqr import evaluate
+    from hf_spqr.nn import PackedLinear
+
+    seen = set()
+
+    def spy(model, *arguments, **keywords):
+        seen.update(module.backend for module in model.modules() if isinstance(module, PackedLinear))
+        return perplexity(model, *arguments, **keywords)
+
+    perplexity = evaluate.perplexity
+    monkeypatch.setattr(evaluate, "perplexity", spy)
+    result = run("eval", quantized, "-d", dataset, "--limit", 1, "--backend", "int8_activations", "--json")
+    assert result.json["backend"] == "int8_activations" and seen == {"int8_activations"}
+
+
 def test_mistakes_are_messages(run, base: Path, dataset: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
@@ -43,3 +59,4 @@ def test_mistakes_are_messages(run, base: Path, dataset: Path, tmp_path: Path) -
         assert message in result.err
         assert "Traceback" not in result.err
     assert run("eval", base).code == 2
+    assert "--dataset only" in run("eval", base, "--tasks", "piqa", "--backend", "reference").err

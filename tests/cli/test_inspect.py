@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,17 @@ def test_a_model_that_is_not_quantized(run, base: Path, tmp_path: Path) -> None:
     assert data["totals"]["model_bits_per_weight"] == 32
     failed = run("inspect", base, "--csv", tmp_path / "layers.csv")
     assert failed.code == 1 and "quantization_report.json" in failed.err
+
+
+def test_a_format_of_another_program(run, base: Path, tmp_path: Path) -> None:
+    """Its tensors are words of codes: their number says nothing about the number of weights."""
+    folder = tmp_path / "gptq"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    assert run("inspect", folder, "--json").json["totals"]["model_bits_per_weight"] is None
+    shown = run("inspect", folder).out
+    assert "format of another program" in shown and "weights in" not in shown
 
 
 def test_mistakes_are_messages(run, tmp_path: Path) -> None:

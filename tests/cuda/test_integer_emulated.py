@@ -51,12 +51,15 @@ def quantize_case(args: tuple, seed: int) -> Quantize:
     return Quantize(some_tokens(tokens, columns, dtype, seed), order, bits, symmetric, offset)
 
 
-def test_quantize(run_emulated: Callable) -> None:
-    cases = [quantize_case(args, seed) for seed, args in enumerate(QUANTIZE)]
-    for case, got in zip(cases, run_emulated(cases), strict=True):
+def check_quantize(run: Callable, cases: list[Quantize]) -> None:
+    for case, got in zip(cases, run(cases), strict=True):
         want = reference.quantize_activation(case.x, case.perm, case.bits, case.symmetric)
         for mine, reference_s in zip(got, want, strict=True):
             assert torch.equal(mine, reference_s)
+
+
+def test_quantize(run_emulated: Callable) -> None:
+    check_quantize(run_emulated, [quantize_case(args, seed) for seed, args in enumerate(QUANTIZE)])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -199,7 +202,4 @@ def test_random_shapes(run_emulated: Callable, seed: int) -> None:
     check(run_emulated, [linear_case(args, seed)])
     args = (pick(1, 2, 7), columns, pick(*range(2, 9)), pick(True, False), pick(F16, BF16, F32), pick(True, False),
             pick(0, 4))  # fmt: skip
-    case = quantize_case(args, seed)
-    (got,) = run_emulated([case])
-    for mine, want in zip(got, reference.quantize_activation(case.x, case.perm, *args[2:4]), strict=True):
-        assert torch.equal(mine, want)
+    check_quantize(run_emulated, [quantize_case(args, seed)])

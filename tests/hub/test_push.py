@@ -1,10 +1,11 @@
 """Push and pull over HTTP: LFS and Xet, private repositories, failures."""
 
 import json
+import socket
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,6 +98,14 @@ def test_a_passing_error_of_the_server_is_retried(hub, folder):
     hub.fail("/preupload/", 503)
     push_folder(folder, "tester/again")
     assert hub.count("POST", "/preupload/") >= 2
+
+
+def test_a_server_that_is_not_there(hub, folder, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        with pytest.raises(PushError, match=r"nothing was published.*ConnectError"):
+            push_folder(folder, "tester/x")
 
 
 def test_somebody_else_pushed_meanwhile(hub, folder, monkeypatch):

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_spqr
+from hf_spqr.errors import CheckpointError
+from hf_spqr.integrations.transformers import attach
 from hf_spqr.nn import AffineLinear
 from hf_spqr.report.checkpoint import inspect_checkpoint
 from tests.integrations.conftest import IDS
+from tests.integrations.test_export import affine_model
 from tests.tiny_models import ARCHITECTURES
 
 load = AutoModelForCausalLM.from_pretrained
@@ -55,6 +59,17 @@ def test_mixed_widths(act_bits, model_dir, texts, tmp_path):
     assert {layer.name: (layer.bits, layer.group_size) for layer in shown.layers} == {
         name: (layout.bits, layout.group_size) for name, layout in layouts.items()
     }
+
+
+def test_zero_points_of_a_damaged_file_are_refused(tmp_path):
+    model = affine_model(4, -1)
+    attach(model, hf_spqr.OmniQuantConfig(bits=4, group_size=-1))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.packed"][0, 5] |= 1 << 24
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj: damaged packed layer: a zero point"):
+        load(tmp_path)
 
 
 def test_preset_tied_and_dequantized(model_dir, texts, tmp_path):

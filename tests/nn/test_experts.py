@@ -161,10 +161,11 @@ def test_half_precision_and_single_token(dtype):
 def test_gradient_reaches_the_hidden_states(kind):
     packed, plain = packed_pair("gpt_oss", kind)
     hidden, index, weights = routing()
-    grads = []
+    hidden *= 0.01  # gates that do not saturate: a step would turn 2e-5 in its input into any error of the gradient
+    upstream, grads = torch.randn_like(hidden), []
     for module in (packed, plain):
         x = hidden.clone().requires_grad_()
-        module(x, index, weights).square().mean().backward()
+        module(x, index, weights).backward(upstream)
         grads.append(x.grad)
     close(*grads)
 
@@ -187,13 +188,28 @@ def test_opcheck(kind, transpose):
     linear, _ = grouped_linear(kind, 32, 64, perm=True)
     x = torch.randn(9, 32 if transpose else 64, requires_grad=True)
     ends = torch.tensor([2, 2, 5, 6, 8])
-    arguments = (x, ends, *linear.packed_tensors().values(), 32, 64, *linear._numbers, transpose)
+    arguments = (x, ends, *linear.packed_tensors().values(), 32, 64, *linear._numbers, False, transpose)
     torch.library.opcheck(type(linear).linear, arguments)
     weight = linear.dequantize_weight(torch.float32)
     owners = weight[[0, 0, 2, 2, 2, 3, 4, 4]]
     y = type(linear).linear(*arguments)
     close(y[:8], torch.einsum("so,soi->si" if transpose else "si,soi->so", x[:8], owners))
     assert not y[8:].any()
+
+
+@pytest.mark.parametrize("kind", ["spqr", "affine"])
+def test_int8_activations_of_each_expert_are_those_of_its_layer(kind):
+    linear, experts = grouped_linear(kind, 48, 96, True)
+    linear.backend = "int8_activations"
+    single = {"spqr": SpQRLinear, "affine": AffineLinear}[kind]
+    x = torch.randn(12, 96, requires_grad=True)
+    y = linear(x, torch.tensor([5, 5, 5, 12, 12])[:EXPERTS])
+    for rows, expert in ((slice(0, 5), 0), (slice(5, 12), 3)):
+        layer = single(linear.layout, experts[expert], dtype=torch.float32, backend="int8_activations")
+        assert torch.equal(y[rows], layer(x[rows]))
+    y.sum().backward()
+    weight = linear.dequantize_weight(torch.float32)
+    close(x.grad, weight[[0] * 5 + [3] * 7].sum(1))
 
 
 @pytest.mark.parametrize("perm", [False, True])
@@ -225,6 +241,12 @@ def test_check_finds_damage():
     linear.outlier_row.data[1, -1] += 1
     with pytest.raises(CheckpointError, match="damaged"):
         linear.check()
+    layout = AffineLayout(48, 96, 4, -1)
+    experts = AffineGroupedLinear.join(layout, [affine.pack(random_affine(layout, seed=e)) for e in range(EXPERTS)])
+    experts.check()
+    experts.packed.data[1, 2, 3] |= 1 << 20
+    with pytest.raises(CheckpointError, match="damaged packed experts: a zero point does not fit 4 bits"):
+        experts.check()
 
 
 def test_deepcopy_and_pickle_keep_every_bit():

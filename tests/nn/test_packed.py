@@ -41,6 +41,32 @@ def test_forward_is_the_linear_of_the_dequantized_weight(make, bias, backend):
 
 
 @pytest.mark.parametrize("make", MODULES)
+def test_int8_activations_are_a_matter_of_the_op(make):
+    """Eager, compiled and with gradients; how far from the exact result is a matter of the kernels."""
+    module = make(bias=False)
+    module.backend = "int8_activations"
+    x = torch.randn(5, 96, requires_grad=True)
+    tensors = [getattr(module, name) for name in (*module.tensor_names, "perm", "bias")]
+    expected = type(module).linear(x.detach(), *tensors, 48, *module._numbers, True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for run in (module, compiled):
+        assert torch.equal(run(x), expected)
+        with torch.no_grad():
+            assert torch.equal(run(x), expected)
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad, module.dequantize_weight().sum(0).expand(5, 96))
+
+
+def test_quantized_activations_stay_as_they_are():
+    module = affine_module(group_size=-1)
+    module.act_bits = 8
+    x = torch.randn(5, 96)
+    expected = module(x)
+    module.backend = "int8_activations"
+    assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("make", MODULES)
 def test_casts_leave_packed_tensors_alone(make):
     module = make()
     before = {name: tensor.clone() for name, tensor in module.packed_tensors().items()}
@@ -122,6 +148,18 @@ def test_check_finds_indices_that_would_read_out_of_bounds():
     module.perm.data[0] = module.perm.data[1]
     with pytest.raises(CheckpointError, match="perm"):
         module.check()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_check_finds_zero_points_that_no_code_has(bits):
+    """Those of whole rows have 16 bits, of which kernels take all and the reference eight."""
+    module = affine_module(bits=bits, group_size=-1)
+    module.check()
+    for flag in (1 << 16 + bits, -(2**31)):
+        damaged = copy.deepcopy(module)
+        damaged.packed.data[2, 7] |= flag
+        with pytest.raises(CheckpointError, match=f"a zero point does not fit {bits} bits"):
+            damaged.check()
 
 
 def test_repr_tells_the_bits_that_the_bytes_take():

@@ -23,8 +23,8 @@ class Case:
     numbers: tuple[Any, ...]
     weight: Tensor  # float32 [N, K], original column order
 
-    def run(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.linear(x, *self.tensors, bias, self.weight.shape[0], *self.numbers)
+    def run(self, x: Tensor, bias: Tensor | None = None, int8_activations: bool = False) -> Tensor:
+        return self.linear(x, *self.tensors, bias, self.weight.shape[0], *self.numbers, int8_activations)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.dequantize(*self.tensors, *self.weight.shape, *self.numbers, dtype)
@@ -32,7 +32,9 @@ class Case:
     def check(self, x: Tensor, bias: Tensor | None = None) -> None:
         bits, group_size, *_ = self.numbers
         rounded = x.dtype == torch.bfloat16 and may_round(bits, group_size, x.numel() // x.shape[-1])
-        compare(self.run(x, bias), x, self.weight, bias, rounded)
+        y = self.run(x, bias)
+        assert y.dtype == x.dtype
+        compare(y, x, self.weight, bias, rounded)
 
 
 def may_round(bits: int, group_size: int, tokens: int) -> bool:
@@ -52,7 +54,7 @@ def rounds_weights(bits: int, group_size: int, tokens: int) -> bool:
 def compare(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: bool) -> None:
     """Against float64, with the size of the summands as the measure, so that cancellation is not held against ``y``.
 
-    ``rounded``: weights may have been rounded to bfloat16.
+    ``rounded``: weights may have been rounded to bfloat16. ``x`` as it was multiplied; the dtype is that of ``y``.
     """
     expected = x.double() @ weight.double().T
     size = x.double().abs() @ weight.double().abs().T
@@ -61,8 +63,8 @@ def compare(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: 
     tolerance = (1e-4 + (2**-8 if rounded else 0)) * size
     # q and z are multiplied apart: where they nearly cancel, a float32 rounding of either remains
     cancelled = 2e-6 * x.double().abs().sum(-1, keepdim=True) * weight.abs().max()
-    tolerance = tolerance + cancelled + ROUNDING[x.dtype] * expected.abs() + 1e-6
-    assert y.dtype == x.dtype and y.shape == expected.shape
+    tolerance = tolerance + cancelled + ROUNDING[y.dtype] * expected.abs() + 1e-6
+    assert y.shape == expected.shape
     worst = ((y.double() - expected).abs() / tolerance).max().item() if y.numel() else 0.0
     assert worst <= 1, f"{worst:.2f} of the tolerance"
 

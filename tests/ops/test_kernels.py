@@ -169,6 +169,12 @@ def test_non_finite_inputs_are_not_hidden(isa, tokens, value):
     assert not y[0].isfinite().any() and y[1:].isfinite().all()
 
 
+def test_a_single_token_left_after_many_calls(isa):
+    """The last call takes its token in another form than those before."""
+    case = affine_case(affine.AffineLayout(16, 32, 4, 32))
+    case.check(*inputs(case, 511 * 512 + 1, torch.bfloat16, bias=False))
+
+
 @pytest.mark.parametrize("tokens", [3, 16, 33])
 def test_nothing_is_left_of_an_earlier_call(isa, tokens):
     """Rows of outliers are padded with a column of zeros, in memory that may hold anything."""

@@ -100,11 +100,4 @@ class OmniQuantParams:
 
     def layout(self, out_features: int, in_features: int) -> AffineLayout:
         """The packed layout of a layer [out_features, in_features]."""
-        return AffineLayout(
-            out_features,
-            in_features,
-            bits=self.bits,
-            group_size=self.group_size,
-            symmetric=self.sym,
-            scale_dtype=self.scale_dtype,
-        )
+        return AffineLayout(out_features, in_features, self.bits, self.group_size, self.sym, self.scale_dtype)
