@@ -76,7 +76,8 @@ void row_blocks(const LinearArgs& a, int64_t row_block) {
                               first_share<B, Quads, kStride, 7>, first_share<B, Quads, kStride, 8>};
     const int64_t of_first = halves.shares.first;
     const Run run_first = of_first ? kFirst[of_first - kFewestOfFirst] : first_share<B, Quads, kStride, 0>;
-    OutlierPrefetch next_outliers(m, row_block + R, R);  // those of this pass were fetched during the one before
+    // Those added to weights were fetched during the pass before; those apart come after this one.
+    OutlierPrefetch next_outliers(m, apart ? row_block : row_block + R, R);
     StretchOutliers outliers[R];
     for (int r = 0; in_place && r < R; ++r) outliers[r].start(m, row_block + r);
     for (PanelWalk walk(m, row_block); walk.next();) {
