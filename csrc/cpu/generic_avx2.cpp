@@ -1,6 +1,6 @@
 #include "cpu/generic.h"
 
 namespace hf_spqr {
-extern const Kernels kAvx2Kernels = {nullptr,      nullptr,      prepare_generic, linear_generic, dequantize_generic,
-                                     read_generic, kAvx2Integers};
+extern const Kernels kAvx2Kernels = {
+    nullptr, nullptr, nullptr, prepare_generic, linear_generic, dequantize_generic, read_generic, kAvx2Integers};
 }

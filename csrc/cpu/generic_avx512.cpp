@@ -2,5 +2,5 @@
 
 namespace hf_spqr {
 extern const Kernels kAvx512Kernels = {
-    nullptr, nullptr, prepare_generic, linear_generic, dequantize_generic, read_generic, kAvx512Integers};
+    nullptr, nullptr, nullptr, prepare_generic, linear_generic, dequantize_generic, read_generic, kAvx512Integers};
 }

@@ -2,5 +2,5 @@
 
 namespace hf_spqr {
 extern const Kernels kScalarKernels = {
-    nullptr, nullptr, prepare_generic, linear_generic, dequantize_generic, read_generic, kScalarIntegers};
+    nullptr, nullptr, nullptr, prepare_generic, linear_generic, dequantize_generic, read_generic, kScalarIntegers};
 }

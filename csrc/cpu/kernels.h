@@ -36,6 +36,8 @@ struct RoundedKernels {
 struct Kernels {
     // Bytes of x in the form of the kernels; null where they take it in fp32.
     int64_t (*planes_bytes)(const Matrix&, DType, int64_t tokens);
+    // Whether x is prepared in fp32, beside that form or alone; null: always.
+    bool (*takes_fp32)(const Matrix&, DType, int64_t tokens);
     // Whether linear is also the fastest way for more tokens than kMaxTokens, kPromptTokens at a time; null: never.
     // The accuracy is then that of a product in their dtype.
     bool (*takes_prompts)(DType);

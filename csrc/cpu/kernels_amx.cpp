@@ -43,8 +43,8 @@ const Kernels& amx_kernels() {
     const Kernels& b = bf16_kernels();
     static const RoundedKernels rounded = {takes_rounded, kVnniRounded.bytes, kVnniRounded.prepare,
                                            kVnniRounded.linear};
-    static const Kernels kernels = {planes_bytes, b.takes_prompts, prepare,  linear,
-                                    b.dequantize, b.read,          integers, &rounded};
+    static const Kernels kernels = {planes_bytes, b.takes_fp32, b.takes_prompts, prepare, linear,
+                                    b.dequantize, b.read,       integers,        &rounded};
     return kernels;
 }
 

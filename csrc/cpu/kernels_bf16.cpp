@@ -12,6 +12,10 @@ int64_t planes_bytes(const Matrix& m, DType dtype, int64_t tokens) {
     return in_halves(m, dtype, tokens) ? halves_bytes(m, tokens) : kVnniKernels.planes_bytes(m, dtype, tokens);
 }
 
+bool takes_fp32(const Matrix& m, DType dtype, int64_t tokens) {
+    return !in_halves(m, dtype, tokens);
+}
+
 bool takes_prompts(DType dtype) {
     return dtype == DType::bf16;
 }
@@ -33,8 +37,8 @@ void linear(const LinearArgs& a, int64_t first, int64_t last) {
 }  // namespace
 
 const Kernels& bf16_kernels() {
-    static const Kernels kernels = {planes_bytes,      takes_prompts,         prepare,      linear, dequantize_bf16,
-                                    kVnniKernels.read, kVnniKernels.integers, &kVnniRounded};
+    static const Kernels kernels = {planes_bytes,    takes_fp32,        takes_prompts,         prepare,      linear,
+                                    dequantize_bf16, kVnniKernels.read, kVnniKernels.integers, &kVnniRounded};
     return kernels;
 }
 

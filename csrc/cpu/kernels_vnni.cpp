@@ -38,7 +38,7 @@ uint32_t read(const uint32_t* p, int64_t words) {
 
 }  // namespace
 
-extern const Kernels kVnniKernels = {planes_bytes, nullptr, prepare,       linear,
+extern const Kernels kVnniKernels = {planes_bytes, nullptr, nullptr,       prepare,      linear,
                                      dequantize,   read,    kVnniIntegers, &kVnniRounded};
 
 }  // namespace hf_spqr

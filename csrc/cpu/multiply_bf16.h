@@ -6,10 +6,10 @@
 namespace hf_spqr {
 namespace {
 
-// R row blocks of a stretch of tiles, two columns to a word: their codes in bf16, or their weights.
+// The codes in bf16 of R row blocks of a stretch of tiles, two columns to a word.
 template <int R>
 struct Unpacked {
-    alignas(64) uint32_t pair[kTiles * kPairs][R][kRows];
+    alignas(64) uint32_t pair[kTiles / 2 * kPairs][R][kRows];
 };
 
 // What tokens are multiplied by: `blocks` blocks of columns of `tiles` tiles each, or several in each of `tiles`
@@ -140,18 +140,6 @@ void multiply(const Part<R>& part, const uint32_t* x, const float* minus_sum, in
     }
 }
 
-// y += sum of weight * x, for T tokens and R row blocks in some tiles. x: [tile][T][pair].
-template <int T, int R>
-void multiply_weights(const uint32_t (*weights)[R][kRows], int tiles, const uint32_t* x, float (*y)[R][kRows]) {
-    __m512 sum[T][R];
-    load_sums<T, R>(y, sum);
-    for (int tile = 0; tile < tiles; ++tile, weights += kPairs, x += T * kPairs) {
-        prefetch_tokens<T>(x + tiles * T * kPairs);
-        add_pairs<T, R, kPairs>(weights, x, sum);
-    }
-    store_sums<T, R>(sum, y);
-}
-
 template <int R, int Pairs>
 void multiply_all(const Part<R>& part, const Halves& halves, float (*y)[R][kRows]) {
     using Multiply = void (*)(const Part<R>&, const uint32_t*, const float*, int64_t, float (*)[R][kRows]);
@@ -172,27 +160,6 @@ void multiply_all(const Part<R>& part, const Halves& halves, float (*y)[R][kRows
         const int64_t first = shares.begin(share), count = shares.begin(share + 1) - first;
         const uint32_t* x = halves.share(stretch, first) + (part.tile - stretch) * count * kPairs;
         kMultiply[count](part, x, halves.minus_sum(part.block) + first, halves.tokens, y + first);
-    }
-}
-
-// For a whole stretch.
-template <int R>
-void multiply_all(const uint32_t (*weights)[R][kRows], int64_t tile, int tiles, const Halves& halves,
-                  float (*y)[R][kRows]) {
-    using Multiply = void (*)(const uint32_t (*)[R][kRows], int, const uint32_t*, float (*)[R][kRows]);
-    constexpr Multiply kMultiply[kMostOfPrompt + 1] = {
-        nullptr,
-        multiply_weights<1, R>,
-        multiply_weights<2, R>,
-        multiply_weights<3, R>,
-        multiply_weights<4, R>,
-        multiply_weights<5, R>,
-        multiply_weights<6, R>,
-    };
-    const Shares& shares = halves.shares;
-    for (int64_t share = 0; share < shares.count; ++share) {
-        const int64_t first = shares.begin(share);
-        kMultiply[shares.begin(share + 1) - first](weights, tiles, halves.share(tile, first), y + first);
     }
 }
 

@@ -73,7 +73,7 @@ inline int group_shift_in_tile(const Matrix& m) {
 
 // The group (of its panel) that column `column` of the panel belongs to.
 inline int group_of_tile(const Matrix& m, int64_t tile_in_panel) {
-    return m.group == kPerChannel ? 0 : int(tile_in_panel * kColumns / m.group);
+    return m.group == kPerChannel ? 0 : int(tile_in_panel * kColumns >> __builtin_ctz(m.group));
 }
 
 }  // namespace

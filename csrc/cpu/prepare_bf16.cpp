@@ -71,6 +71,7 @@ void prepare_halves(const PrepareArgs& a, int64_t first, int64_t last) {
     const Halves out(*a.weight, a.tokens, a.planes);
     for (int64_t token = first; token < last; ++token) prepare_token(a, out, token);
     if (!out.padded_tokens) return;
+    if (first == 0) memset(out.column(out.zero_column()), 0, out.padded_tokens * sizeof(uint16_t));
     for (int64_t token = first; token < last; token += 16) transpose_tokens(a, out, token);
 }
 

@@ -112,7 +112,7 @@ void all_row_blocks(const LinearArgs& a, int64_t first, int64_t last) {
 }  // namespace
 
 bool has_prompt_amx(const Matrix& m, int64_t tokens) {
-    return rounds_weights(m, tokens) || (takes_codes(m, tokens) && tokens >= kFewestAmx);
+    return tokens >= kFewestAmx && (rounds_weights(m, tokens) || takes_codes(m, tokens));
 }
 
 void prompt_amx(const LinearArgs& a, int64_t first, int64_t last) {

@@ -25,7 +25,11 @@ void linear_packed(const Tensor& x, int64_t tokens, const Matrix& m, const int32
     const Kernels& k = kernels();
     const int64_t padded = ceil_div(m.columns, kColumns) * kColumns;
     const int64_t at_once = ceil_div(tokens, ceil_div(tokens, most));
-    const int64_t x_bytes = padded * 4 * at_once;
+    const int64_t of_last = tokens - (ceil_div(tokens, at_once) - 1) * at_once;
+    const auto fp32_bytes = [&](int64_t count) {
+        return k.takes_fp32 && !k.takes_fp32(m, dtype, count) ? 0 : padded * 4 * count;
+    };
+    const int64_t x_bytes = std::max(fp32_bytes(at_once), fp32_bytes(of_last));
     const int64_t planes_bytes = k.planes_bytes ? k.planes_bytes(m, dtype, at_once) : 0;
     Tensor scratch = stable::new_empty(x, {x_bytes + planes_bytes}, ScalarType::Byte);
     char* memory = static_cast<char*>(scratch.mutable_data_ptr());

@@ -13,7 +13,7 @@ from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 from hf_spqr.ops import reference
 from tests.cuda.emulator import Case, Int8Linear
-from tests.ops.cases import compare
+from tests.ops.cases import compare, rounds_weights
 from tests.weights import random_affine, random_spqr
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -31,6 +31,9 @@ SPQR = [
     (50, 700, 2, 128, 3, 32, 111, True, 0.1),
     (35, 300, 4, -1, 4, 16, 100, False, 0.03),
     (17, 70000, 3, 16, 3, 16, 66, False, 0.001),  # outliers of 64 bits
+    (40, 800, 3, 16, 3, 16, 16, True, 0.05),
+    (33, 650, 2, 8, 4, 32, 24, False, 0.0),
+    (130, 545, 4, 16, 3, 16, 33, False, 0.2),
     (40, 2080, 3, 32, 3, 16, 16, False, 0.0),  # from here on without outliers and, but for one, exact
     (33, 1000, 2, 64, 8, 32, 33, True, 0.0),
     (50, 4200, 4, 128, 3, 16, 47, False, 0.0),
@@ -53,6 +56,7 @@ AFFINE = [
     (1, 1, 8, 128, False, F16, 19, False),
     (100, 4500, 8, 128, False, F16, 200, False),
     (40, 900, 4, 16, False, BF16, 65, True),  # from here on rounded
+    (70, 700, 3, 16, False, F16, 40, True),
     (70, 4500, 4, 128, False, BF16, 130, True),
     (70, 1200, 2, -1, True, F16, 96, True),
     (150, 555, 2, 16, True, F16, 300, False),
@@ -74,7 +78,8 @@ def check(run: Callable, weights: list[spqr.SpQRWeight | affine.AffineWeight], t
     for case, y in zip(cases, run(cases), strict=True):
         lay, x = case.weight.layout, case.x
         assert x is not None
-        compare(y, x, case.weight.dequantize(), case.bias, rounded=x.shape[0] > 64 and lay.bits in (2, 3, 4))
+        rounded = rounds_weights(lay.bits, lay.group_size, x.shape[0])
+        compare(y, x, case.weight.dequantize(), case.bias, rounded)
 
 
 def test_spqr(run_emulated: Callable) -> None:

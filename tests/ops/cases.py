@@ -30,11 +30,25 @@ class Case:
         return self.dequantize(*self.tensors, *self.weight.shape, *self.numbers, dtype)
 
     def check(self, x: Tensor, bias: Tensor | None = None) -> None:
-        """More than 64 tokens in bfloat16 go through a bfloat16 matrix product: its weights are rounded too."""
-        rounded = x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] > 64
+        bits, group_size, *_ = self.numbers
+        rounded = x.dtype == torch.bfloat16 and may_round(bits, group_size, x.numel() // x.shape[-1])
         y = self.run(x, bias)
         assert y.dtype == x.dtype
         compare(y, x, self.weight, bias, rounded)
+
+
+def may_round(bits: int, group_size: int, tokens: int) -> bool:
+    """Whether bfloat16 x may be multiplied by weights rounded to bfloat16 on the instruction set in use."""
+    if ops.COMPILED and torch.ops.hf_spqr.cpu_isa() in ("avx512_bf16", "amx"):
+        return rounds_weights(bits, group_size, tokens)
+    return tokens > 64
+
+
+def rounds_weights(bits: int, group_size: int, tokens: int) -> bool:
+    """The rule of docs/cpu.md for AVX-512 BF16 and AMX."""
+    if bits not in (2, 3, 4):
+        return False
+    return tokens > (64 if group_size not in (8, 16) else 24 if bits == 4 else 8)
 
 
 def compare(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: bool) -> None:

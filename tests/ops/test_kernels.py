@@ -11,7 +11,7 @@ from tests.ops.cases import ROUNDING, Case, affine_case, spqr_case
 
 DTYPES = tuple(ROUNDING)
 SIZES = st.tuples(st.sampled_from([1, 5, 16, 33, 70]), st.sampled_from([1, 17, 32, 100, 256, 300, 640]))
-TOKENS = st.sampled_from([1, 2, 3, 4, 7, 16, 33, 64, 65, 80])
+TOKENS = st.sampled_from([1, 2, 3, 4, 7, 8, 9, 16, 24, 25, 33, 64, 65, 80])
 EXAMPLES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -82,6 +82,16 @@ def test_prompts_in_common_layouts(isa, bits, group_size):
             case.check(*inputs(case, tokens, torch.bfloat16, bias=True))
 
 
+@pytest.mark.parametrize("group_size", [8, 16, 32])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_batches_in_common_layouts(isa, bits, group_size):
+    """Around each number of tokens at which the kernels change, and each way in which they share tokens out."""
+    shares = [spqr_case(spqr.SpQRLayout(88, 1000, bits, group_size), share) for share in (0.0, 0.01, 0.2)]
+    for case in (*shares, affine_case(affine.AffineLayout(88, 1000, bits, group_size))):
+        for tokens in (5, 8, *range(9, 18), 20, 24, 25, 32, 33, 48, 64):
+            case.check(*inputs(case, tokens, torch.bfloat16, bias=True))
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 64])
 def test_exact_to_one_in_ten_thousand(isa, tokens):
     """Relative to the result, which is what a model sees, with a few channels a hundred times larger than the rest."""
@@ -94,12 +104,23 @@ def test_exact_to_one_in_ten_thousand(isa, tokens):
     assert error < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "group_size"), [(1, 16), (4, 16), (8, 16), (64, 32), (64, -1)])
+def test_weights_are_not_rounded(isa, tokens, group_size, dtype):
+    """Most results are the exact ones, rounded once. Were weights rounded too, every other one would differ."""
+    case = spqr_case(spqr.SpQRLayout(256, 1024, 3, group_size), 0.01)
+    x, _ = inputs(case, tokens, dtype, bias=False)
+    expected = (x.double() @ case.weight.double().T).to(dtype)
+    assert (case.run(x) == expected).double().mean() > 0.8
+
+
 def test_wide_matrix_with_64_bit_outliers(isa):
     case = spqr_case(spqr.SpQRLayout(17, 66000), 0.001)
     assert case.tensors[2].dtype == torch.int64
     for tokens in (1, 3):
         case.check(*inputs(case, tokens, torch.float32, bias=False))
-    case.check(*inputs(case, 65, torch.bfloat16, bias=False))
+    for tokens in (3, 16, 65):
+        case.check(*inputs(case, tokens, torch.bfloat16, bias=False))
     check_dense(case, torch.float32)
 
 
@@ -146,6 +167,21 @@ def test_non_finite_inputs_are_not_hidden(isa, tokens, value):
     x[0, 5] = value
     y = case.run(x)
     assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+
+def test_a_single_token_left_after_many_calls(isa):
+    """The last call takes its token in another form than those before."""
+    case = affine_case(affine.AffineLayout(16, 32, 4, 32))
+    case.check(*inputs(case, 511 * 512 + 1, torch.bfloat16, bias=False))
+
+
+@pytest.mark.parametrize("tokens", [3, 16, 33])
+def test_nothing_is_left_of_an_earlier_call(isa, tokens):
+    """Rows of outliers are padded with a column of zeros, in memory that may hold anything."""
+    case = spqr_case(spqr.SpQRLayout(64, 512, 3, 16), 0.01)
+    x, _ = inputs(case, tokens, torch.bfloat16, bias=False)
+    case.run(torch.full_like(x, float("nan")))
+    case.check(x)
 
 
 def test_zero_input(isa):
