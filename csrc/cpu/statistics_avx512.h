@@ -83,7 +83,8 @@ struct PanelScales {
 
     // Codes of at most four bits: their values come from a table, whatever lies above them in a word.
     void load_spqr_narrow(const Matrix& m, const uint32_t* p, int groups) {
-        const StatisticsPlaces places(m.stat_bits);
+        static constexpr StatisticsPlaces kPlaces[] = {StatisticsPlaces(2), StatisticsPlaces(3), StatisticsPlaces(4)};
+        const StatisticsPlaces& places = kPlaces[m.stat_bits - 2];
         const __m512 value = _mm512_load_ps(places.value);
         alignas(64) uint32_t spare[kRows];
         const uint32_t* codes[4] = {p, p + kRows, p + 2 * kRows, p + 3 * kRows};
