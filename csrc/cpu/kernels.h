@@ -23,7 +23,7 @@ struct PrepareArgs {
     char* planes;  // of all tokens: integer form of x, where the kernels want one
 };
 
-// A linear layer whose activations are rounded to int8 first (rounded.h), where that is allowed and faster.
+// A linear layer whose activations are rounded to int8 first (token_blocks.h), where that is allowed and faster.
 struct RoundedKernels {
     bool (*takes)(const Matrix&, DType, int64_t tokens);
     // Of memory at `planes`, for at most kPromptTokens tokens.

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
-#include "torch/rounded_cpu.h"
 #include "torch/split_cpu.h"
 
 namespace hf_spqr {
@@ -19,30 +18,35 @@ int64_t element_size(DType dtype) {
     return dtype == DType::f32 ? 4 : 2;
 }
 
-// Straight from the packed weights, at most so many tokens at a time.
-void linear_packed(const Tensor& x, int64_t tokens, const Matrix& m, const int32_t* perm, const void* bias, Tensor& y,
-                   DType dtype, int64_t most) {
-    const Kernels& k = kernels();
-    const int64_t padded = ceil_div(m.columns, kColumns) * kColumns;
-    const int64_t at_once = ceil_div(tokens, ceil_div(tokens, most));
-    const int64_t of_last = tokens - (ceil_div(tokens, at_once) - 1) * at_once;
-    const auto fp32_bytes = [&](int64_t count) {
-        return k.takes_fp32 && !k.takes_fp32(m, dtype, count) ? 0 : padded * 4 * count;
-    };
-    const int64_t x_bytes = std::max(fp32_bytes(at_once), fp32_bytes(of_last));
-    const int64_t planes_bytes = k.planes_bytes ? k.planes_bytes(m, dtype, at_once) : 0;
-    Tensor scratch = stable::new_empty(x, {x_bytes + planes_bytes}, ScalarType::Byte);
-    char* memory = static_cast<char*>(scratch.mutable_data_ptr());
-    float* prepared = reinterpret_cast<float*>(memory);
-    char* planes = memory + x_bytes;
-    const char* x_data = static_cast<const char*>(x.const_data_ptr());
-    char* y_data = static_cast<char*>(y.mutable_data_ptr());
-    for (int64_t done = 0; done < tokens; done += at_once) {
-        const int64_t here = std::min(at_once, tokens - done);
-        const PrepareArgs prepare{x_data + done * m.columns * element_size(dtype),
+// A call of an op: x [tokens, K] and y [tokens, N], contiguous.
+struct Call {
+    const Tensor& x;
+    const Matrix& m;
+    const int32_t* perm;
+    const void* bias;
+    DType dtype;
+    Tensor& y;
+    int64_t tokens = x.size(0);
+};
+
+// Tokens of a call of the kernels, at most `most`: equal shares.
+int64_t share_of(int64_t tokens, int64_t most) {
+    return ceil_div(tokens, ceil_div(tokens, most));
+}
+
+// Prepares and multiplies `at_once` tokens after the other. prepared, planes: memory for what K's kernels ask.
+template <class K>
+void run(const Call& c, int64_t at_once, const K& kernels, float* prepared, char* planes) {
+    const Matrix& m = c.m;
+    const int64_t padded = ceil_div(m.columns, kColumns) * kColumns, size = element_size(c.dtype);
+    const char* x = static_cast<const char*>(c.x.const_data_ptr());
+    char* y = static_cast<char*>(c.y.mutable_data_ptr());
+    for (int64_t done = 0; done < c.tokens; done += at_once) {
+        const int64_t here = std::min(at_once, c.tokens - done);
+        const PrepareArgs prepare{x + done * m.columns * size,
                                   m.columns,
-                                  dtype,
-                                  perm,
+                                  c.dtype,
+                                  c.perm,
                                   m.columns,
                                   padded,
                                   prepared,
@@ -51,12 +55,34 @@ void linear_packed(const Tensor& x, int64_t tokens, const Matrix& m, const int32
                                   here,
                                   planes};
         stable::parallel_for(0, ceil_div(here, kPrepareTokens), 1, [&](int64_t first, int64_t last) {
-            k.prepare(prepare, first * kPrepareTokens, std::min(here, last * kPrepareTokens));
+            kernels.prepare(prepare, first * kPrepareTokens, std::min(here, last * kPrepareTokens));
         });
-        const LinearArgs args{
-            m, prepared, padded, planes, int(here), bias, y_data + done * m.rows * element_size(dtype), m.rows, dtype};
-        over_row_blocks(m, [&](int64_t first, int64_t last) { k.linear(args, first, last); });
+        const LinearArgs args{m,      prepared, padded, planes, int(here), c.bias, y + done * m.rows * size,
+                              m.rows, c.dtype};
+        over_row_blocks(m, [&](int64_t first, int64_t last) { kernels.linear(args, first, last); });
     }
+}
+
+// Straight from the packed weights, at most so many tokens at a time.
+void linear_packed(const Call& c, int64_t most) {
+    const Kernels& k = kernels();
+    const int64_t padded = ceil_div(c.m.columns, kColumns) * kColumns, at_once = share_of(c.tokens, most);
+    const int64_t of_last = c.tokens - (ceil_div(c.tokens, at_once) - 1) * at_once;
+    const auto fp32_bytes = [&](int64_t count) {
+        return k.takes_fp32 && !k.takes_fp32(c.m, c.dtype, count) ? 0 : padded * 4 * count;
+    };
+    const int64_t x_bytes = std::max(fp32_bytes(at_once), fp32_bytes(of_last));
+    const int64_t planes_bytes = k.planes_bytes ? k.planes_bytes(c.m, c.dtype, at_once) : 0;
+    Tensor scratch = stable::new_empty(c.x, {x_bytes + planes_bytes}, ScalarType::Byte);
+    char* memory = static_cast<char*>(scratch.mutable_data_ptr());
+    run(c, at_once, k, reinterpret_cast<float*>(memory), memory + x_bytes);
+}
+
+// The same on activations rounded to int8.
+void linear_rounded(const Call& c, const RoundedKernels& k) {
+    const int64_t at_once = share_of(c.tokens, kPromptTokens);
+    Tensor planes = stable::new_empty(c.x, {k.bytes(c.m, at_once)}, ScalarType::Byte);
+    run(c, at_once, k, nullptr, static_cast<char*>(planes.mutable_data_ptr()));
 }
 
 // aten::linear; bias may be empty.
@@ -130,18 +156,19 @@ Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::o
     const int64_t tokens = x.numel() / m.columns;
     if (tokens == 0) return stable::new_empty(x, shape);
     const Tensor flat = stable::reshape(stable::contiguous(x), {tokens, m.columns});
-    if (int8_activations && takes_rounded(m, dtype, tokens)) {
-        Tensor y = stable::new_empty(x, shape);
-        linear_rounded(flat, m, order, bias_data, dtype, y);
-        return y;
-    }
     const Kernels& k = kernels();
+    const bool rounds = int8_activations && k.rounded && k.rounded->takes(m, dtype, tokens);
     const bool takes_prompts = k.takes_prompts && k.takes_prompts(dtype);
-    if (tokens > kMaxTokens && !takes_prompts) {
+    if (!rounds && tokens > kMaxTokens && !takes_prompts) {
         return stable::reshape(linear_dense(flat, m, perm, bias, dtype), shape);
     }
     Tensor y = stable::new_empty(x, shape);
-    linear_packed(flat, tokens, m, order, bias_data, y, dtype, takes_prompts ? kPromptTokens : kMaxTokens);
+    const Call call{flat, m, order, bias_data, dtype, y};
+    if (rounds) {
+        linear_rounded(call, *k.rounded);
+    } else {
+        linear_packed(call, takes_prompts ? kPromptTokens : kMaxTokens);
+    }
     return y;
 }
 

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from hf_spqr import ops
 from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.panels import GROUP_SIZES
 from hf_spqr.ops.reference import round_activations
 from tests.ops.cases import Case, affine_case, compare, spqr_case
-from tests.ops.test_kernels import DTYPES, EXAMPLES, SIZES, TOKENS, inputs
+from tests.ops.test_kernels import ANY_AFFINE, ANY_SPQR, EXAMPLES, inputs
 
 WITH_KERNELS = ("avx512_vnni", "avx512_bf16")
 
@@ -28,23 +27,14 @@ def check(case: Case, isa: str, x: torch.Tensor, bias: torch.Tensor | None) -> N
 
 
 @EXAMPLES
-@given(
-    size=SIZES, bits=st.sampled_from(spqr.BITS), group_size=st.sampled_from(GROUP_SIZES),
-    stat_bits=st.sampled_from(spqr.STAT_BITS), second_group=st.sampled_from(spqr.SECOND_GROUPS),
-    share=st.sampled_from([0.0, 0.01, 0.2]), perm=st.booleans(), tokens=TOKENS, dtype=st.sampled_from(DTYPES),
-    bias=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+@given(**ANY_SPQR)
 def test_spqr(isa, size, bits, group_size, stat_bits, second_group, share, perm, tokens, dtype, bias, seed):
     case = spqr_case(spqr.SpQRLayout(*size, bits, group_size, stat_bits, second_group), share, perm, seed)
     check(case, isa, *inputs(case, tokens, dtype, bias))
 
 
 @EXAMPLES
-@given(
-    size=SIZES, bits=st.sampled_from(affine.BITS), group_size=st.sampled_from(GROUP_SIZES), symmetric=st.booleans(),
-    scale_dtype=st.sampled_from(affine.SCALE_DTYPES), perm=st.booleans(), tokens=TOKENS,
-    dtype=st.sampled_from(DTYPES), bias=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+@given(**ANY_AFFINE)
 def test_affine(isa, size, bits, group_size, symmetric, scale_dtype, perm, tokens, dtype, bias, seed):
     case = affine_case(affine.AffineLayout(*size, bits, group_size, symmetric, scale_dtype), perm, seed)
     check(case, isa, *inputs(case, tokens, dtype, bias))

@@ -35,13 +35,21 @@ def check_dense(case: Case, dtype: torch.dtype) -> None:
     torch.testing.assert_close(dense.float(), case.weight, rtol=ROUNDING[dtype] + 1e-6, atol=near)
 
 
+ANY_SPQR = {
+    "size": SIZES, "bits": st.sampled_from(spqr.BITS), "group_size": st.sampled_from(GROUP_SIZES),
+    "stat_bits": st.sampled_from(spqr.STAT_BITS), "second_group": st.sampled_from(spqr.SECOND_GROUPS),
+    "share": st.sampled_from([0.0, 0.01, 0.2]), "perm": st.booleans(), "tokens": TOKENS,
+    "dtype": st.sampled_from(DTYPES), "bias": st.booleans(), "seed": st.integers(0, 99),
+}  # fmt: skip
+ANY_AFFINE = {
+    "size": SIZES, "bits": st.sampled_from(affine.BITS), "group_size": st.sampled_from(GROUP_SIZES),
+    "symmetric": st.booleans(), "scale_dtype": st.sampled_from(affine.SCALE_DTYPES), "perm": st.booleans(),
+    "tokens": TOKENS, "dtype": st.sampled_from(DTYPES), "bias": st.booleans(), "seed": st.integers(0, 99),
+}  # fmt: skip
+
+
 @EXAMPLES
-@given(
-    size=SIZES, bits=st.sampled_from(spqr.BITS), group_size=st.sampled_from(GROUP_SIZES),
-    stat_bits=st.sampled_from(spqr.STAT_BITS), second_group=st.sampled_from(spqr.SECOND_GROUPS),
-    share=st.sampled_from([0.0, 0.01, 0.2]), perm=st.booleans(), tokens=TOKENS, dtype=st.sampled_from(DTYPES),
-    bias=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+@given(**ANY_SPQR)
 def test_spqr(isa, size, bits, group_size, stat_bits, second_group, share, perm, tokens, dtype, bias, seed):
     case = spqr_case(spqr.SpQRLayout(*size, bits, group_size, stat_bits, second_group), share, perm, seed)
     case.check(*inputs(case, tokens, dtype, bias))
@@ -49,11 +57,7 @@ def test_spqr(isa, size, bits, group_size, stat_bits, second_group, share, perm,
 
 
 @EXAMPLES
-@given(
-    size=SIZES, bits=st.sampled_from(affine.BITS), group_size=st.sampled_from(GROUP_SIZES), symmetric=st.booleans(),
-    scale_dtype=st.sampled_from(affine.SCALE_DTYPES), perm=st.booleans(), tokens=TOKENS,
-    dtype=st.sampled_from(DTYPES), bias=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+@given(**ANY_AFFINE)
 def test_affine(isa, size, bits, group_size, symmetric, scale_dtype, perm, tokens, dtype, bias, seed):
     case = affine_case(affine.AffineLayout(*size, bits, group_size, symmetric, scale_dtype), perm, seed)
     case.check(*inputs(case, tokens, dtype, bias))
