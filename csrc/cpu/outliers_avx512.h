@@ -52,7 +52,8 @@ inline float multiply_values(const uint32_t* entry, const float* x, int64_t coun
 }
 
 // The outliers of a pass over R row blocks against one token. Their activations are fetched a few with each tile,
-// while the vector units work on the dense weights and the memory brings them; the products are taken in the end.
+// while the vector units work on the dense weights and the memory brings them; the products are taken in the end, and
+// the entries of the next pass prefetched then, so that the memory has something to do meanwhile.
 // Scalar loads and stores fetch: they beat a gather instruction on several processors.
 template <int R>
 struct OutlierPass {
@@ -61,8 +62,6 @@ struct OutlierPass {
     const float* x;
     int64_t first_row, rows, begin = 0, count = 0, per_tile = 0;
     int64_t fetched = 0, last = 0;  // last: from where a tile may still begin
-    const char* ahead = nullptr;    // the entries of the next pass
-    int64_t lines = 0;
     alignas(64) float waiting[kMost];
 
     OutlierPass(const Matrix& matrix, int64_t block, const float* activations)
@@ -77,28 +76,22 @@ struct OutlierPass {
         last = m.outlier_row[m.rows] - begin - per_tile;
         if (last > count - 1) last = count - 1;
         if (count + per_tile > kMost) last = -1;
-        lines = ceil_div(per_tile * 4, kLine);
-        ahead = reinterpret_cast<const char*>(m.outlier + begin + count);
     }
 
     __attribute__((always_inline)) void tile() {
-        if (fetched > last || per_tile == 0) return;
-        const uint32_t* entry = m.outlier + begin + fetched;
-        const uint32_t* bits = reinterpret_cast<const uint32_t*>(x);
-        uint32_t* to = reinterpret_cast<uint32_t*>(waiting + fetched);
-        for (int64_t i = 0; i < lines; ++i) _mm_prefetch(ahead + fetched * 4 + i * kLine, _MM_HINT_T0);
-        for (int64_t i = 0; i < per_tile; i += 4) {
-#pragma GCC unroll 2
-            for (int j = 0; j < 4; j += 2) {  // one load for two columns: loads are what these loops are short of
-                uint64_t two;
-                memcpy(&two, entry + i + j, sizeof two);
-                uint64_t c = uint16_t(two), d = uint16_t(two >> 32);
-                asm("" : "+r"(c), "+r"(d));  // keeps the compiler from making a gather of it
-                to[i + j] = bits[c];
-                to[i + j + 1] = bits[d];
-            }
+        const int64_t from = fetched;
+        if (from > last || per_tile == 0) return;
+        fetched = from + per_tile;
+        switch (per_tile) {  // shares up to 1 % of two row blocks: no loop
+            case 4:
+                return fetch<4>(from);
+            case 8:
+                return fetch<8>(from);
+            case 12:
+                return fetch<12>(from);
+            default:
+                for (int64_t i = 0; i < per_tile; i += 4) fetch<4>(from + i);
         }
-        fetched += per_tile;
     }
 
     // Adds what the rows of each block give.
@@ -111,15 +104,34 @@ struct OutlierPass {
                 sum[r] = m.outlier ? outlier_sum(m.outlier, b, e, x) : outlier_sum(m.outlier_wide, b, e, x);
             }
         } else {
-            if (fetched < count) fetch_activations(m.outlier + begin + fetched, count - fetched, x, waiting + fetched);
+            const uint32_t* entry = m.outlier + begin;
+            if (fetched < count) fetch_activations(entry + fetched, count - fetched, x, waiting + fetched);
             for (int64_t r = 0; r < rows; ++r) {
                 const int64_t b = m.outlier_row[first_row + r] - begin;
                 const int64_t n = m.outlier_row[first_row + r + 1] - begin - b;
-                sum[r] = multiply_values(m.outlier + begin + b, waiting + b, n);
+                sum[r] = multiply_values(entry + b, waiting + b, n);
+                prefetch_lines(entry + count + b, ceil_div(n, 16));
             }
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) y[r] = _mm512_add_ps(y[r], _mm512_load_ps(sum + r * kRows));
+    }
+
+  private:
+    template <int Count>
+    __attribute__((always_inline)) void fetch(int64_t from) {
+        const uint32_t* entry = m.outlier + begin + from;
+        const uint32_t* bits = reinterpret_cast<const uint32_t*>(x);
+        uint32_t* to = reinterpret_cast<uint32_t*>(waiting + from);
+#pragma GCC unroll 6
+        for (int i = 0; i < Count; i += 2) {  // one load for two columns: loads are what these loops are short of
+            uint64_t two;
+            memcpy(&two, entry + i, sizeof two);
+            uint64_t c = uint16_t(two), d = uint16_t(two >> 32);
+            asm("" : "+r"(c), "+r"(d));  // keeps the compiler from making a gather of it
+            to[i] = bits[c];
+            to[i + 1] = bits[d];
+        }
     }
 };
 
