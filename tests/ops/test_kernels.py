@@ -118,6 +118,12 @@ def test_weights_are_not_rounded(isa, tokens, group_size, dtype):
     assert (case.run(x) == expected).double().mean() > 0.8
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
+def test_more_outliers_than_wait_for_their_products(isa, tokens):
+    case = spqr_case(spqr.SpQRLayout(40, 4000), 0.5)
+    case.check(*inputs(case, tokens, torch.float32, bias=False))
+
+
 def test_wide_matrix_with_64_bit_outliers(isa):
     case = spqr_case(spqr.SpQRLayout(17, 66000), 0.001)
     assert case.tensors[2].dtype == torch.int64
