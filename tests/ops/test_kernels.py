@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.panels import GROUP_SIZES
-from tests.ops.cases import ROUNDING, Case, affine_case, spqr_case
+from hf_spqr.methods import rtn
+from hf_spqr.methods.base import AffineParams
+from tests.ops.cases import ROUNDING, Case, affine_case, affine_case_of, spqr_case
 
 DTYPES = tuple(ROUNDING)
 SIZES = st.tuples(st.sampled_from([1, 5, 16, 33, 70]), st.sampled_from([1, 17, 32, 100, 256, 300, 640]))
@@ -106,6 +108,20 @@ def test_exact_to_one_in_ten_thousand(isa, tokens):
     expected = x.double() @ case.weight.double().T
     error = (case.run(x).double() - expected).norm() / expected.norm()
     assert error < 1e-4
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (3, 128), (4, 32)])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_large_channels_cost_the_others_little(isa, tokens, bits, group_size):
+    """What kernels round of x, a share of the largest value near by, must meet code - zero and not the bare code."""
+    gen = torch.Generator().manual_seed(bits)
+    weight = torch.randn(512, 4096, generator=gen)
+    case = affine_case_of(rtn.quantize(weight, AffineParams(bits, group_size)).weight)
+    x = torch.randn(tokens, 4096, generator=gen)
+    x[:, [7, 700]] *= 1000
+    expected = x.double() @ case.weight.double().T
+    error = (case.run(x).double() - expected).norm() / expected.norm()
+    assert error < 2e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
