@@ -144,6 +144,15 @@ def test_wide_matrix_with_64_bit_outliers(isa):
     check_dense(case, torch.float32)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_long_rows_of_one_sign(isa, tokens):
+    """Sums grow to a size at which a single product added to them would lose most of its bits."""
+    case = affine_case(affine.AffineLayout(16, 70000, 4, -1))
+    x = torch.ones(tokens, 70000)
+    size = case.weight.double().abs().sum(1)
+    assert ((case.run(x).double() - case.weight.double().sum(1)).abs() / size).max() < 1e-5
+
+
 def test_many_rows_in_stretches(isa):
     """More dequantized weights than the scratch holds: the product is taken in several stretches of rows."""
     case = affine_case(affine.AffineLayout(1300, 4096, 4, 128))
