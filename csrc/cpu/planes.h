@@ -1,5 +1,6 @@
 // A token's activations as int16 = 256 * hi + lo in two planes of int8, for the integer dot product of VNNI. A block
-// of columns shares one fp32 scale: x = scale * (256 * hi + lo) to within 2e-5 of the block's largest value.
+// of columns shares one fp32 scale: x = scale * (256 * hi + lo) to within 2e-5 of the block's largest value, 4e-5
+// where codes of 3 bits come doubled (unpack_half.h).
 #pragma once
 #include "cpu/panels.h"
 
@@ -19,8 +20,8 @@ constexpr int kMostTogether = 4;  // tokens that are multiplied together
 constexpr int kMostFew = 8;       // tokens of a call, in shares of so many
 
 // Where the parts of some tokens that are multiplied together lie, token by token: the tiles, then (scale, 1, sum of
-// the activations / scale, 1) per block, what the second level of SpQR's statistics is multiplied by. Blocks are
-// counted to whole panels of 16, so that kernels may read on.
+// 256 * hi + lo, 1) per block, what the second level of SpQR's statistics is multiplied by. Blocks are counted to
+// whole panels of 16, so that kernels may read on.
 struct Planes {
     int64_t tiles, blocks;
     int tokens;
