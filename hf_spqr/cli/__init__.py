@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import typer
+from rich.markup import escape
 
 from hf_spqr.cli.bench import bench_command
 from hf_spqr.cli.common import err_console, print_json
@@ -54,5 +55,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(1) from None
         if "--json" in arguments:
             print_json({"error": str(error), "type": type(error).__name__})
-        err_console().print("[red]error:[/red]", str(error), markup=True, soft_wrap=True)
+        err_console().print("[red]error:[/red]", escape(str(error)), soft_wrap=True)
         raise SystemExit(1) from None

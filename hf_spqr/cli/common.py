@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_spqr.errors import ConfigError, HfSpqrError
@@ -57,12 +59,17 @@ class CommandError(HfSpqrError):
 
 def out_console() -> Console:
     """Results for people: stdout. Into a file or a pipe tables are as wide as they need to be."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 400, highlight=False)
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 400, highlight=False, emoji=False)
 
 
 def err_console() -> Console:
     """Messages and progress: stderr."""
-    return Console(file=sys.stderr, highlight=False)
+    return Console(file=sys.stderr, highlight=False, emoji=False)
+
+
+def bold(text: object) -> str:
+    """``text``, a name or a path that may have brackets, as bold markup."""
+    return f"[bold]{escape(str(text))}[/bold]"
 
 
 def print_json(data: Any) -> None:
@@ -75,7 +82,7 @@ def progress(description: str) -> Iterator[Any]:
     """A progress bar on stderr; yields a function (done, total) to call."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err_console(), transient=True) as bar:
-        task = bar.add_task(description, total=None)
+        task = bar.add_task(escape(description), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -132,11 +139,26 @@ def check_device(device: str | None) -> None:
     import torch
 
     try:
-        kind = torch.device(device).type
+        wanted = torch.device(device)
     except RuntimeError:
         raise CommandError(f"--device {device}: use cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise CommandError(f"--device {device}: this torch sees no CUDA device (`hf-spqr doctor` shows more)")
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            raise CommandError(f"--device {device}: this torch sees no CUDA device (`hf-spqr doctor` shows more)")
+        if (wanted.index or 0) >= count:
+            raise CommandError(f"--device {device}: this machine has {count} CUDA devices, the first is cuda:0")
+        return
+    try:
+        torch.zeros(1, device=wanted).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"--device {device} cannot be used here ({error}); use cpu, cuda or cuda:N") from None
+
+
+def check_shard_size(size: str) -> None:
+    """Raise CommandError unless ``size`` is a file size as Transformers understands it, such as 5GB."""
+    if not re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", size, re.IGNORECASE) or not re.search("[1-9]", size):
+        raise CommandError(f"--max-shard-size {size}: give a number and a unit (KB, MB, GB or TB), for example 5GB")
 
 
 def load_tokenizer(model: str) -> Any:

@@ -12,7 +12,9 @@ from hf_spqr.cli.common import (
     CommandError,
     Dtype,
     JsonOption,
+    bold,
     check_model,
+    check_shard_size,
     err_console,
     load_model,
     number_or_none,
@@ -61,7 +63,8 @@ def convert_command(
       hf-spqr convert meta-llama/Llama-2-7b-hf out/w3 --omniquant Llama-2-7b-w3a16g128.pth --bits 3 --group-size 128
     """
     check_model(model)
-    check_output(out, overwrite, inputs=(model,))
+    check_output(out, overwrite, inputs=(model, *([] if omniquant is None else [omniquant])))
+    check_shard_size(max_shard_size)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = read(model, dtype, omniquant, bits, group_size, act_bits)
@@ -81,7 +84,7 @@ def convert_command(
     for note in notes:
         err_console().print(f"note: {note}", markup=False, soft_wrap=True)
     out_console().print(
-        f"[bold]{out}[/bold]  {totals['layers']} layers in {size_of(totals['nbytes'])}: "
+        f"{bold(out)}  {totals['layers']} layers in {size_of(totals['nbytes'])}: "
         f"[bold]{number_or_none(totals['bits_per_weight'], 3)} bits per weight[/bold], {totals['outliers']} outliers"
     )
 

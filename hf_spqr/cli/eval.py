@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from hf_spqr.cli.common import (
@@ -18,6 +19,7 @@ from hf_spqr.cli.common import (
     Dtype,
     JsonOption,
     ModelArgument,
+    bold,
     check_model,
     load_model,
     load_tokenizer,
@@ -176,14 +178,14 @@ def checkpoint_bits(model: str) -> dict[str, Any]:
 def show(dataset: str, results: list[dict[str, Any]]) -> None:
     """Print the table for people."""
     console = out_console()
-    console.print(f"[bold]{dataset}[/bold]  {results[-1]['protocol_text']}")
+    console.print(f"{bold(dataset)}  {results[-1]['protocol_text']}")
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("model", overflow="fold")
     for name in ("perplexity", "mean of documents", "nll", "bits/weight", "dtype", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
-            result["model"],
+            escape(result["model"]),
             f"{result['perplexity']:.4f}",
             number_or_none(result["perplexity_documents"]),
             f"{result['nll']:.4f}",

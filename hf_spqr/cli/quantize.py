@@ -17,8 +17,10 @@ from hf_spqr.cli.common import (
     Dtype,
     JsonOption,
     ModelArgument,
+    bold,
     check_device,
     check_model,
+    check_shard_size,
     err_console,
     load_model,
     load_tokenizer,
@@ -156,7 +158,9 @@ def quantize_command(
         with ranks.together():
             check_model(model)
             check_device(device)
-            check_output(out, overwrite, inputs=(model,))
+            files = [dataset, *([overrides[1:]] if overrides and overrides.startswith("@") else [])]
+            check_output(out, overwrite, inputs=(model, *files))
+            check_shard_size(max_shard_size)
             positions = check_base(model)
             config = build_config(
                 method,
@@ -269,8 +273,8 @@ def show(out: Path, report: QuantizationReport, seconds: float) -> None:
         err_console().print(f"note: {note}", markup=False, soft_wrap=True)
     totals = report.totals()
     out_console().print(
-        f"[bold]{out}[/bold]  {totals['layers']} layers, {totals['weights']:,} weights in "
+        f"{bold(out)}  {totals['layers']} layers, {totals['weights']:,} weights in "
         f"{size_of(totals['nbytes'])}: [bold]{number_or_none(totals['bits_per_weight'], 3)} bits per weight[/bold], "
         f"{totals['outliers']} outliers, mean layer error {number_or_none(totals['mean_error'])}, {seconds:.0f} s"
     )
-    out_console().print(f"Next: hf-spqr eval {out} --dataset FILE    hf-spqr inspect {out}")
+    out_console().print(f"Next: hf-spqr eval {out} --dataset FILE    hf-spqr inspect {out}", markup=False)

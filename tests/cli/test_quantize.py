@@ -118,6 +118,23 @@ def test_refuses_a_full_folder_and_replaces_it_when_told(run, base: Path, datase
     assert names(tmp_path) == {"q"}
 
 
+def test_never_replaces_the_folder_of_its_data(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    shutil.copy(dataset, out / "texts.jsonl")
+    result = run("quantize", base, out, "-d", out / "texts.jsonl", *FAST, "--overwrite")
+    assert result.code == 1 and "choose another output folder" in result.err
+    assert names(out) == {"config.json", "texts.jsonl"}
+
+
+def test_paths_with_brackets_are_shown(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "[new]" / "q"
+    assert f"{out}  14 layers" in run("quantize", base, out, "-d", dataset, *FAST).out
+    assert f"{out}  LlamaForCausalLM" in run("inspect", out).out
+    assert "no[thing]" in run("eval", out, "-d", dataset, "--limit", 1, "--base", tmp_path / "no[thing]").err
+
+
 @pytest.mark.parametrize("broken", ["weights", "interrupt"])
 def test_nothing_is_left_after_a_failure(run, base: Path, dataset: Path, tmp_path: Path, monkeypatch, broken) -> None:
     from transformers import LlamaForCausalLM
@@ -145,6 +162,10 @@ def test_nothing_is_left_after_a_failure(run, base: Path, dataset: Path, tmp_pat
         (("--overrides", "[]"), "must be a JSON object"),
         (("--overrides", "@absent.json"), "does not exist"),
         (("--device", "gpu"), "use cpu, cuda"),
+        (("--device", "meta"), "cannot be used here"),
+        (("--max-shard-size", "5"), "give a number and a unit"),
+        (("--max-shard-size", "-5GB"), "give a number and a unit"),
+        (("--max-shard-size", "0MB"), "give a number and a unit"),
         (("--preset", "W4A16"), "--preset has no meaning for --method spqr"),
         (("--act-bits", "8"), "--act-bits has no meaning for --method spqr"),
         (("--method", "omniquant", "--target-bits", "4"), "--target-bits has no meaning for --method omniquant"),
