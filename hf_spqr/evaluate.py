@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_spqr.calibration.data import check_tokens
 from hf_spqr.errors import CalibrationError, ConfigError
 
 __all__ = ["PROTOCOLS", "Perplexity", "default_seqlen", "perplexity"]
@@ -118,7 +119,8 @@ def perplexity(
 
     Raises:
         ConfigError: unknown protocol, or ``seqlen``, ``stride`` or ``batch_size`` out of range.
-        CalibrationError: nothing can be scored, e.g. every document is shorter than two tokens.
+        CalibrationError: nothing can be scored, e.g. every document is shorter than two tokens, or the model has no
+            embedding for a token.
     """
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol={protocol!r}: use one of {', '.join(PROTOCOLS)}.")
@@ -145,6 +147,7 @@ def perplexity(
             f"nothing to score: {len(documents)} documents give no window under protocol {protocol!r} with "
             f"seqlen={seqlen}. Give more text or a smaller seqlen."
         )
+    check_tokens(model, min(min(w.tokens) for w in windows), max(max(w.tokens) for w in windows))
     start = time.monotonic()
     sums, counts = _score(model, windows, batch_size, on_progress)
     return Perplexity(

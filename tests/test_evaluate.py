@@ -34,6 +34,12 @@ def nll_alone(model, tokens: list[int]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
 
 
+@pytest.mark.parametrize("token", [-1, 32])
+def test_tokens_of_another_model(model, token: int) -> None:
+    with pytest.raises(CalibrationError, match="the model has 32 embeddings"):
+        perplexity(model, None, [[1, 2, token]])
+
+
 def test_per_document_equals_each_document_alone(model) -> None:
     texts = documents([20, 5, 33, 1, 12])
     alone = [nll_alone(model, tokens) for tokens in texts if len(tokens) > 1]
