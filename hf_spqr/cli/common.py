@@ -132,6 +132,31 @@ def check_model(model: str) -> None:
         raise CommandError(f"{model} does not exist")
 
 
+def read_config(model: str) -> Any:
+    """The Transformers config of ``model``; CommandError when it cannot be read or its quant_method is unknown."""
+    from transformers import AutoConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    import hf_spqr  # noqa: F401  (registers the quantization methods)
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = dict(quantization).get("quant_method")
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            raise CommandError(f"{model}: its quant_method {method!r} is one that this Transformers does not know")
+    return config
+
+
+def stored_method(model: str) -> str | None:
+    """``quant_method`` of the checkpoint; None when it is not quantized. Raises as :func:`read_config`."""
+    quantization = getattr(read_config(model), "quantization_config", None)
+    return None if quantization is None else dict(quantization)["quant_method"]
+
+
 def check_device(device: str | None) -> None:
     """Raise CommandError for a device that torch does not know or that this machine does not have."""
     if device is None:
@@ -180,11 +205,11 @@ def load_model(
     """
     import transformers
 
-    import hf_spqr  # noqa: F401  (registers the quantization methods)
     from hf_spqr.nn import GroupedLinear, PackedLinear
 
     check_model(model)
     check_device(device)
+    read_config(model)
     if device is not None:
         kwargs["device_map"] = device
     transformers.utils.logging.disable_progress_bar()

@@ -21,6 +21,7 @@ from hf_spqr.cli.common import (
     out_console,
     print_json,
     size_of,
+    stored_method,
 )
 from hf_spqr.cli.folder import check_output, complete_folder
 
@@ -117,18 +118,6 @@ def read(
         f'{model}: convert reads official SpQR (quant_method "spqr") and GPTQ v2 checkpoints, {found}. A GPTQ folder'
         " without quantization_config needs --bits and --group-size"
     )
-
-
-def stored_method(model: str) -> str | None:
-    """``quant_method`` of the checkpoint; None when it is not quantized."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except ValueError as error:
-        raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
-    quantization = getattr(config, "quantization_config", None)
-    return None if quantization is None else dict(quantization).get("quant_method")
 
 
 def copy_tokenizer(model: str, folder: Path) -> bool:

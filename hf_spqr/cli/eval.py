@@ -148,9 +148,9 @@ def measure(
     """Load, score and free one model; the result as a JSON object."""
     from hf_spqr.evaluate import perplexity
 
-    loaded = load_model(model, dtype, device, backend)
+    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device, backend)
     with progress(f"evaluating {model}") as advance:
-        result = perplexity(loaded, load_tokenizer(model), texts, on_progress=advance, **settings)
+        result = perplexity(loaded, tokenizer, texts, on_progress=advance, **settings)
     return {
         "model": model,
         "dtype": str(loaded.dtype).removeprefix("torch."),

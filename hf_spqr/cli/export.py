@@ -20,8 +20,9 @@ from hf_spqr.cli.common import (
     out_console,
     print_json,
     size_of,
+    stored_method,
 )
-from hf_spqr.cli.convert import copy_tokenizer, stored_method
+from hf_spqr.cli.convert import copy_tokenizer
 from hf_spqr.cli.folder import check_output, complete_folder
 
 

@@ -28,6 +28,7 @@ from hf_spqr.cli.common import (
     out_console,
     parse_json_object,
     print_json,
+    read_config,
     size_of,
 )
 from hf_spqr.cli.folder import check_output, complete_folder
@@ -231,15 +232,10 @@ def build_config(method: Method, preset: str | None, mode: str | None, **fields:
 
 def check_base(model: str) -> int:
     """Number of positions of the base model; CommandError when it is quantized already."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except ValueError as error:
-        raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
+    config = read_config(model)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        method = dict(quantization).get("quant_method")
+        method = dict(quantization)["quant_method"]
         raise CommandError(f"{model} is quantized already ({method}); give the model that it was made from")
     return getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_SEQLEN
 

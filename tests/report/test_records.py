@@ -89,6 +89,9 @@ def test_absent_damaged_and_future_reports(tmp_path) -> None:
     del data["layers"]
     with pytest.raises(CheckpointError, match="damaged"):
         QuantizationReport.from_dict(data)
+    (tmp_path / REPORT_NAME).write_text("[]")
+    with pytest.raises(CheckpointError, match="report_version None"):
+        QuantizationReport.load(tmp_path)
     (tmp_path / REPORT_NAME).write_text("{half")
     with pytest.raises(CheckpointError, match="not JSON"):
         QuantizationReport.load(tmp_path)
