@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -46,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     What a user can mend (a missing file, a field out of range, a missing optional package) is one message without a
     traceback; with ``--json`` it is also ``{"error": ...}`` on stdout. Anything else is a bug and shows its traceback.
+    SIGTERM (``kill``, torchrun, batch systems) is an exit like any other, so that unfinished folders are removed.
     """
+    signal.signal(signal.SIGTERM, _stop)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(arguments, prog_name="hf-spqr")
@@ -57,3 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_json({"error": str(error), "type": type(error).__name__})
         err_console().print("[red]error:[/red]", escape(str(error)), soft_wrap=True)
         raise SystemExit(1) from None
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)

@@ -107,7 +107,11 @@ def read(
         group_size = -1 if group_size is None else group_size
         apply_parameters(loaded, parameters, bits=bits, group_size=group_size, act_bits=act_bits)
         return loaded
+    if act_bits is not None:
+        raise CommandError("--act-bits goes with --omniquant only")
     if method == "spqr":
+        if bits is not None or group_size is not None:
+            raise CommandError(f"{model} is official SpQR, 3 bit in groups of 16: leave out --bits and --group-size")
         return load_model(model, dtype, None)
     if method == "gptq" or (method is None and bits is not None):
         from hf_spqr.integrations.gptq import load_gptq_v2

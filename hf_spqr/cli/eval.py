@@ -106,8 +106,8 @@ def eval_command(
     if (dataset is None) == (tasks is None):
         raise typer.BadParameter("give either --dataset, a text for perplexity, or --tasks, tasks of lm-eval")
     if tasks is not None:
-        if backend is not Backend.auto:
-            raise typer.BadParameter("--backend goes with --dataset only")
+        if backend is not Backend.auto or seqlen is not None or stride is not None:
+            raise typer.BadParameter("--backend, --seqlen and --stride go with --dataset only")
         found = run_tasks(names, tasks, task_folder, num_fewshot, limit, batch_size, dtype, device)
         if json:
             print_json(found)
@@ -115,6 +115,8 @@ def eval_command(
             show_tasks(found)
         return
     assert dataset is not None
+    if task_folder is not None or num_fewshot is not None:
+        raise typer.BadParameter("--task-folder and --num-fewshot go with --tasks only")
     documents = list(islice(iter_documents(dataset), limit))
     if not documents:
         raise CommandError(f"{dataset} has no documents")

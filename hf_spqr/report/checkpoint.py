@@ -193,8 +193,8 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         wrong = {parts["packed"].shape for parts in matrices} - {layout.packed_shape()} if layout else None
         if wrong:
             raise CheckpointError(
-                f"{name}: {layout} is packed as {list(layout.packed_shape())}, the file has {list(wrong.pop())}: config"
-                " or report beside it belong to another file"
+                f"{name}: {layout} is packed as {list(layout.packed_shape())}, the file has {list(wrong.pop())}: the"
+                " config or the report beside it belong to another file"
             )
         report.layers.append(
             PackedLayer(

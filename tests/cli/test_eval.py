@@ -78,4 +78,7 @@ def test_mistakes_are_messages(run, base: Path, dataset: Path, tmp_path: Path) -
         assert message in result.err
         assert "Traceback" not in result.err
     assert run("eval", base).code == 2
-    assert "--dataset only" in run("eval", base, "--tasks", "piqa", "--backend", "reference").err
+    for option in (("--backend", "reference"), ("--seqlen", 8), ("--stride", 4)):
+        assert "--dataset only" in run("eval", base, "--tasks", "piqa", *option).err
+    for option in (("--num-fewshot", 2), ("--task-folder", tmp_path)):
+        assert "--tasks only" in run("eval", base, "-d", dataset, *option).err

@@ -1,5 +1,9 @@
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -150,6 +154,26 @@ def test_nothing_is_left_after_a_failure(run, base: Path, dataset: Path, tmp_pat
     assert list((tmp_path / "deep").iterdir()) == []
     if broken == "weights":
         assert result.json["error"] == "no space left on device"
+
+
+def test_nothing_is_left_after_a_signal(base: Path, dataset: Path, tmp_path: Path) -> None:
+    script = """
+        import signal, sys
+        from pathlib import Path
+        from transformers import LlamaForCausalLM
+        from hf_spqr.cli import main
+
+        def end(self, folder, **kwargs):
+            Path(folder, "model.safetensors").write_bytes(b"half")
+            signal.raise_signal(signal.SIGTERM)
+
+        LlamaForCausalLM.save_pretrained = end
+        main(sys.argv[1:])
+    """
+    arguments = ["quantize", str(base), str(tmp_path / "q"), "-d", str(dataset), *FAST]
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *arguments], capture_output=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from hf_spqr.errors import CheckpointError
+from hf_spqr.errors import CheckpointError, ConfigError
 from hf_spqr.report import (
     REPORT_NAME,
     BlockReport,
@@ -118,3 +118,6 @@ def test_plot(tmp_path) -> None:
     assert plot_report(make_report(), tmp_path / "plot.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="no quantized layers"):
         plot_report(QuantizationReport("hf_spqr", {}), tmp_path / "empty.png")
+    for name in ("plot", "plot.xyz"):
+        with pytest.raises(ConfigError, match=r"ends in \.png, \.svg, \.pdf"):
+            plot_report(make_report(), tmp_path / name)
