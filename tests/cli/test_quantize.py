@@ -215,6 +215,16 @@ def test_models_and_data_that_are_not_there(run, base: Path, quantized: Path, da
     assert not out.exists()
 
 
+def test_a_damaged_base_model(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "base"
+    shutil.copytree(base, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = run("quantize", damaged, tmp_path / "q", "-d", dataset, *FAST)
+    assert result.code == 1 and "error: Error while deserializing header" in result.err
+    assert names(tmp_path) == {"base"}
+
+
 def test_without_a_tokenizer(run, base: Path, dataset: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(base, bare, ignore=shutil.ignore_patterns("tokenizer*"))
