@@ -211,7 +211,8 @@ def parse_threshold(text: str) -> float:
 def build_config(method: Method, preset: str | None, mode: str | None, **fields: Any) -> PackedConfig:
     """The config of ``method`` from the options that were given, the others being None.
 
-    Raises ConfigError for a value out of range and CommandError for an option that the method does not have.
+    Raises ConfigError for a value out of range and CommandError for an option that the method does not have or that
+    another one contradicts.
     """
     from hf_spqr.config import OmniQuantConfig, SpQRConfig
 
@@ -222,6 +223,8 @@ def build_config(method: Method, preset: str | None, mode: str | None, **fields:
     if method is Method.spqr:
         if preset is not None:
             raise CommandError(f"--preset has no meaning for --method {method.value}")
+        if {"target_bits", "outlier_threshold"} <= given.keys():
+            raise CommandError("--target-bits chooses the threshold: leave out --outlier-threshold, or --target-bits")
         return SpQRConfig(**(given if mode is None else {**given, "mode": mode}))
     if preset is not None:
         return OmniQuantConfig.from_preset(preset, reference=mode == "reference", **given)

@@ -190,6 +190,7 @@ def test_nothing_is_left_after_a_signal(base: Path, dataset: Path, tmp_path: Pat
         (("--max-shard-size", "5"), "give a number and a unit"),
         (("--max-shard-size", "-5GB"), "give a number and a unit"),
         (("--max-shard-size", "0MB"), "give a number and a unit"),
+        (("--target-bits", "5", "--outlier-threshold", "1"), "--target-bits chooses the threshold"),
         (("--preset", "W4A16"), "--preset has no meaning for --method spqr"),
         (("--act-bits", "8"), "--act-bits has no meaning for --method spqr"),
         (("--method", "omniquant", "--target-bits", "4"), "--target-bits has no meaning for --method omniquant"),
