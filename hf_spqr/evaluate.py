@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_spqr.errors import CalibrationError, ConfigError
+from hf_spqr.calibration.data import check_tokens
+from hf_spqr.errors import CalibrationError, ConfigError, NonFiniteError
 
 __all__ = ["PROTOCOLS", "Perplexity", "default_seqlen", "perplexity"]
 
@@ -118,7 +119,9 @@ def perplexity(
 
     Raises:
         ConfigError: unknown protocol, or ``seqlen``, ``stride`` or ``batch_size`` out of range.
-        CalibrationError: nothing can be scored, e.g. every document is shorter than two tokens.
+        CalibrationError: nothing can be scored, e.g. every document is shorter than two tokens, or the model has no
+            embedding for a token.
+        NonFiniteError: the model gives NaN or infinity.
     """
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol={protocol!r}: use one of {', '.join(PROTOCOLS)}.")
@@ -145,8 +148,14 @@ def perplexity(
             f"nothing to score: {len(documents)} documents give no window under protocol {protocol!r} with "
             f"seqlen={seqlen}. Give more text or a smaller seqlen."
         )
+    check_tokens(model, min(min(w.tokens) for w in windows), max(max(w.tokens) for w in windows))
     start = time.monotonic()
     sums, counts = _score(model, windows, batch_size, on_progress)
+    if not math.isfinite(sum(sums)):
+        raise NonFiniteError(
+            "The model gives NaN or infinity on this text, so there is no perplexity. Load it in bfloat16 or float32"
+            " if float16 overflows, and check its weights."
+        )
     return Perplexity(
         protocol=protocol,
         nll=sum(sums) / sum(counts),

@@ -1,10 +1,11 @@
+import copy
 import math
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_spqr.errors import CalibrationError, ConfigError
+from hf_spqr.errors import CalibrationError, ConfigError, NonFiniteError
 from hf_spqr.evaluate import PROTOCOLS, perplexity
 
 
@@ -32,6 +33,19 @@ def documents(lengths: list[int]) -> list[list[int]]:
 def nll_alone(model, tokens: list[int]) -> torch.Tensor:
     ids = torch.tensor([tokens])
     return torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+
+
+@pytest.mark.parametrize("token", [-1, 32])
+def test_tokens_of_another_model(model, token: int) -> None:
+    with pytest.raises(CalibrationError, match="the model has 32 embeddings"):
+        perplexity(model, None, [[1, 2, token]])
+
+
+def test_a_model_that_gives_nan(model) -> None:
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(NonFiniteError, match="no perplexity"):
+        perplexity(broken, None, [[1, 2, 3]])
 
 
 def test_per_document_equals_each_document_alone(model) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_spqr.errors import CalibrationError
 
-__all__ = ["calibration_batches", "calibration_windows", "iter_documents", "tokenize_document"]
+__all__ = ["calibration_batches", "calibration_windows", "check_tokens", "iter_documents", "tokenize_document"]
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,17 @@ def calibration_batches(windows: Sequence[Tensor], tokens_per_batch: int = TOKEN
     return [torch.cat(batch) for batch in batches]
 
 
+def check_tokens(model: Any, low: int, high: int) -> None:
+    """Raise CalibrationError unless the token ids from ``low`` to ``high`` have a place in the model's embeddings."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    size = getattr(embeddings, "num_embeddings", None)
+    if size is not None and not 0 <= low <= high < size:
+        raise CalibrationError(
+            f"The data has token ids from {low} to {high}, the model has {size} embeddings (0 to {size - 1}): the"
+            " tokenizer, or the data that was tokenized with it, belongs to another model."
+        )
+
+
 def _document(item: Any, index: int) -> str | Tensor:
     if isinstance(item, str):
         return item
@@ -166,25 +177,35 @@ def _read_file(path: Path) -> Iterator[str | Tensor]:
     suffix = path.suffix.lower()
     try:
         if suffix in (".jsonl", ".ndjson"):
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 for index, line in enumerate(lines):
                     if line.strip():
-                        yield _document(json.loads(line), index)
+                        yield _document(_parse(line, path, index), index)
         elif suffix == ".json":
-            items = json.loads(path.read_text(encoding="utf-8"))
+            items = json.loads(path.read_text(encoding="utf-8-sig"))
             if isinstance(items, Mapping) and not isinstance(items.get("text"), str):
                 items = next((value for value in items.values() if isinstance(value, list)), [items])
             for index, item in enumerate(items if isinstance(items, list) else [items]):
                 yield _document(item, index)
         else:
-            yield path.read_text(encoding="utf-8")
+            yield path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CalibrationError(f"{path} cannot be read as {suffix[1:] or 'text'}: {error}") from error
 
 
+def _parse(line: str, path: Path, index: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(
+            f"{path} cannot be read: line {index + 1} is not JSON ({error.msg}, column {error.pos + 1})"
+        ) from error
+
+
 def _read_hub(name: str) -> Iterator[str | Tensor]:
     if Path(name).suffix.lower() in (".txt", ".json", ".jsonl", ".ndjson") or name.startswith((".", "/", "~")):
-        raise CalibrationError(f"The calibration file {name} does not exist.")
+        found = "is a folder: give one of its files" if Path(name).is_dir() else "does not exist"
+        raise CalibrationError(f"The calibration file {name} {found}.")
     try:
         import datasets
     except ImportError as error:

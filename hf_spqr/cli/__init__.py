@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
+from rich.markup import escape
+from safetensors import SafetensorError
 
 from hf_spqr.cli.bench import bench_command
 from hf_spqr.cli.common import err_console, print_json
@@ -43,16 +47,23 @@ app.command("doctor")(doctor_command)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0, 1 when the work failed, 2 when the call was wrong.
 
-    What a user can mend (a missing file, a field out of range, a missing optional package) is one message without a
-    traceback; with ``--json`` it is also ``{"error": ...}`` on stdout. Anything else is a bug and shows its traceback.
+    What a user can mend (a missing or damaged file, a full disk, a field out of range, a missing optional package) is
+    one message without a traceback; with ``--json`` it is also ``{"error": ...}`` on stdout. Anything else is a bug
+    and shows its traceback. SIGTERM (``kill``, torchrun, batch systems) is an exit like any other, so that unfinished
+    folders are removed.
     """
+    signal.signal(signal.SIGTERM, _stop)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(arguments, prog_name="hf-spqr")
-    except (HfSpqrError, OSError, ImportError) as error:
+    except (HfSpqrError, OSError, ImportError, SafetensorError) as error:
         if is_shown_elsewhere(error):
             raise SystemExit(1) from None
         if "--json" in arguments:
             print_json({"error": str(error), "type": type(error).__name__})
-        err_console().print("[red]error:[/red]", str(error), markup=True, soft_wrap=True)
+        err_console().print("[red]error:[/red]", escape(str(error)), soft_wrap=True)
         raise SystemExit(1) from None
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)

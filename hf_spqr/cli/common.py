@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_spqr.errors import ConfigError, HfSpqrError
@@ -57,12 +59,17 @@ class CommandError(HfSpqrError):
 
 def out_console() -> Console:
     """Results for people: stdout. Into a file or a pipe tables are as wide as they need to be."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 400, highlight=False)
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 400, highlight=False, emoji=False)
 
 
 def err_console() -> Console:
     """Messages and progress: stderr."""
-    return Console(file=sys.stderr, highlight=False)
+    return Console(file=sys.stderr, highlight=False, emoji=False)
+
+
+def bold(text: object) -> str:
+    """``text``, a name or a path that may have brackets, as bold markup."""
+    return f"[bold]{escape(str(text))}[/bold]"
 
 
 def print_json(data: Any) -> None:
@@ -75,7 +82,7 @@ def progress(description: str) -> Iterator[Any]:
     """A progress bar on stderr; yields a function (done, total) to call."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err_console(), transient=True) as bar:
-        task = bar.add_task(description, total=None)
+        task = bar.add_task(escape(description), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -125,6 +132,31 @@ def check_model(model: str) -> None:
         raise CommandError(f"{model} does not exist")
 
 
+def read_config(model: str) -> Any:
+    """The Transformers config of ``model``; CommandError when it cannot be read or its quant_method is unknown."""
+    from transformers import AutoConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    import hf_spqr  # noqa: F401  (registers the quantization methods)
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = dict(quantization).get("quant_method")
+        if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            raise CommandError(f"{model}: its quant_method {method!r} is one that this Transformers does not know")
+    return config
+
+
+def stored_method(model: str) -> str | None:
+    """``quant_method`` of the checkpoint; None when it is not quantized. Raises as :func:`read_config`."""
+    quantization = getattr(read_config(model), "quantization_config", None)
+    return None if quantization is None else dict(quantization)["quant_method"]
+
+
 def check_device(device: str | None) -> None:
     """Raise CommandError for a device that torch does not know or that this machine does not have."""
     if device is None:
@@ -132,11 +164,26 @@ def check_device(device: str | None) -> None:
     import torch
 
     try:
-        kind = torch.device(device).type
+        wanted = torch.device(device)
     except RuntimeError:
         raise CommandError(f"--device {device}: use cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise CommandError(f"--device {device}: this torch sees no CUDA device (`hf-spqr doctor` shows more)")
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count()
+        if not count:
+            raise CommandError(f"--device {device}: this torch sees no CUDA device (`hf-spqr doctor` shows more)")
+        if (wanted.index or 0) >= count:
+            raise CommandError(f"--device {device}: this machine has {count} CUDA devices, the first is cuda:0")
+        return
+    try:
+        torch.zeros(1, device=wanted).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"--device {device} cannot be used here ({error}); use cpu, cuda or cuda:N") from None
+
+
+def check_shard_size(size: str) -> None:
+    """Raise CommandError unless ``size`` is a file size as Transformers understands it, such as 5GB."""
+    if not re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*[KMGT]B\s*", size, re.IGNORECASE) or not re.search("[1-9]", size):
+        raise CommandError(f"--max-shard-size {size}: give a number and a unit (KB, MB, GB or TB), for example 5GB")
 
 
 def load_tokenizer(model: str) -> Any:
@@ -158,11 +205,11 @@ def load_model(
     """
     import transformers
 
-    import hf_spqr  # noqa: F401  (registers the quantization methods)
     from hf_spqr.nn import GroupedLinear, PackedLinear
 
     check_model(model)
     check_device(device)
+    read_config(model)
     if device is not None:
         kwargs["device_map"] = device
     transformers.utils.logging.disable_progress_bar()

@@ -12,13 +12,16 @@ from hf_spqr.cli.common import (
     CommandError,
     Dtype,
     JsonOption,
+    bold,
     check_model,
+    check_shard_size,
     err_console,
     load_model,
     number_or_none,
     out_console,
     print_json,
     size_of,
+    stored_method,
 )
 from hf_spqr.cli.folder import check_output, complete_folder
 
@@ -61,7 +64,8 @@ def convert_command(
       hf-spqr convert meta-llama/Llama-2-7b-hf out/w3 --omniquant Llama-2-7b-w3a16g128.pth --bits 3 --group-size 128
     """
     check_model(model)
-    check_output(out, overwrite, inputs=(model,))
+    check_output(out, overwrite, inputs=(model, *([] if omniquant is None else [omniquant])))
+    check_shard_size(max_shard_size)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = read(model, dtype, omniquant, bits, group_size, act_bits)
@@ -81,7 +85,7 @@ def convert_command(
     for note in notes:
         err_console().print(f"note: {note}", markup=False, soft_wrap=True)
     out_console().print(
-        f"[bold]{out}[/bold]  {totals['layers']} layers in {size_of(totals['nbytes'])}: "
+        f"{bold(out)}  {totals['layers']} layers in {size_of(totals['nbytes'])}: "
         f"[bold]{number_or_none(totals['bits_per_weight'], 3)} bits per weight[/bold], {totals['outliers']} outliers"
     )
 
@@ -103,7 +107,11 @@ def read(
         group_size = -1 if group_size is None else group_size
         apply_parameters(loaded, parameters, bits=bits, group_size=group_size, act_bits=act_bits)
         return loaded
+    if act_bits is not None:
+        raise CommandError("--act-bits goes with --omniquant only")
     if method == "spqr":
+        if bits is not None or group_size is not None:
+            raise CommandError(f"{model} is official SpQR, 3 bit in groups of 16: leave out --bits and --group-size")
         return load_model(model, dtype, None)
     if method == "gptq" or (method is None and bits is not None):
         from hf_spqr.integrations.gptq import load_gptq_v2
@@ -114,18 +122,6 @@ def read(
         f'{model}: convert reads official SpQR (quant_method "spqr") and GPTQ v2 checkpoints, {found}. A GPTQ folder'
         " without quantization_config needs --bits and --group-size"
     )
-
-
-def stored_method(model: str) -> str | None:
-    """``quant_method`` of the checkpoint; None when it is not quantized."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except ValueError as error:
-        raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
-    quantization = getattr(config, "quantization_config", None)
-    return None if quantization is None else dict(quantization).get("quant_method")
 
 
 def copy_tokenizer(model: str, folder: Path) -> bool:

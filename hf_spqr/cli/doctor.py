@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from hf_spqr.cli.common import JsonOption, out_console, print_json
 from hf_spqr.report.records import library_versions
@@ -185,5 +186,5 @@ def show(data: dict[str, Any]) -> None:
     line("autoload", yes if loaded["active"] else f"{no} {loaded['reason']}")
     line("optional", ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in data["optional"].items()))
     for hint in data["advice"]:
-        console.print(f"[yellow]note:[/yellow] {hint}", soft_wrap=True)
+        console.print(f"[yellow]note:[/yellow] {escape(hint)}", soft_wrap=True)
     console.print("[green]ready[/green]" if data["ok"] else "[red]not usable[/red]")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from hf_spqr.cli.common import (
@@ -18,6 +19,7 @@ from hf_spqr.cli.common import (
     Dtype,
     JsonOption,
     ModelArgument,
+    bold,
     check_model,
     load_model,
     load_tokenizer,
@@ -104,8 +106,8 @@ def eval_command(
     if (dataset is None) == (tasks is None):
         raise typer.BadParameter("give either --dataset, a text for perplexity, or --tasks, tasks of lm-eval")
     if tasks is not None:
-        if backend is not Backend.auto:
-            raise typer.BadParameter("--backend goes with --dataset only")
+        if backend is not Backend.auto or seqlen is not None or stride is not None:
+            raise typer.BadParameter("--backend, --seqlen and --stride go with --dataset only")
         found = run_tasks(names, tasks, task_folder, num_fewshot, limit, batch_size, dtype, device)
         if json:
             print_json(found)
@@ -113,6 +115,8 @@ def eval_command(
             show_tasks(found)
         return
     assert dataset is not None
+    if task_folder is not None or num_fewshot is not None:
+        raise typer.BadParameter("--task-folder and --num-fewshot go with --tasks only")
     documents = list(islice(iter_documents(dataset), limit))
     if not documents:
         raise CommandError(f"{dataset} has no documents")
@@ -146,9 +150,9 @@ def measure(
     """Load, score and free one model; the result as a JSON object."""
     from hf_spqr.evaluate import perplexity
 
-    loaded = load_model(model, dtype, device, backend)
+    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device, backend)
     with progress(f"evaluating {model}") as advance:
-        result = perplexity(loaded, load_tokenizer(model), texts, on_progress=advance, **settings)
+        result = perplexity(loaded, tokenizer, texts, on_progress=advance, **settings)
     return {
         "model": model,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -176,14 +180,14 @@ def checkpoint_bits(model: str) -> dict[str, Any]:
 def show(dataset: str, results: list[dict[str, Any]]) -> None:
     """Print the table for people."""
     console = out_console()
-    console.print(f"[bold]{dataset}[/bold]  {results[-1]['protocol_text']}")
+    console.print(f"{bold(dataset)}  {results[-1]['protocol_text']}")
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("model", overflow="fold")
     for name in ("perplexity", "mean of documents", "nll", "bits/weight", "dtype", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
-            result["model"],
+            escape(result["model"]),
             f"{result['perplexity']:.4f}",
             number_or_none(result["perplexity_documents"]),
             f"{result['nll']:.4f}",

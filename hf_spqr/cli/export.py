@@ -13,13 +13,16 @@ from hf_spqr.cli.common import (
     Dtype,
     JsonOption,
     ModelArgument,
+    bold,
     check_model,
+    check_shard_size,
     load_model,
     out_console,
     print_json,
     size_of,
+    stored_method,
 )
-from hf_spqr.cli.convert import copy_tokenizer, stored_method
+from hf_spqr.cli.convert import copy_tokenizer
 from hf_spqr.cli.folder import check_output, complete_folder
 
 
@@ -54,6 +57,7 @@ def export_command(
     """
     check_model(model)
     check_output(out, overwrite, inputs=(model,))
+    check_shard_size(max_shard_size)
     if stored_method(model) is None:
         raise CommandError(f"{model} is not quantized; export takes models that hf-spqr has quantized")
     from hf_spqr.integrations.export import export_model
@@ -66,4 +70,4 @@ def export_command(
     if json:
         print_json({"out": str(out), "format": format.value, "weight_file_bytes": nbytes, "tokenizer": tokenizer})
     else:
-        out_console().print(f"[bold]{out}[/bold]  {format.value}, {size_of(nbytes)} of weight files")
+        out_console().print(f"{bold(out)}  {format.value}, {size_of(nbytes)} of weight files")

@@ -14,10 +14,10 @@ from hf_spqr.cli.common import CommandError
 __all__ = ["check_output", "complete_folder"]
 
 
-def check_output(out: Path, overwrite: bool, inputs: tuple[str, ...] = ()) -> None:
+def check_output(out: Path, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> None:
     """Raise CommandError unless ``out`` may be written: absent, empty, or a model folder that may be replaced.
 
-    ``inputs`` are models that are read; replacing one of them, or a folder around one, is always refused.
+    ``inputs`` are models and files that are read; replacing one of them, or a folder around one, is always refused.
     """
     resolved = out.resolve()
     for model in inputs:
@@ -26,6 +26,9 @@ def check_output(out: Path, overwrite: bool, inputs: tuple[str, ...] = ()) -> No
             raise CommandError(f"{out} is, or contains, the input {model}; choose another output folder")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CommandError(f"{out} exists and is not a folder; choose another name")
+    around = next(path for path in resolved.parents if path.exists())
+    if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
+        raise CommandError(f"{out} cannot be made: {around} is no folder that may be written; choose another name")
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from hf_spqr.cli.common import JsonOption, ModelArgument, check_model, number_or_none, out_console, print_json, size_of
+from hf_spqr.cli.common import (
+    JsonOption,
+    ModelArgument,
+    bold,
+    check_model,
+    number_or_none,
+    out_console,
+    print_json,
+    size_of,
+)
 from hf_spqr.report.checkpoint import CheckpointReport, PackedLayer, inspect_checkpoint
 from hf_spqr.report.records import REPORT_NAME
 
@@ -87,7 +96,7 @@ def show(report: CheckpointReport) -> None:
     """Print the tables for people."""
     console = out_console()
     method = report.quant_method or "not quantized"
-    console.print(f"[bold]{report.source}[/bold]  {report.architecture or 'unknown architecture'}, {method}")
+    console.print(f"{bold(report.source)}  {report.architecture or 'unknown architecture'}, {method}")
     if report.layers:
         table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("layer", overflow="fold")

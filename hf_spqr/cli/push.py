@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_spqr.cli.common import CommandError, JsonOption, check_model, err_console, out_console, print_json
+from hf_spqr.cli.common import CommandError, JsonOption, bold, check_model, err_console, out_console, print_json
 
 
 def push_command(
@@ -66,7 +66,7 @@ def push_command(
         return
     for name in pushed.removed:
         err_console().print(f"note: removed {name}, which an earlier push left", markup=False, soft_wrap=True)
-    out_console().print(f"[bold]{pushed.repo_id}[/bold]  {len(pushed.files)} files, {pushed.commit_url}")
+    out_console().print(f"{bold(pushed.repo_id)}  {len(pushed.files)} files, {pushed.commit_url}")
 
 
 def read_evaluation(path: Path | None) -> dict[str, Any] | None:

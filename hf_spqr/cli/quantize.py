@@ -17,8 +17,10 @@ from hf_spqr.cli.common import (
     Dtype,
     JsonOption,
     ModelArgument,
+    bold,
     check_device,
     check_model,
+    check_shard_size,
     err_console,
     load_model,
     load_tokenizer,
@@ -26,6 +28,7 @@ from hf_spqr.cli.common import (
     out_console,
     parse_json_object,
     print_json,
+    read_config,
     size_of,
 )
 from hf_spqr.cli.folder import check_output, complete_folder
@@ -156,7 +159,9 @@ def quantize_command(
         with ranks.together():
             check_model(model)
             check_device(device)
-            check_output(out, overwrite, inputs=(model,))
+            files = [dataset, *([overrides[1:]] if overrides and overrides.startswith("@") else [])]
+            check_output(out, overwrite, inputs=(model, *files))
+            check_shard_size(max_shard_size)
             positions = check_base(model)
             config = build_config(
                 method,
@@ -206,7 +211,8 @@ def parse_threshold(text: str) -> float:
 def build_config(method: Method, preset: str | None, mode: str | None, **fields: Any) -> PackedConfig:
     """The config of ``method`` from the options that were given, the others being None.
 
-    Raises ConfigError for a value out of range and CommandError for an option that the method does not have.
+    Raises ConfigError for a value out of range and CommandError for an option that the method does not have or that
+    another one contradicts.
     """
     from hf_spqr.config import OmniQuantConfig, SpQRConfig
 
@@ -217,6 +223,8 @@ def build_config(method: Method, preset: str | None, mode: str | None, **fields:
     if method is Method.spqr:
         if preset is not None:
             raise CommandError(f"--preset has no meaning for --method {method.value}")
+        if {"target_bits", "outlier_threshold"} <= given.keys():
+            raise CommandError("--target-bits chooses the threshold: leave out --outlier-threshold, or --target-bits")
         return SpQRConfig(**(given if mode is None else {**given, "mode": mode}))
     if preset is not None:
         return OmniQuantConfig.from_preset(preset, reference=mode == "reference", **given)
@@ -227,15 +235,10 @@ def build_config(method: Method, preset: str | None, mode: str | None, **fields:
 
 def check_base(model: str) -> int:
     """Number of positions of the base model; CommandError when it is quantized already."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except ValueError as error:
-        raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
+    config = read_config(model)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        method = dict(quantization).get("quant_method")
+        method = dict(quantization)["quant_method"]
         raise CommandError(f"{model} is quantized already ({method}); give the model that it was made from")
     return getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_SEQLEN
 
@@ -269,8 +272,8 @@ def show(out: Path, report: QuantizationReport, seconds: float) -> None:
         err_console().print(f"note: {note}", markup=False, soft_wrap=True)
     totals = report.totals()
     out_console().print(
-        f"[bold]{out}[/bold]  {totals['layers']} layers, {totals['weights']:,} weights in "
+        f"{bold(out)}  {totals['layers']} layers, {totals['weights']:,} weights in "
         f"{size_of(totals['nbytes'])}: [bold]{number_or_none(totals['bits_per_weight'], 3)} bits per weight[/bold], "
         f"{totals['outliers']} outliers, mean layer error {number_or_none(totals['mean_error'])}, {seconds:.0f} s"
     )
-    out_console().print(f"Next: hf-spqr eval {out} --dataset FILE    hf-spqr inspect {out}")
+    out_console().print(f"Next: hf-spqr eval {out} --dataset FILE    hf-spqr inspect {out}", markup=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from hf_spqr.cli.common import CommandError, Dtype, err_console, load_model, load_tokenizer, out_console
+from hf_spqr.cli.common import CommandError, Dtype, bold, err_console, load_model, load_tokenizer, out_console
 
 
 def run_tasks(
@@ -71,5 +71,5 @@ def show_tasks(data: dict[str, Any]) -> None:
             *([f"{result['difference'][metric]:+.4f}"] if base else []),
         ]
         table.add_row(task, metric, *row)
-    out_console().print(f"[bold]{data['model']}[/bold]  lm-eval {data['lm_eval']}, {data['dtype']}")
+    out_console().print(f"{bold(data['model'])}  lm-eval {data['lm_eval']}, {data['dtype']}")
     out_console().print(table)

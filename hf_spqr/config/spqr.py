@@ -14,6 +14,7 @@ from hf_spqr.config.base import (
     check_flag,
     check_int,
     check_number,
+    name_matches,
 )
 
 if TYPE_CHECKING:
@@ -137,6 +138,11 @@ class SpQRConfig(PackedConfig):
     def stores_order(self, *names: str) -> bool | None:
         order: bool | None = self.layer_fields(*names)["act_order"]
         return order
+
+    def has_own_threshold(self, *names: str) -> bool:
+        """Whether ``overrides`` give the layer that goes by ``names`` an ``outlier_threshold``."""
+        found = (pattern for pattern, changes in self.overrides.items() if "outlier_threshold" in changes)
+        return any(name_matches(pattern, name) for pattern in found for name in names)
 
     def layout(self, out_features: int, in_features: int, *names: str) -> SpQRLayout:
         from hf_spqr.formats.spqr import SpQRLayout

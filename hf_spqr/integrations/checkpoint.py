@@ -22,7 +22,9 @@ from hf_spqr.integrations.experts import ExpertFinder, check_experts
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
 
-__all__ = ["Contents", "Renamer", "Spec", "check_complete", "check_order", "read_contents", "read_headers"]
+__all__ = [
+    "Contents", "Renamer", "Spec", "check_complete", "check_loaded", "check_order", "read_contents", "read_headers",
+]  # fmt: skip
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a stored tensor."""
@@ -153,6 +155,21 @@ def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], 
         inside = name.startswith(starts) and name.rpartition(".")[0] not in contents.packed
         if inside and name not in contents.dense and not _ignored(name, model, "_keys_to_ignore_on_load_missing"):
             raise CheckpointError(f"The checkpoint lacks {name}: it is incomplete or damaged.")
+
+
+def check_loaded(model: nn.Module, blocks: Iterable[str]) -> None:
+    """Check that all parameters in the ``blocks`` of an unquantized model came from its checkpoint.
+
+    Transformers fills those that a checkpoint lacks at random and only warns. Raises CheckpointError.
+    """
+    starts = tuple(f"{block}." for block in blocks)
+    for name, parameter in model.named_parameters():
+        missing = name.startswith(starts) and not getattr(parameter, "_is_hf_initialized", False)
+        if missing and not _ignored(name, model, "_keys_to_ignore_on_load_missing"):
+            raise CheckpointError(
+                f"The checkpoint of the model to quantize lacks {name}, which would be random: it is incomplete,"
+                " damaged, or of another model."
+            )
 
 
 def check_order(name: str, expected: bool | None, found: bool) -> None:

@@ -12,7 +12,7 @@ from types import MethodType
 from typing import Any
 
 from hf_spqr.errors import CheckpointError, HfSpqrError
-from hf_spqr.report.card import PLOT_NAME, SHORT, hub_name, model_card
+from hf_spqr.report.card import PLOT_NAME, SHORT, check_evaluation, hub_name, model_card
 from hf_spqr.report.checkpoint import CheckpointReport, inspect_checkpoint
 from hf_spqr.report.records import LayerReport, QuantizationReport
 
@@ -66,6 +66,7 @@ def push_folder(
 
     Raises:
         CheckpointError: the folder is no complete quantized model. Nothing was sent.
+        ConfigError: ``evaluation`` is none. Nothing was sent.
         PushError: the server or the network failed, somebody else pushed meanwhile, or ``repo_id`` is no name.
             Nothing was published.
     """
@@ -74,6 +75,7 @@ def push_folder(
 
     folder = Path(folder)
     files = complete_files(folder)
+    check_evaluation(evaluation)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -16,7 +16,7 @@ from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import FORMAT_VERSION, OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from hf_spqr.integrations import activations, hub, tensor_parallel
-from hf_spqr.integrations.checkpoint import Contents, check_complete, check_order, read_contents
+from hf_spqr.integrations.checkpoint import Contents, check_complete, check_loaded, check_order, read_contents
 from hf_spqr.integrations.experts import (
     JoinExperts,
     default_conversions,
@@ -159,6 +159,7 @@ class PackedQuantizer(HfQuantizer):
             _drop_conversions(model)
             return
         tensor_parallel.refuse_to_quantize(model)
+        check_loaded(model, [block.name for block in find_blocks(model)])
         config = self.quantization_config
         quantize.quantize_model(model, config, device=_calibration_device(self.requested_device_map))
         config.forget_data()

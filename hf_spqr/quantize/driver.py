@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_spqr.calibration.blocks import find_stacks, record
-from hf_spqr.calibration.data import calibration_batches, calibration_windows
+from hf_spqr.calibration.data import calibration_batches, calibration_windows, check_tokens
 from hf_spqr.config import OmniQuantConfig, SpQRConfig, name_matches
 from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import ExpertsTarget, find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
 from hf_spqr.quantize.ranks import Ranks
-from hf_spqr.quantize.targets import Target, check_weights, find_targets, left_alone, nothing_to_quantize
+from hf_spqr.quantize.targets import Target, check_weights, find_targets, left_alone, nothing_to_quantize, selectable
 from hf_spqr.report import CalibrationReport, QuantizationReport
 from hf_spqr.report.card import hub_name
 
@@ -90,16 +90,8 @@ def _quantize(
         if not targets and not experts:
             raise nothing_to_quantize(model, [block for blocks, _, _ in stacks for block in blocks])
         chosen = {t.name: t.linear for t in targets} | {t.name: t.module for t in experts}
-        check_weights(chosen)
-    windows = ranks.from_first(
-        lambda: calibration_windows(
-            config.dataset,
-            _tokenizer(model, tokenizer if tokenizer is not None else config.tokenizer, config.dataset),
-            nsamples=config.nsamples,
-            seqlen=_usable_seqlen(model, config.seqlen),
-            seed=config.seed,
-        )
-    )
+        check_weights(model, chosen, config)
+    windows = ranks.from_first(lambda: _windows(model, config, config.tokenizer if tokenizer is None else tokenizer))
     report = QuantizationReport(
         method=str(config.quant_method),
         config=config.to_dict(),
@@ -120,6 +112,9 @@ def _quantize(
     for pattern in config.overrides:
         if not any(name_matches(pattern, name) for name in names):
             report.notes.append(f"overrides: {pattern!r} selects no layer that is quantized.")
+    for pattern in config.modules_to_not_convert or ():
+        if not any(name_matches(pattern, name) for name in selectable(model)):
+            report.notes.append(f"modules_to_not_convert: {pattern!r} selects no module.")
     shown = progress and ranks.first
     bar = tqdm(total=len(names), desc="Quantizing", unit="layer", miniters=0, disable=not shown)
     with bar, _evaluating(model):
@@ -133,6 +128,19 @@ def _quantize(
     report.seconds = time.perf_counter() - started
     model.quantization_report = report  # type: ignore[assignment]
     return report
+
+
+def _windows(model: nn.Module, config: SpQRConfig | OmniQuantConfig, tokenizer: Any) -> list[Tensor]:
+    """The calibration data as token ids that the model knows."""
+    windows = calibration_windows(
+        config.dataset,
+        _tokenizer(model, tokenizer, config.dataset),
+        nsamples=config.nsamples,
+        seqlen=_usable_seqlen(model, config.seqlen),
+        seed=config.seed,
+    )
+    check_tokens(model, min(int(w.min()) for w in windows), max(int(w.max()) for w in windows))
+    return windows
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class SpQRRun(Run[SpQRConfig]):
                     continue
                 self.show(f"{name}: counting outliers")
                 params = self.config.params(name)
-                own = params.outlier_threshold != self.config.outlier_threshold
+                own = self.config.has_own_threshold(name)
                 with named(name):
                     scores[name] = survey_layer(name, weights, hessian, params, fixed=own)
         scores = self.ranks.exchange(scores)
@@ -176,7 +176,7 @@ class SpQRRun(Run[SpQRConfig]):
         """The Hessians of the layers that this rank owns, over the batches of all ranks."""
         calls = self.recording.calls[mine[groups[0][0]].block]
         leaders = {group[0]: mine[group[0]].linear for group in groups}
-        with self.ranks.together():
+        with self.ranks.together(), named(block.name):
             sums = gather_hessians(block.module, leaders, hidden, calls, stop_early=stop_early)
         hessians: dict[str, Tensor] = {}
         for group in groups:

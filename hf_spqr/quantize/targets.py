@@ -14,7 +14,11 @@ from hf_spqr.errors import NonFiniteError, UnsupportedLayerError
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
 
-__all__ = ["Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize"]
+__all__ = ["Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize", "selectable"]
+
+
+PIECE = 1 << 22
+"""Numbers that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,22 @@ def left_alone(model: nn.Module, chosen: Collection[str]) -> list[str]:
     return [name for name in found if name not in chosen]
 
 
-def check_weights(layers: Mapping[str, nn.Module]) -> None:
-    """Raise :class:`NonFiniteError` naming the first layer (by name) whose weight or bias has NaN or infinity."""
+def selectable(model: nn.Module) -> list[str]:
+    """The names that a pattern of the config may select: of all modules, and of the projections of experts."""
+    names = []
+    for name, module in model.named_modules():
+        kind = describe(module)
+        names += [name, *(f"{name}.{projection}" for projection in (kind.projections if kind is not None else ()))]
+    return names
+
+
+def check_weights(model: nn.Module, layers: Mapping[str, nn.Module], config: PackedConfig) -> None:
+    """Check the parameters of ``model``, whose ``layers`` (by name) are to be quantized, before any work is done.
+
+    Raises:
+        NonFiniteError: a parameter, but of a layer that ``config`` excludes, has NaN or infinity.
+        UnsupportedLayerError: a layer to quantize has no data.
+    """
     for name, layer in layers.items():
         for kind, parameter in layer.named_parameters():
             if parameter.is_meta:
@@ -98,9 +116,15 @@ def check_weights(layers: Mapping[str, nn.Module]) -> None:
                     f"{name}.{kind} has no data (it is on the meta device or offloaded to disk): quantize the"
                     " model on the CPU, save it, and load the result with the device map you want."
                 )
-            if not bool(torch.isfinite(parameter).all()):
-                raise NonFiniteError(
-                    f"{name}.{kind} contains NaN or infinity: the checkpoint is damaged, or float16 overflowed"
-                    " in a conversion. Load it in bfloat16 or float32, or exclude the layer with"
-                    " modules_to_not_convert."
-                )
+    for name, parameter in model.named_parameters():
+        excluded = config.excludes(name.rpartition(".")[0])
+        if not parameter.is_meta and not excluded and not _is_finite(parameter):
+            raise NonFiniteError(
+                f"{name} contains NaN or infinity: the checkpoint is damaged, or float16 overflowed in a conversion."
+                " Load it in bfloat16 or float32, or exclude the layer with modules_to_not_convert."
+            )
+
+
+def _is_finite(parameter: Tensor) -> bool:
+    """Whether all numbers are, a piece at a time: embeddings are large."""
+    return all(bool(torch.isfinite(piece).all()) for piece in parameter.detach().reshape(-1).split(PIECE))

@@ -12,7 +12,7 @@ from hf_spqr.errors import ConfigError
 from hf_spqr.report.checkpoint import CheckpointReport
 from hf_spqr.report.records import QuantizationReport
 
-__all__ = ["PLOT_NAME", "hub_name", "model_card"]
+__all__ = ["PLOT_NAME", "check_evaluation", "hub_name", "model_card"]
 
 PLOT_NAME = "quantization_error.png"
 """Name of the picture that the card shows."""
@@ -25,6 +25,14 @@ MOST_SKIPPED = 8
 def hub_name(name: str | None) -> str | None:
     """``name`` where it can be a repository ("user/model"), None where it is a path or nothing."""
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")) else None
+
+
+def check_evaluation(evaluation: Mapping[str, Any] | None) -> None:
+    """Raise ConfigError unless ``evaluation`` is a perplexity of ``hf-spqr eval --json``, or None."""
+    if evaluation is not None and not {"perplexity", "protocol_text", "dataset", "dtype"} <= set(evaluation):
+        raise ConfigError(
+            "evaluation is not a result of `hf-spqr eval --json`: it has no perplexity, dataset or dtype."
+        )
 
 
 def model_card(
@@ -55,10 +63,7 @@ def model_card(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    if evaluation is not None and not {"perplexity", "protocol_text", "dataset", "dtype"} <= set(evaluation):
-        raise ConfigError(
-            "evaluation is not a result of `hf-spqr eval --json`: it has no perplexity, dataset or dtype."
-        )
+    check_evaluation(evaluation)
     base_model = base_model or hub_name(report.base_model)
     config = report.config
     bits, group_size = config.get("bits", 0), config.get("group_size", -1)

@@ -166,7 +166,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
 
     Raises:
         CheckpointError: no config.json, no safetensors files, a damaged file, or a packed layer whose shape is known
-            neither from the report nor from the model's config.
+            neither from the report nor from the model's config, or that these contradict.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -190,6 +190,12 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         entry = written.layer(name) if written else None
         rows, columns = shapes.find(name, {part: info.shape for part, info in matrices[0].items()})
         layout = shapes.layout(name, (rows, columns))
+        wrong = {parts["packed"].shape for parts in matrices} - {layout.packed_shape()} if layout else None
+        if wrong:
+            raise CheckpointError(
+                f"{name}: {layout} is packed as {list(layout.packed_shape())}, the file has {list(wrong.pop())}: the"
+                " config or the report beside it belong to another file"
+            )
         report.layers.append(
             PackedLayer(
                 name=name,
@@ -218,6 +224,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder of a Transformers model")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config") or {}, dict):
+        raise CheckpointError(f"{path} is damaged: it, and quantization_config in it, should be JSON objects")
+    return config

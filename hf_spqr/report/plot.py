@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_spqr.errors import ConfigError
 from hf_spqr.report.records import QuantizationReport
 
 __all__ = ["plot_report"]
+
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def plot_report(report: QuantizationReport, path: str | Path) -> Path:
@@ -14,10 +17,13 @@ def plot_report(report: QuantizationReport, path: str | Path) -> Path:
 
     The upper half shows the relative output error, the lower half the bits per weight counted from bytes. Layers of
     one kind (the last part of the name, e.g. ``q_proj``) share a colour. Raises ImportError without matplotlib and
-    ValueError when the report has no layers.
+    ConfigError when the report has no layers or the suffix is another one.
     """
+    path = Path(path)
     if not report.layers:
-        raise ValueError("the report has no quantized layers, there is nothing to plot")
+        raise ConfigError("the report has no quantized layers, there is nothing to plot")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{path}: the name of a picture ends in {', '.join(SUFFIXES)}")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -41,6 +47,5 @@ def plot_report(report: QuantizationReport, path: str | Path) -> Path:
     bits.set_ylabel("bits per weight")
     bits.axhline(report.bits_per_weight, color="0.6", lw=0.8, ls="--")
     bits.set_xlabel("layer, in the model's order")
-    path = Path(path)
     figure.savefig(path, dpi=130)
     return path

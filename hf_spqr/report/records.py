@@ -203,7 +203,7 @@ class QuantizationReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizationReport:
         """Inverse of :meth:`to_dict`. Raises CheckpointError on an unknown version or a missing field."""
-        version = data.get("report_version")
+        version = data.get("report_version") if isinstance(data, Mapping) else None
         if version != REPORT_VERSION:
             raise CheckpointError(
                 f"{REPORT_NAME} has report_version {version!r}, this hf_spqr reads {REPORT_VERSION}; "

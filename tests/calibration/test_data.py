@@ -142,6 +142,23 @@ def test_damaged_files(tmp_path, tokenizer):
             list(iter_documents(tmp_path / name))
 
 
+def test_the_damaged_line_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('"good"\n\n{"text": 1,}\n')
+    with pytest.raises(CalibrationError, match=r"a\.jsonl cannot be read: line 3 is not JSON"):
+        list(iter_documents(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    (tmp_path / name).write_text("x" if name == "a.txt" else '["x"]' if name == "a.json" else '"x"', "utf-8-sig")
+    assert list(iter_documents(tmp_path / name)) == ["x"]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(CalibrationError, match="is a folder: give one of its files"):
+        list(iter_documents(tmp_path))
+
+
 def test_batches_stack_equal_lengths():
     windows = [torch.zeros(1, n, dtype=torch.int64) for n in (4, 4, 4, 3, 4)]
     shapes = [tuple(b.shape) for b in calibration_batches(windows, tokens_per_batch=8)]

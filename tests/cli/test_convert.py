@@ -50,6 +50,8 @@ def test_mistakes_are_messages(run, official: Path, quantized: Path, base: Path,
         (("convert", quantized, tmp_path / "x", "--omniquant", "a.pth", "--bits", 4), "needs the base model"),
         (("convert", base, tmp_path / "x", "--omniquant", tmp_path / "a.pth", "--bits", 4), "does not exist"),
         (("convert", base, tmp_path / "x", "--bits", 4, "--group-size", 32), "no packed layer"),
+        (("convert", official, tmp_path / "x", "--bits", 4), "leave out --bits and --group-size"),
+        (("convert", official, tmp_path / "x", "--act-bits", 4), "--act-bits goes with --omniquant only"),
         (("export", base, tmp_path / "x", "--format", "spqr"), "is not quantized"),
         (("export", quantized, tmp_path / "x", "--format", "gptq_v2"), "affine models only"),
     ]:

@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,23 @@ def test_table_for_people(run, quantized: Path, dataset: Path) -> None:
     assert result.code == 0
     assert "sliding-window, windows of 32 tokens, stride 8" in result.out
     assert str(quantized) in result.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "zzz"}, "its config.json cannot be read"),
+        ({"quantization_config": {"quant_method": "zzz"}}, "its quant_method 'zzz'"),
+        ({"quantization_config": {"bits": 3}}, "its quant_method None"),
+    ],
+)
+def test_configs_that_cannot_be_used(run, base: Path, dataset: Path, tmp_path: Path, changes, message) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    result = run("eval", folder, "-d", dataset)
+    assert result.code == 1 and message in result.err and "Traceback" not in result.err
 
 
 def test_limit_and_dtype(run, base: Path, dataset: Path) -> None:
@@ -59,4 +78,7 @@ def test_mistakes_are_messages(run, base: Path, dataset: Path, tmp_path: Path) -
         assert message in result.err
         assert "Traceback" not in result.err
     assert run("eval", base).code == 2
-    assert "--dataset only" in run("eval", base, "--tasks", "piqa", "--backend", "reference").err
+    for option in (("--backend", "reference"), ("--seqlen", 8), ("--stride", 4)):
+        assert "--dataset only" in run("eval", base, "--tasks", "piqa", *option).err
+    for option in (("--num-fewshot", 2), ("--task-folder", tmp_path)):
+        assert "--tasks only" in run("eval", base, "-d", dataset, *option).err

@@ -49,6 +49,10 @@ def test_what_may_be_written(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="choose another output"):
         check_output(tmp_path, overwrite=True, inputs=(str(out),))
     check_output(out, overwrite=True, inputs=("hub/name",))
+    with pytest.raises(CommandError, match="choose another output"):  # a file that is read lies in it
+        check_output(out, overwrite=True, inputs=(tmp_path / "model", out / "letters.txt"))
+    with pytest.raises(CommandError, match="is no folder that may be written"):
+        check_output(out / "letters.txt" / "new", overwrite=False)
     (tmp_path / "link").symlink_to(out)
     for path in (out / "config.json", tmp_path / "link"):
         with pytest.raises(CommandError, match="not a folder"):

@@ -31,6 +31,12 @@ def test_a_bug_shows_its_traceback(monkeypatch) -> None:
         main(["doctor"])
 
 
+@pytest.mark.parametrize("name", ["[old]", "[/red]", "a:b:c"])
+def test_messages_show_names_as_they_are(run, name: str) -> None:
+    result = run("inspect", f"/nonexistent/{name}/model")
+    assert result.code == 1 and f"/nonexistent/{name}/model does not exist" in result.err
+
+
 def test_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "hf_spqr.cli", "inspect", "/nonexistent/model"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,5 +1,9 @@
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -118,6 +122,23 @@ def test_refuses_a_full_folder_and_replaces_it_when_told(run, base: Path, datase
     assert names(tmp_path) == {"q"}
 
 
+def test_never_replaces_the_folder_of_its_data(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    shutil.copy(dataset, out / "texts.jsonl")
+    result = run("quantize", base, out, "-d", out / "texts.jsonl", *FAST, "--overwrite")
+    assert result.code == 1 and "choose another output folder" in result.err
+    assert names(out) == {"config.json", "texts.jsonl"}
+
+
+def test_paths_with_brackets_are_shown(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "[new]" / "q"
+    assert f"{out}  14 layers" in run("quantize", base, out, "-d", dataset, *FAST).out
+    assert f"{out}  LlamaForCausalLM" in run("inspect", out).out
+    assert "no[thing]" in run("eval", out, "-d", dataset, "--limit", 1, "--base", tmp_path / "no[thing]").err
+
+
 @pytest.mark.parametrize("broken", ["weights", "interrupt"])
 def test_nothing_is_left_after_a_failure(run, base: Path, dataset: Path, tmp_path: Path, monkeypatch, broken) -> None:
     from transformers import LlamaForCausalLM
@@ -135,6 +156,26 @@ def test_nothing_is_left_after_a_failure(run, base: Path, dataset: Path, tmp_pat
         assert result.json["error"] == "no space left on device"
 
 
+def test_nothing_is_left_after_a_signal(base: Path, dataset: Path, tmp_path: Path) -> None:
+    script = """
+        import signal, sys
+        from pathlib import Path
+        from transformers import LlamaForCausalLM
+        from hf_spqr.cli import main
+
+        def end(self, folder, **kwargs):
+            Path(folder, "model.safetensors").write_bytes(b"half")
+            signal.raise_signal(signal.SIGTERM)
+
+        LlamaForCausalLM.save_pretrained = end
+        main(sys.argv[1:])
+    """
+    arguments = ["quantize", str(base), str(tmp_path / "q"), "-d", str(dataset), *FAST]
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *arguments], capture_output=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert names(tmp_path) == set()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -145,6 +186,11 @@ def test_nothing_is_left_after_a_failure(run, base: Path, dataset: Path, tmp_pat
         (("--overrides", "[]"), "must be a JSON object"),
         (("--overrides", "@absent.json"), "does not exist"),
         (("--device", "gpu"), "use cpu, cuda"),
+        (("--device", "meta"), "cannot be used here"),
+        (("--max-shard-size", "5"), "give a number and a unit"),
+        (("--max-shard-size", "-5GB"), "give a number and a unit"),
+        (("--max-shard-size", "0MB"), "give a number and a unit"),
+        (("--target-bits", "5", "--outlier-threshold", "1"), "--target-bits chooses the threshold"),
         (("--preset", "W4A16"), "--preset has no meaning for --method spqr"),
         (("--act-bits", "8"), "--act-bits has no meaning for --method spqr"),
         (("--method", "omniquant", "--target-bits", "4"), "--target-bits has no meaning for --method omniquant"),
@@ -168,6 +214,16 @@ def test_models_and_data_that_are_not_there(run, base: Path, quantized: Path, da
     assert "quantized already" in run("quantize", quantized, out, "-d", dataset).err
     assert "does not exist" in run("quantize", base, out, "-d", tmp_path / "absent.jsonl").err
     assert not out.exists()
+
+
+def test_a_damaged_base_model(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "base"
+    shutil.copytree(base, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = run("quantize", damaged, tmp_path / "q", "-d", dataset, *FAST)
+    assert result.code == 1 and "error: Error while deserializing header" in result.err
+    assert names(tmp_path) == {"base"}
 
 
 def test_without_a_tokenizer(run, base: Path, dataset: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_spqr.errors import CheckpointError
+from hf_spqr.errors import CheckpointError, ConfigError
 from hf_spqr.integrations.hub import PushError, push_folder, push_to_hub
 from hf_spqr.report.card import PLOT_NAME
 from tests.tiny_models import byte_tokenizer, tiny_model
@@ -164,6 +164,12 @@ def test_an_unquantized_model_is_not_pushed(hub, tmp_path):
     tiny_model().save_pretrained(tmp_path / "plain")
     with pytest.raises(CheckpointError, match="no packed layers"):
         push_folder(tmp_path / "plain", "tester/x")
+
+
+def test_a_wrong_evaluation_makes_no_repository(hub, folder):
+    with pytest.raises(ConfigError, match="hf-spqr eval"):
+        push_folder(folder, "tester/x", evaluation={"acc": 1})
+    assert "tester/x" not in hub.repos
 
 
 def test_ones_own_card_and_hidden_files(hub, folder):

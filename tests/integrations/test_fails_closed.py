@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_spqr import CheckpointError
+from hf_spqr import CheckpointError, SpQRConfig
+from tests.tiny_models import tiny_model
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -53,6 +54,17 @@ def test_missing_layer(damaged):
 
 def test_missing_norm(damaged):
     fails(damaged(lambda t: t.pop("model.layers.1.input_layernorm.weight")), "lacks model.layers.1.input_layernorm")
+
+
+@pytest.mark.parametrize("name", [f"{UP}.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_base_model_that_lacks_a_weight(name, texts, tokenizer, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = SpQRConfig(dataset=texts, tokenizer=tokenizer, nsamples=2, seqlen=32)
+    with pytest.raises(CheckpointError, match=rf"lacks {name}, which would be random"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
 
 
 def test_missing_order(damaged):

@@ -48,6 +48,14 @@ def test_layers_with_a_threshold_of_their_own_keep_it(texts, tokenizer):
     assert report.bits_per_weight == pytest.approx(4.6, rel=0.01)
 
 
+def test_a_threshold_of_its_own_may_be_the_default_one(texts, tokenizer):
+    alone, _, _ = run(texts, tokenizer)
+    report, _, _ = run(texts, tokenizer, target_bits=5.0, overrides={"q_proj": {"outlier_threshold": 0.2}})
+    name = "model.layers.0.self_attn.q_proj"  # of the first block: its inputs are the same in both
+    assert report.layer(name).outliers == alone.layer(name).outliers
+    assert report.bits_per_weight == pytest.approx(5.0, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_experts_count_too(kind, texts, tokenizer):
     report, _, _ = run(texts, tokenizer, tiny_model(kind, num_hidden_layers=3), bits=4, target_bits=7.6)

@@ -140,10 +140,30 @@ def test_nan_weights_are_named(texts, tokenizer):
     assert not any(isinstance(m, SpQRLinear) for m in model.modules())
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_nan_outside_of_the_blocks(name, texts, tokenizer):
+    model = tiny_model("llama")
+    model.get_parameter(name).data[-1] = torch.nan
+    with pytest.raises(NonFiniteError, match=f"^{name} contains NaN"):
+        quantize_model(model, make_config(texts), tokenizer=tokenizer, progress=False)
+
+
+def test_nan_in_what_is_excluded_is_allowed(texts, tokenizer):
+    model = tiny_model("llama")
+    model.lm_head.weight.data[-1] = torch.nan
+    quantize_model(model, make_config(texts, modules_to_not_convert=["lm_head"]), tokenizer=tokenizer, progress=False)
+
+
+def test_token_ids_of_another_model():
+    for ids in (torch.full((4, 32), 258), torch.full((4, 32), -1)):
+        with pytest.raises(CalibrationError, match=r"the model has 258 embeddings"):
+            quantize_model(tiny_model("llama"), make_config(ids, seqlen=32), progress=False)
+
+
 def test_infinite_activations_are_named(texts, tokenizer):
     model = tiny_model("llama")
-    model.model.layers[0].post_attention_layernorm.weight.data.fill_(torch.inf)
-    with pytest.raises(NonFiniteError, match=r"layers\.0|gate_proj"):
+    model.model.layers[0].post_attention_layernorm.weight.data.fill_(1e38)
+    with pytest.raises(NonFiniteError, match=r"^model\.layers\.0: mlp\.gate_proj: "):
         quantize_model(model, make_config(texts), tokenizer=tokenizer, progress=False)
 
 
@@ -192,6 +212,14 @@ def test_overrides_that_select_nothing_are_noted(kind, texts, tokenizer):
     report = quantize_model(tiny_model("llama"), config, tokenizer=tokenizer, progress=False)
     noted = [note for note in report.notes if note.startswith("overrides")]
     assert noted == [f"overrides: {name!r} selects no layer that is quantized." for name in ("dwn_proj", "experts")]
+
+
+def test_exclusions_that_select_nothing_are_noted(texts, tokenizer):
+    patterns = ["lm_head", "experts.gate_proj", "layers.7", "gate$"]
+    config = make_config(texts, modules_to_not_convert=patterns)
+    report = quantize_model(tiny_model("mixtral"), config, tokenizer=tokenizer, progress=False)
+    noted = [note for note in report.notes if note.startswith("modules_to_not_convert")]
+    assert noted == ["modules_to_not_convert: 'layers.7' selects no module."]
 
 
 def test_progress_names_layer_error_and_bits(texts, tokenizer, capsys):

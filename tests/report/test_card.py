@@ -55,6 +55,13 @@ def test_card_of_a_model_about_which_little_is_known() -> None:
     assert "perplexity" not in text and "Calibration" not in text and "Versions" not in text
 
 
+def test_one_group_per_row_in_words() -> None:
+    report = make_report()
+    assert "3-bit codes in groups of\n16, quantized statistics" in model_card(report, "me/x")
+    report.config["group_size"] = -1
+    assert "3-bit codes, one group per output channel, quantized statistics" in model_card(report, "me/x")
+
+
 def test_an_evaluation_must_be_one() -> None:
     with pytest.raises(ConfigError, match="hf-spqr eval --json"):
         model_card(make_report(), "me/x", evaluation={"acc": 1})

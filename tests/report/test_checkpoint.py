@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     data = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**data, "quantization_config": quantization}))
     packed = {
-        f"{NAME}.packed": torch.zeros(2, 100, dtype=torch.int32),
+        f"{NAME}.packed": torch.zeros(2, 160, dtype=torch.int32),
         f"{NAME}.outlier_row": torch.zeros(33, dtype=torch.int32),
         f"{NAME}.weight": torch.zeros(0),
     }
@@ -44,7 +44,7 @@ def test_without_a_report_the_shape_comes_from_the_config(folder: Path) -> None:
     (layer,) = report.layers
     assert (layer.name, layer.shape, layer.bits, layer.group_size) == (NAME, (32, 64), 4, 16)
     assert (layer.outliers, layer.reordered, layer.error) == (5, False, None)
-    assert layer.nbytes == 4 * (200 + 33 + 5)
+    assert layer.nbytes == 4 * (320 + 33 + 5)
     assert report.bits_per_weight == 8 * layer.nbytes / 2048
     assert (report.other_weights, report.other_bytes) == (64, 256)
     assert report.file_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -82,6 +82,18 @@ def test_missing_files_and_damaged_configs(folder: Path, tmp_path_factory: pytes
         inspect_checkpoint(empty)
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not JSON"):
+        inspect_checkpoint(folder)
+    for text in ("[]", '{"quantization_config": "spqr"}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="should be JSON objects"):
+            inspect_checkpoint(folder)
+
+
+def test_a_config_of_other_weights_is_refused(folder: Path) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    data["quantization_config"]["overrides"] = {}
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=rf"{NAME}: SpQRLayout.*\[2, 128\], the file has \[2, 160\]"):
         inspect_checkpoint(folder)
 
 

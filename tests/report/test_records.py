@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from hf_spqr.errors import CheckpointError
+from hf_spqr.errors import CheckpointError, ConfigError
 from hf_spqr.report import (
     REPORT_NAME,
     BlockReport,
@@ -89,6 +89,9 @@ def test_absent_damaged_and_future_reports(tmp_path) -> None:
     del data["layers"]
     with pytest.raises(CheckpointError, match="damaged"):
         QuantizationReport.from_dict(data)
+    (tmp_path / REPORT_NAME).write_text("[]")
+    with pytest.raises(CheckpointError, match="report_version None"):
+        QuantizationReport.load(tmp_path)
     (tmp_path / REPORT_NAME).write_text("{half")
     with pytest.raises(CheckpointError, match="not JSON"):
         QuantizationReport.load(tmp_path)
@@ -115,3 +118,6 @@ def test_plot(tmp_path) -> None:
     assert plot_report(make_report(), tmp_path / "plot.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="no quantized layers"):
         plot_report(QuantizationReport("hf_spqr", {}), tmp_path / "empty.png")
+    for name in ("plot", "plot.xyz"):
+        with pytest.raises(ConfigError, match=r"ends in \.png, \.svg, \.pdf"):
+            plot_report(make_report(), tmp_path / name)
