@@ -7,11 +7,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import wraps
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from hf_spqr.errors import CheckpointError, HfSpqrError
+from hf_spqr.nn import PackedExperts, PackedLinear
 from hf_spqr.report.card import PLOT_NAME, SHORT, hub_name, model_card
 from hf_spqr.report.checkpoint import CheckpointReport, inspect_checkpoint
 from hf_spqr.report.records import LayerReport, QuantizationReport
@@ -140,9 +143,24 @@ def push_to_hub(
         return push_folder(folder, repo_id, **options)
 
 
-def install(model: Any) -> None:
-    """Make ``model.push_to_hub`` publish the model card and the tokenizer too, and all in one commit."""
-    model.push_to_hub = MethodType(push_to_hub, model)
+def install() -> None:
+    """Make ``push_to_hub`` of packed models publish the model card and the tokenizer too, and all in one commit.
+
+    In the class, not in each model: a model that held a method of its own would refer to itself, and its memory would
+    outlive ``del model``.
+    """
+    original = PreTrainedModel.push_to_hub
+    if getattr(original, "knows_packed_models", False):
+        return
+
+    @wraps(original)
+    def push(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        packed = any(isinstance(module, PackedLinear | PackedExperts) for module in self.modules())
+        adapter = getattr(self, "_hf_peft_config_loaded", False)  # then only the adapter is saved and pushed
+        return (push_to_hub if packed and not adapter else original)(self, *args, **kwargs)
+
+    push.knows_packed_models = True  # type: ignore[attr-defined]
+    PreTrainedModel.push_to_hub = push  # type: ignore[assignment, method-assign]
 
 
 def complete_files(folder: Path) -> list[Path]:

@@ -151,7 +151,6 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.loading = None
-        hub.install(model)
         if self.pre_quantized:
             _cast(model, self.dtypes)
             tensor_parallel.finish(model)
@@ -274,7 +273,6 @@ def attach(model: nn.Module, config: PackedConfig) -> None:
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method
-    hub.install(model)
     _drop_conversions(model)
     if isinstance(config, OmniQuantConfig):
         activations.enforce(model, config)
@@ -289,6 +287,7 @@ QUANTIZERS: dict[type[PackedConfig], type[PackedQuantizer]] = {
 def register() -> None:
     """Make the quantization methods known to Transformers; called by ``import hf_spqr``, harmless when repeated."""
     activations.register_attention()
+    hub.install()
     for config_class, quantizer in QUANTIZERS.items():
         method = config_class.quant_method
         auto.AUTO_QUANTIZER_MAPPING[method] = quantizer

@@ -1,7 +1,9 @@
 """Quantize inside from_pretrained, save, reload, move, cast, compile, dequantize, all through Transformers' API."""
 
+import gc
 import json
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -342,6 +344,17 @@ def test_generate_with_static_cache(folder, quantized):
 def test_needs_calibration_data(base_folder):
     with pytest.raises(ConfigError, match="pass dataset="):
         load(base_folder, quantization_config=SpQRConfig())
+
+
+def test_memory_is_free_when_the_model_is_deleted(folder):
+    model = load(folder)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_footprint(folder, base_folder):
