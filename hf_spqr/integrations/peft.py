@@ -15,6 +15,7 @@ from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.nn import PackedLinear
@@ -35,6 +36,7 @@ class LoraPackedLinear(Linear):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.fan_in_fan_out = self.get_base_layer().replaces is Conv1D  # what merge puts in its place is transposed
         self.packed_layers: list[PackedLinear] = []  # what merge put an ordinary layer in the place of; no submodule
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

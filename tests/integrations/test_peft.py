@@ -12,11 +12,14 @@ pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import hf_spqr
 from hf_spqr.integrations.peft import LoraPackedLinear
 from hf_spqr.nn import AffineLinear, SpQRLinear
+from tests.architectures.matrix import METHODS
 from tests.integrations.conftest import IDS, quantize_folder
+from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -103,6 +106,25 @@ def test_merging_into_a_packed_model_and_back(folder, tmp_path):
     torch.testing.assert_close(logits(merged), trained, rtol=1e-3, atol=1e-3)
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
+
+
+def test_merging_into_conv1d_and_biases(tmp_path):
+    """GPT-2: transposed weights, one of them square, and biases, which a merge must not change in the packed layer."""
+    base = tiny_model("gpt2")
+    hf_spqr.quantize_model(base, METHODS["SpQR"](), progress=False)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], lora_bias=True, init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    trained = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), trained, rtol=1e-3, atol=1e-3)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), trained)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again.transformer.h[0].attn.c_proj, Conv1D)
+    torch.testing.assert_close(logits(again), trained, rtol=1e-3, atol=1e-3)
 
 
 def test_the_trainer_takes_it(folder, tmp_path):
