@@ -140,6 +140,31 @@ def test_the_trainer_takes_it(folder, tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_all_linear_layers(folder):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules="all-linear"))
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraPackedLinear)}
+    assert len(adapted) == 14
+    model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
+    assert adapted == {name for name, module in model.named_modules() if isinstance(module, LoraPackedLinear)}
+    assert "other" in model.base_model.model.model.layers[1].mlp.down_proj.lora_A
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"], ["experts"]])
+def test_adapters_on_packed_experts_are_refused(targets):
+    model = tiny_model("qwen3_moe")
+    hf_spqr.quantize_model(model, METHODS["SpQR"](), progress=False)
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match="packed experts take no adapters"):
+        get_peft_model(model, LoraConfig(target_modules=targets))
+
+
+def test_adapters_beside_offloaded_layers_are_refused(folder, tmp_path):
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    base = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match="load without offload"):
+        get_peft_model(base, LoraConfig(target_modules=TARGETS))
+
+
 def test_what_packed_layers_cannot_do_is_refused(folder):
     with pytest.raises(hf_spqr.UnsupportedLayerError, match="use_dora"):
         adapted(folder, use_dora=True)
