@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_spqr.errors import CheckpointError, HfSpqrError
 from hf_spqr.nn import PackedExperts, PackedLinear
+from hf_spqr.quantize.driver import tokenizer_beside
 from hf_spqr.report.card import PLOT_NAME, SHORT, hub_name, model_card
 from hf_spqr.report.checkpoint import CheckpointReport, inspect_checkpoint
 from hf_spqr.report.records import LayerReport, QuantizationReport
@@ -136,8 +137,8 @@ def push_to_hub(
             report = QuantizationReport.load(source)
         if report is not None:
             report.save(folder)
-        if tokenizer is None and source:
-            tokenizer = _tokenizer_of(source)
+        if tokenizer is None:
+            tokenizer = tokenizer_beside(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return push_folder(folder, repo_id, **options)
@@ -256,15 +257,6 @@ def _license_of(base_model: str, api: Any) -> str | None:
     except (HTTPError, OSError):
         return None
     return None if data is None else data.get("license")
-
-
-def _tokenizer_of(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        return None
 
 
 def _failed(repo_id: str) -> str:
