@@ -8,15 +8,15 @@
 namespace hf_spqr {
 namespace {
 
-// sum[t][row] += w[column][row] * x[t][column] over a tile, for T tokens. Several chains of sums hide the latency.
+// sum[t][row] += w[column][row] * x[t][column] over a tile, for T tokens. Several chains of sums hide the latency. A
+// tile is added up by itself: columns one by one to a total of many would round much more.
 template <int T>
 void multiply_tile(const float* w, const float* x, int64_t x_stride, float* sum) {
     constexpr int kChains = T == 1 ? 4 : T == 2 ? 2 : 1;
     for (int lane = 0; lane < kRows; lane += kLanes) {
         VecF s[T][kChains];
         for (int t = 0; t < T; ++t) {
-            s[t][0] = load(sum + t * kRows + lane);
-            for (int c = 1; c < kChains; ++c) s[t][c] = VecF{};
+            for (int c = 0; c < kChains; ++c) s[t][c] = VecF{};
         }
 #pragma GCC unroll 8
         for (int column = 0; column < kColumns; ++column) {
@@ -25,7 +25,7 @@ void multiply_tile(const float* w, const float* x, int64_t x_stride, float* sum)
         }
         for (int t = 0; t < T; ++t) {
             for (int c = 1; c < kChains; ++c) s[t][0] += s[t][c];
-            store(sum + t * kRows + lane, s[t][0]);
+            store(sum + t * kRows + lane, load(sum + t * kRows + lane) + s[t][0]);
         }
     }
 }

@@ -71,7 +71,7 @@ inline int group_shift_in_tile(const Matrix& m) {
     return m.group == 8 ? 3 : m.group == 16 ? 4 : 5;
 }
 
-// The group (of its panel) that column `column` of the panel belongs to.
+// The group (of its panel) in which tile `tile_in_panel` of the panel begins.
 inline int group_of_tile(const Matrix& m, int64_t tile_in_panel) {
     return m.group == kPerChannel ? 0 : int(tile_in_panel * kColumns >> __builtin_ctz(m.group));
 }

@@ -48,7 +48,7 @@ template <int B>
 void dot_tile(const uint32_t* tile, const float* scale, const float* shift, int group_shift, const float* x,
               float* sum) {
     for (int lane = 0; lane < kRows; lane += kLanes) {
-        VecF y[4] = {load(sum + lane)};
+        VecF y[4] = {};
 #pragma GCC unroll 4
         for (int first = 0; first < kColumns; first += 8) {
             const int group = first >> group_shift;
@@ -59,7 +59,7 @@ void dot_tile(const uint32_t* tile, const float* scale, const float* shift, int 
                 y[i % 4] += (to_float(q) * s + t) * splat(x[first + i]);
             }
         }
-        store(sum + lane, (y[0] + y[1]) + (y[2] + y[3]));
+        store(sum + lane, load(sum + lane) + ((y[0] + y[1]) + (y[2] + y[3])));
     }
 }
 

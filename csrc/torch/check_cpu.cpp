@@ -38,6 +38,12 @@ void check_packed(const char* op, const Tensor& packed, Matrix& m) {
                     m.columns, " matrix");
 }
 
+bool rises(const int32_t* numbers, int64_t count) {
+    int falls = 0;  // counted, not looked for: a loop without an end of its own is vectorized
+    for (int64_t i = 1; i < count; ++i) falls += numbers[i] < numbers[i - 1];
+    return falls == 0;
+}
+
 }  // namespace
 
 Matrix spqr_matrix(const char* op, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
@@ -64,7 +70,7 @@ Matrix spqr_matrix(const char* op, const Tensor& packed, const Tensor& outlier_r
     check_tensor(op, "outlier", outlier, wide ? ScalarType::Long : ScalarType::Int, wide ? "int64" : "int32");
     STD_TORCH_CHECK(outlier.dim() == 1, op, ": outlier must have one dimension, got ", outlier.dim());
     const int32_t* row = static_cast<const int32_t*>(outlier_row.const_data_ptr());
-    STD_TORCH_CHECK(row[0] == 0 && row[m.rows] == outlier.size(0), op,
+    STD_TORCH_CHECK(row[0] == 0 && row[m.rows] == outlier.size(0) && rises(row, m.rows + 1), op,
                     ": outlier_row must rise from 0 to the number of outliers, ", outlier.size(0), "; it goes from ",
                     row[0], " to ", row[m.rows]);
     if (outlier.size(0) > 0) {

@@ -8,12 +8,14 @@ namespace {
 
 namespace stable = torch::stable;
 
-void check_grid(const char* name, const Tensor& t, ScalarType dtype, const char* dtype_name, int64_t tokens) {
+// scale and zero [..., 1] for the tokens of code [..., K].
+void check_grid(const char* name, const Tensor& t, ScalarType dtype, const char* dtype_name, const Tensor& code) {
     constexpr const char* kOp = "w_int8_linear";
     STD_TORCH_CHECK(t.is_cpu(), kOp, ": ", name, " must be on the CPU");
     STD_TORCH_CHECK(t.scalar_type() == dtype, kOp, ": ", name, " must have dtype ", dtype_name);
-    STD_TORCH_CHECK(t.numel() == tokens, kOp, ": ", name, " must have one element per token, ", tokens, ", got ",
-                    t.numel());
+    bool same = t.dim() == code.dim() && t.size(-1) == 1;
+    for (int64_t i = 0; same && i + 1 < code.dim(); ++i) same = t.size(i) == code.size(i);
+    STD_TORCH_CHECK(same, kOp, ": ", name, " must have the shape of code with 1 for its last dimension");
 }
 
 int64_t tokens_per_task(int64_t columns) {
@@ -64,8 +66,8 @@ Tensor w_int8_linear(const Tensor& code, const Tensor& scale, const Tensor& zero
     const Matrix m = affine_matrix(kOp, packed, columns, {out_features, bits, group_size, symmetric, scale_bf16});
     const void* bias_data = bias_pointer(kOp, bias, m.rows, dtype, "the dtype of the result");
     const int64_t tokens = code.numel() / columns;
-    check_grid("scale", scale, ScalarType::Float, "float32", tokens);
-    check_grid("zero", zero, ScalarType::Int, "int32", tokens);
+    check_grid("scale", scale, ScalarType::Float, "float32", code);
+    check_grid("zero", zero, ScalarType::Int, "int32", code);
     std::vector<int64_t> shape(code.sizes().begin(), code.sizes().end());
     shape.back() = m.rows;
     Tensor y = stable::new_empty(code, shape, dtype);

@@ -14,8 +14,10 @@ def permute_back(weight: Tensor, perm: Tensor | None) -> Tensor:
 
 
 def check_perm(perm: Tensor, in_features: int) -> None:
-    """Raise ValueError unless ``perm`` holds each of 0 .. in_features - 1 once (kernels trust it)."""
-    expected = torch.arange(in_features, dtype=perm.dtype, device=perm.device)
+    """Raise ValueError unless ``perm`` is int32 and holds each of 0 .. in_features - 1 once (kernels trust it)."""
+    if perm.dtype != torch.int32:
+        raise ValueError(f"perm must be torch.int32, got {perm.dtype}")
+    expected = torch.arange(in_features, dtype=torch.int32, device=perm.device)
     if perm.shape != expected.shape or not torch.equal(perm.sort().values, expected):
         raise ValueError(f"perm must hold each of 0 .. {in_features - 1} once")
 

@@ -211,6 +211,8 @@ def _read_outliers(lay: SpQRLayout, offsets: Tensor, col_vals: Tensor) -> tuple[
         raise ValueError(f"row_offsets should rise from 0 to the {total} elements of col_vals")
     owner = torch.repeat_interleave(counts, output_size=total)
     if offsets.numel() != rows + 1:
+        if bool((offsets % TILE).any()):
+            raise ValueError(f"row_offsets of stripes should be multiples of {TILE}")
         owner = TILE * owner + torch.arange(total, device=words.device) % TILE
         owner, words = owner[words != 0], words[words != 0]
     column = (words & 0xFFFF).long()
@@ -219,7 +221,9 @@ def _read_outliers(lay: SpQRLayout, offsets: Tensor, col_vals: Tensor) -> tuple[
         raise ValueError(f"an outlier lies in column {int(column.max())} of {lay.in_features}")
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"outliers are not finite; the reference converter damages columns from {WIDEST} on")
-    order = torch.argsort(owner * lay.in_features + column)
+    place, order = (owner * lay.in_features + column).sort()
+    if bool((place[1:] == place[:-1]).any()):
+        raise ValueError("two outliers lie in one place")
     starts = torch.bincount(owner, minlength=rows).cumsum(0)
     outlier_row = torch.cat([starts.new_zeros(1), starts]).to(torch.int32)
     return outlier_row, column[order].to(torch.int32), value[order]

@@ -222,8 +222,9 @@ def split_outliers(outlier: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_outliers(layout: SpQRLayout, outlier_row: Tensor, outlier: Tensor) -> None:
     """Raise ValueError unless the outliers are a well-formed CSR matrix of the layout's shape (kernels trust them)."""
-    if outlier_row.shape != (layout.out_features + 1,):
-        raise ValueError(f"outlier_row must have {layout.out_features + 1} numbers, got {list(outlier_row.shape)}")
+    if outlier_row.shape != (layout.out_features + 1,) or outlier_row.dtype != torch.int32:
+        wanted, found = f"torch.int32 [{layout.out_features + 1}]", f"{outlier_row.dtype} {list(outlier_row.shape)}"
+        raise ValueError(f"outlier_row must be {wanted}, got {found}")
     if int(outlier_row[0]) != 0 or int(outlier_row[-1]) != outlier.numel() or bool((outlier_row.diff() < 0).any()):
         raise ValueError(f"outlier_row must rise from 0 to the number of outliers, {outlier.numel()}")
     if outlier.dtype != layout.outlier_dtype:

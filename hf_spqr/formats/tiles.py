@@ -14,7 +14,6 @@ ROWS = 16
 """Rows of a tile, and words of a vector."""
 COLUMNS = 32
 """Columns of a tile."""
-VECTOR_BYTES = 64
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 _PLANES = {5: (4, 1), 6: (4, 2), 7: (4, 3)}

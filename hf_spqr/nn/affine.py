@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_spqr import ops
 from hf_spqr.formats import affine
 from hf_spqr.formats.affine import AffineLayout, AffineWeight
-from hf_spqr.nn.packed import PackedLinear
+from hf_spqr.nn.packed import PackedLinear, wrong_columns
 from hf_spqr.ops import reference
 
 
@@ -41,6 +41,8 @@ class AffineLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.act_bits is None:
             return super().forward(x)
+        if x.size(-1) != self.layout.in_features:
+            raise wrong_columns(x, self.layout.in_features)
         bias = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)

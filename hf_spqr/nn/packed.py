@@ -22,6 +22,11 @@ Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor in a file."""
 
 
+def wrong_columns(x: Tensor, in_features: int) -> ValueError:
+    """For x that is not [..., in_features]; ops see that only where it changes the layout of the packed matrix."""
+    return ValueError(f"x must have in_features={in_features} columns in its last dimension, got {list(x.shape)}")
+
+
 class PackedLinear(nn.Module):
     """``y = x W^T + b`` with W held packed, x [..., in_features] float32, bfloat16 or float16.
 
@@ -145,6 +150,9 @@ class PackedLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]. Raises ValueError if x has another number of columns."""
+        if x.size(-1) != self.layout.in_features:
+            raise wrong_columns(x, self.layout.in_features)
         held = self._parameters  # the plain dict: reading a parameter as an attribute takes a microsecond each
         bias: Tensor | None = held["bias"]
         if bias is not None and bias.dtype != x.dtype:

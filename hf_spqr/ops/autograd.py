@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from hf_spqr.ops.schema import FLOATS
 
 
 def fake_linear(x: Tensor, out_features: int) -> Tensor:
-    torch._check(x.dtype in _FLOATS, lambda: f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    torch._check(x.dtype in FLOATS, lambda: f"x must be float32, bfloat16 or float16, got {x.dtype}")
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -34,7 +34,7 @@ def register(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::quantize_activation")
     def _(x, perm, bits, symmetric):
-        torch._check(x.dtype in _FLOATS, lambda: f"x must be float32, bfloat16 or float16, got {x.dtype}")
+        torch._check(x.dtype in FLOATS, lambda: f"x must be float32, bfloat16 or float16, got {x.dtype}")
         one = (*x.shape[:-1], 1)
         return (
             x.new_empty(x.shape, dtype=torch.int8),

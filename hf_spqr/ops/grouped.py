@@ -55,7 +55,7 @@ def spqr_grouped_linear(
         own = outlier[starts[expert] : starts[expert + 1]]
         return packed[expert], outlier_row[expert], own, None if perm is None else perm[expert]
 
-    return _loop(linear, dequantize, x, ends, tensors, *shape_and_layout)
+    return _loop(linear, dequantize, x, ends, packed.shape[0], tensors, *shape_and_layout)
 
 
 def affine_grouped_linear(
@@ -72,7 +72,7 @@ def affine_grouped_linear(
     def tensors(expert: int) -> tuple[Tensor | None, ...]:
         return packed[expert], None if perm is None else perm[expert]
 
-    return _loop(linear, dequantize, x, ends, tensors, *shape_and_layout)
+    return _loop(linear, dequantize, x, ends, packed.shape[0], tensors, *shape_and_layout)
 
 
 def integer_grouped_linear(
@@ -89,7 +89,7 @@ def integer_grouped_linear(
     """x [S, in_features] -> [S, out_features], the rows quantized first; other arguments as in the schema."""
     *layout, act_bits, act_sym = layout_and_act
     y = x.new_zeros((x.shape[0], out_features))
-    for expert, begin, end in _rows(ends):
+    for expert, begin, end in _rows(x, ends, packed.shape[0], in_features):
         codes = quantize(x[begin:end], None if perm is None else perm[expert], act_bits, act_sym)
         y[begin:end] = linear(*codes, packed[expert], None, out_features, *layout, x.dtype)
     return y
@@ -100,6 +100,7 @@ def _loop(
     dequantize: Linear,
     x: Tensor,
     ends: Tensor,
+    experts: int,
     tensors: Callable[[int], tuple[Tensor | None, ...]],
     out_features: int,
     in_features: int,
@@ -108,7 +109,7 @@ def _loop(
     *layout, int8_activations, transpose = layout_and_flags
     y = x.new_empty((x.shape[0], in_features if transpose else out_features))
     last = 0
-    for expert, begin, end in _rows(ends):
+    for expert, begin, end in _rows(x, ends, experts, out_features if transpose else in_features):
         if transpose:
             weight = dequantize(*tensors(expert), out_features, in_features, *layout, x.dtype)
             torch.mm(x[begin:end], weight, out=y[begin:end])
@@ -119,10 +120,20 @@ def _loop(
     return y
 
 
-def _rows(ends: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Expert, first row and row after the last, for experts that have rows."""
+def _rows(x: Tensor, ends: Tensor, experts: int, columns: int) -> Iterator[tuple[int, int, int]]:
+    """Expert, first row and row after the last, for experts that have rows.
+
+    Raises ValueError unless x is [S, columns] and ends int64 [experts], rising from 0 on to at most S.
+    """
+    if x.dim() != 2 or x.shape[1] != columns:
+        raise ValueError(f"x must be [rows, {columns}], got {list(x.shape)}")
+    if ends.dtype != torch.int64 or ends.shape != (experts,):
+        raise ValueError(f"ends must be torch.int64 [{experts}], got {ends.dtype} {list(ends.shape)}")
+    numbers = [0, *ends.tolist(), x.shape[0]]
+    if numbers != sorted(numbers):
+        raise ValueError(f"ends must rise from 0 on and end at or before row {x.shape[0]}, got {numbers[1:-1]}")
     begin = 0
-    for expert, end in enumerate(ends.tolist()):
+    for expert, end in enumerate(numbers[1:-1]):
         if end > begin:
             yield expert, begin, end
         begin = end

@@ -11,6 +11,7 @@ from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 from hf_spqr.formats.tokens import code_range, token_grid
+from hf_spqr.ops.schema import FLOATS
 
 __all__ = [
     "affine_dequantize", "affine_linear", "quantize_activation", "round_activations", "spqr_dequantize", "spqr_linear",
@@ -35,6 +36,7 @@ def spqr_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """[out_features, in_features] of ``dtype``, columns in the original order."""
+    _check_float("dtype", dtype)
     layout = SpQRLayout(out_features, in_features, bits, group_size, stat_bits, second_group)
     tensors = {"packed": packed, "outlier_row": outlier_row, "outlier": outlier}
     if perm is not None:
@@ -76,6 +78,7 @@ def affine_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """[out_features, in_features] of ``dtype``, columns in the original order."""
+    _check_float("dtype", dtype)
     layout = _affine_layout(out_features, in_features, bits, group_size, symmetric, scale_bf16)
     tensors = {"packed": packed} if perm is None else {"packed": packed, "perm": perm}
     return affine.unpack(layout, tensors).dequantize(dtype)
@@ -123,10 +126,12 @@ def quantize_activation(x: Tensor, perm: Tensor | None, bits: int, symmetric: bo
     ``x`` is about ``scale * (code - zero)`` on the grid of :func:`token_grid`, ``round(x / scale)`` to nearest even.
     Asymmetric codes and zero points are stored shifted by ``2 ** (bits - 1)``, so that they fit int8. Column j of the
     codes is column ``perm[j]`` of ``x`` (int32 [K]). bits 2 to 8. A token whose scale is NaN has zeros for its codes
-    and its zero point: all that is made from it is NaN. Raises ValueError if bits is not 2 to 8.
+    and its zero point: all that is made from it is NaN. Raises ValueError if bits or a tensor is none of these.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"quantize_activation: bits must be 2 to 8, got {bits}")
+    _check_float("x", x.dtype)
+    _check_tensor("perm", perm, torch.int32, x.shape[-1:])
     if perm is not None:
         x = x.index_select(-1, perm)
     scale, zero = token_grid(x, bits, symmetric)
@@ -163,6 +168,11 @@ def w_int8_linear(
 
     then ``y + bias`` and one rounding to ``dtype``. ``float(I_g)`` of a group is exact.
     """
+    _check_float("dtype", dtype)
+    _check_tensor("bias", bias, dtype, (out_features,))
+    _check_tensor("code", code, torch.int8, code.shape)
+    _check_tensor("scale", scale, torch.float32, (*code.shape[:-1], 1))
+    _check_tensor("zero", zero, torch.int32, (*code.shape[:-1], 1))
     layout = _affine_layout(out_features, code.shape[-1], bits, group_size, symmetric, scale_bf16)
     weight = affine.unpack(layout, {"packed": packed})
     width = EXACT_COLUMNS if layout.per_channel else group_size
@@ -185,7 +195,19 @@ def _affine_layout(
     return AffineLayout(out_features, in_features, bits, group_size, symmetric, scale_dtype)
 
 
+def _check_float(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {dtype}")
+
+
+def _check_tensor(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
+        raise ValueError(f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, perm: Tensor | None, int8_activations: bool) -> Tensor:
+    _check_float("x", x.dtype)
+    _check_tensor("bias", bias, x.dtype, (weight.shape[0],))
     rounded = round_activations(x, perm) if int8_activations else x.float()
     y = torch.nn.functional.linear(rounded, weight)
     return (y if bias is None else y + bias.float()).to(x.dtype)

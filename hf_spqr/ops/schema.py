@@ -9,9 +9,17 @@ columns, float32 scale and int32 zero [..., 1]. ``dtype`` is that of the result 
 
 ``int8_activations`` allows a kernel to round ``x`` as :func:`hf_spqr.ops.reference.round_activations` does, where that
 is faster; others compute as without it. The gradient is that of the exact op.
+
+Ops raise on wrong dtypes, shapes and devices. They trust what only reading all of a tensor would show, the columns of
+outliers and of ``perm``: modules check these when they are loaded (:func:`hf_spqr.formats.spqr.check_outliers`,
+:func:`hf_spqr.formats.columns.check_perm`). On GPUs they trust the numbers of ``outlier_row``, too.
 """
 
+import torch
+
 NAMESPACE = "hf_spqr"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of activations, results and dense weights."""
 
 _SPQR = "Tensor packed, Tensor outlier_row, Tensor outlier, Tensor? perm"
 _SPQR_LAYOUT = "int bits, int group_size, int stat_bits, int second_group"

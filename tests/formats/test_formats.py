@@ -167,6 +167,8 @@ def test_bad_tensors_are_refused():
     falling[1] = tensors["outlier"].numel() + 1
     with pytest.raises(ValueError, match="outlier_row"):
         spqr.check_outliers(layout, falling, tensors["outlier"])
+    with pytest.raises(ValueError, match=r"outlier_row must be torch.int32 \[33\], got torch.int64 \[33\]"):
+        spqr.check_outliers(layout, tensors["outlier_row"].long(), tensors["outlier"])
     twice = tensors["outlier"].clone()
     row = int((tensors["outlier_row"].diff() > 1).nonzero()[0])
     twice[tensors["outlier_row"][row] + 1] = twice[tensors["outlier_row"][row]]
@@ -176,6 +178,8 @@ def test_bad_tensors_are_refused():
         spqr.check_outliers(spqr.SpQRLayout(32, 10), tensors["outlier_row"], tensors["outlier"])
     with pytest.raises(ValueError, match="perm"):
         columns.check_perm(torch.zeros(64, dtype=torch.int32), 64)
+    with pytest.raises(ValueError, match=r"perm must be torch.int32, got torch.int64"):
+        columns.check_perm(torch.arange(64), 64)
 
 
 @pytest.mark.parametrize("bad", [{"bits": 9}, {"group_size": 17}, {"stat_bits": 1}, {"second_group": 48}])

@@ -138,6 +138,7 @@ def test_what_the_layout_cannot_hold_is_refused(layout, message):
         ("row_offsets", lambda t: t + 1, "should rise"),
         ("row_offsets", lambda t: t.flip(0), "should rise"),
         ("col_vals", lambda t: t | 0xFFFF, "lies in column"),
+        ("col_vals", lambda t: t & ~0xFFFF, "two outliers lie in one place"),
         ("col_vals", lambda t: (t & 0xFFFF) | -65536, "not finite"),
         ("in_perm", lambda t: t * 0, "in_perm does not hold"),
     ],
@@ -146,6 +147,13 @@ def test_damaged_tensors_are_refused(name, change, message):
     tensors = official_spqr.encode(tamed(random_spqr(SpQRLayout(32, 64), 0.1, True)))
     tensors[name] = change(tensors[name])
     with pytest.raises(ValueError, match=message):
+        official_spqr.decode(32, 64, tensors)
+
+
+def test_stripes_that_begin_in_the_middle_of_their_rows_are_refused():
+    tensors = official_spqr.encode(tamed(random_spqr(SpQRLayout(32, 64), 0.1)), "ptcsr")
+    tensors["row_offsets"][1] += 1
+    with pytest.raises(ValueError, match="should be multiples of 16"):
         official_spqr.decode(32, 64, tensors)
 
 

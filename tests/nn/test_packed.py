@@ -40,6 +40,18 @@ def test_forward_is_the_linear_of_the_dequantized_weight(make, bias, backend):
     torch.testing.assert_close(module.to_linear()(x), module(x), rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("act_bits", [None, 8])
+@pytest.mark.parametrize("make", MODULES)
+def test_inputs_of_another_width_are_refused(make, act_bits, backend):
+    """One column less has the same packed bytes, so that no op would notice."""
+    module = make(perm=False)
+    module.act_bits, module.backend = act_bits, backend
+    for x in (torch.randn(2, 95), torch.randn(2, 97), torch.randn(2, 0)):
+        with pytest.raises(ValueError, match="x must have in_features=96 columns in its last dimension, got"):
+            module(x)
+
+
 @pytest.mark.parametrize("make", MODULES)
 def test_int8_activations_are_a_matter_of_the_op(make):
     """Eager, compiled and with gradients; how far from the exact result is a matter of the kernels."""

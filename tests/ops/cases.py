@@ -82,8 +82,11 @@ def spqr_case(layout: spqr.SpQRLayout, share: float = 0.05, perm: bool = False, 
 
 
 def affine_case(layout: affine.AffineLayout, perm: bool = False, seed: int = 0) -> Case:
-    weight = random_affine(layout, perm, seed)
-    t = affine.pack(weight)
+    return affine_case_of(random_affine(layout, perm, seed))
+
+
+def affine_case_of(weight: affine.AffineWeight) -> Case:
+    layout, t = weight.layout, affine.pack(weight)
     return Case(
         ops.affine_linear,
         ops.affine_dequantize,

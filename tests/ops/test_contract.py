@@ -73,6 +73,7 @@ SPQR |= {"group_size": 8, "stat_bits": 9, "second_group": 10}
         ("outlier_row", torch.zeros(34), "outlier_row must have dtype int32"),
         ("outlier_row", torch.zeros(33, dtype=torch.int32), r"outlier_row must have shape .* = \[34\]"),
         ("outlier_row", torch.zeros(34, dtype=torch.int32), "outlier_row must rise from 0 to the number of outliers"),
+        ("outlier_row", "falls", "outlier_row must rise from 0 to the number of outliers"),
         ("outlier", torch.zeros(5, dtype=torch.int64), "outlier must have dtype int32"),
         ("perm", torch.zeros(100, dtype=torch.int64), "perm must have dtype int32"),
         ("perm", torch.zeros(99, dtype=torch.int32), r"perm must have shape .* = \[100\]"),
@@ -88,6 +89,9 @@ SPQR |= {"group_size": 8, "stat_bits": 9, "second_group": 10}
 def test_wrong_arguments_are_named(argument, value, message):
     case = cases()[0]
     arguments = [torch.zeros(2, 100), *case.tensors, torch.zeros(33), 33, *case.numbers]
+    if value == "falls":
+        value = case.tensors[1].clone()
+        value[5] = value[10] + 1
     arguments[SPQR[argument]] = value
     with pytest.raises(RuntimeError, match=f"spqr_linear: {message}"):
         case.linear(*arguments)

@@ -211,9 +211,9 @@ CODES = (torch.zeros(2, 100, dtype=torch.int8), torch.ones(2, 1), torch.zeros(2,
         (0, torch.zeros((), dtype=torch.int8), "code must have at least one dimension"),
         (0, torch.zeros(2, 612, dtype=torch.int8), "packed must have shape"),
         (1, torch.ones(2, 1).double(), "scale must have dtype float32"),
-        (1, torch.ones(3, 1), "scale must have one element per token, 2, got 3"),
+        (1, torch.ones(2), "scale must have the shape of code with 1 for its last dimension"),
         (2, torch.zeros(2, 1), "zero must have dtype int32"),
-        (2, torch.zeros(1, 1, dtype=torch.int32), "zero must have one element per token, 2, got 1"),
+        (2, torch.zeros(1, 1, dtype=torch.int32), "zero must have the shape of code with 1 for its last dimension"),
         (4, torch.zeros(33).bfloat16(), "bias must have the dtype of the result"),
         (4, torch.zeros(32), r"bias must have shape .* = \[33\]"),
         (6, 9, "bits must be 1 to 8, got 9"),
@@ -262,11 +262,6 @@ def test_there_is_no_gradient_to_be_had_by_accident():
     _, scale, _ = ops.quantize_activation(x, None, 8, False)
     with pytest.raises(RuntimeError, match="quantize_activation works on integers and has no gradient"):
         scale.sum().backward()
-
-
-def test_the_reference_names_wrong_bits():
-    with pytest.raises(ValueError, match="bits must be 2 to 8, got 1"):
-        reference.quantize_activation(torch.zeros(2, 8), None, 1, True)
 
 
 def test_the_reference_is_the_op_off_the_cpu():

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.panels import GROUP_SIZES
-from tests.ops.cases import ROUNDING, Case, affine_case, spqr_case
+from hf_spqr.methods import rtn
+from hf_spqr.methods.base import AffineParams
+from tests.ops.cases import ROUNDING, Case, affine_case, affine_case_of, spqr_case
 
 DTYPES = tuple(ROUNDING)
 SIZES = st.tuples(st.sampled_from([1, 5, 16, 33, 70]), st.sampled_from([1, 17, 32, 100, 256, 300, 640]))
@@ -92,7 +94,7 @@ def test_batches_in_common_layouts(isa, bits, group_size):
     """Around each number of tokens at which the kernels change, and each way in which they share tokens out."""
     shares = [spqr_case(spqr.SpQRLayout(88, 1000, bits, group_size), share) for share in (0.0, 0.01, 0.2)]
     for case in (*shares, affine_case(affine.AffineLayout(88, 1000, bits, group_size))):
-        for tokens in (5, 8, *range(9, 18), 20, 24, 25, 32, 33, 48, 64):
+        for tokens in (*range(2, 18), 20, 24, 25, 32, 33, 48, 64):
             case.check(*inputs(case, tokens, torch.bfloat16, bias=True))
 
 
@@ -108,6 +110,20 @@ def test_exact_to_one_in_ten_thousand(isa, tokens):
     assert error < 1e-4
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 128), (3, 128), (4, 32)])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_large_channels_cost_the_others_little(isa, tokens, bits, group_size):
+    """What kernels round of x, a share of the largest value near by, must meet code - zero and not the bare code."""
+    gen = torch.Generator().manual_seed(bits)
+    weight = torch.randn(512, 4096, generator=gen)
+    case = affine_case_of(rtn.quantize(weight, AffineParams(bits, group_size)).weight)
+    x = torch.randn(tokens, 4096, generator=gen)
+    x[:, [7, 700]] *= 1000
+    expected = x.double() @ case.weight.double().T
+    error = (case.run(x).double() - expected).norm() / expected.norm()
+    assert error < 2e-4
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "group_size"), [(1, 16), (4, 16), (8, 16), (64, 32), (64, -1)])
 def test_weights_are_not_rounded(isa, tokens, group_size, dtype):
@@ -118,6 +134,12 @@ def test_weights_are_not_rounded(isa, tokens, group_size, dtype):
     assert (case.run(x) == expected).double().mean() > 0.8
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
+def test_more_outliers_than_wait_for_their_products(isa, tokens):
+    case = spqr_case(spqr.SpQRLayout(40, 4000), 0.5)
+    case.check(*inputs(case, tokens, torch.float32, bias=False))
+
+
 def test_wide_matrix_with_64_bit_outliers(isa):
     case = spqr_case(spqr.SpQRLayout(17, 66000), 0.001)
     assert case.tensors[2].dtype == torch.int64
@@ -126,6 +148,15 @@ def test_wide_matrix_with_64_bit_outliers(isa):
     for tokens in (3, 16, 65):
         case.check(*inputs(case, tokens, torch.bfloat16, bias=False))
     check_dense(case, torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_long_rows_of_one_sign(isa, tokens):
+    """Sums grow to a size at which a single product added to them would lose most of its bits."""
+    case = affine_case(affine.AffineLayout(16, 70000, 4, -1))
+    x = torch.ones(tokens, 70000)
+    size = case.weight.double().abs().sum(1)
+    assert ((case.run(x).double() - case.weight.double().sum(1)).abs() / size).max() < 1e-5
 
 
 def test_many_rows_in_stretches(isa):
