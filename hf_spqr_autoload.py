@@ -53,10 +53,23 @@ def _prepare(tables: ModuleType) -> None:
             setattr(tables, name, _LazyMapping(mapping))
 
 
+def _complete() -> ModuleType | None:
+    """Transformers' tables, once all of their module has been imported."""
+    tables = sys.modules.get(TABLES)
+    return tables if all(hasattr(tables, name) for name in MAPPINGS) else None
+
+
 class _Finder:
-    """Waits on ``sys.meta_path`` for the import of Transformers' tables, then steps aside."""
+    """Waits on ``sys.meta_path`` for the import of Transformers' tables, then steps aside.
+
+    Where that import is the one that imported torch, it waits for whatever is imported next.
+    """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        tables = _complete()
+        if tables is not None:
+            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            _prepare(tables)
         if name != TABLES:
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
@@ -76,8 +89,9 @@ class _Finder:
 def init() -> None:
     """Entry point of ``torch.backends``. Never raises: torch would turn that into a failed ``import torch``."""
     try:
-        if TABLES in sys.modules:
-            _prepare(sys.modules[TABLES])
+        tables = _complete()
+        if tables is not None:
+            _prepare(tables)
         elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
     except Exception:

@@ -70,17 +70,20 @@ def test_entry_point_is_declared():
     assert '[project.entry-points."torch.backends"]\nhf_spqr = "hf_spqr_autoload:init"' in text
 
 
-def test_plain_load_and_switch(tmp_path):
+@pytest.mark.parametrize("first", ["import torch", "import transformers.quantizers.auto  # which imports torch"])
+def test_plain_load_and_switch(tmp_path, first):
     """The whole way, with an installed entry point simulated by metadata on the path."""
     info = tmp_path / "hf_spqr_test-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hf-spqr-test\nVersion: 0.1\n")
+    (tmp_path / "one_more.py").touch()
     (info / "entry_points.txt").write_text("[torch.backends]\nhf_spqr_test = hf_spqr_autoload:init\n")
     code = f"""
 import sys
 sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]
-import torch
+{first}
 from transformers.quantizers import auto
+import one_more
 print("hf_spqr" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
 """
     assert run(code, TORCH_DEVICE_BACKEND_AUTOLOAD="1").split() == ["True"]

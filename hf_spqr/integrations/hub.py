@@ -7,11 +7,15 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import wraps
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from hf_spqr.errors import CheckpointError, HfSpqrError
+from hf_spqr.nn import PackedExperts, PackedLinear
+from hf_spqr.quantize.driver import tokenizer_beside
 from hf_spqr.report.card import PLOT_NAME, SHORT, check_evaluation, hub_name, model_card
 from hf_spqr.report.checkpoint import CheckpointReport, inspect_checkpoint
 from hf_spqr.report.records import LayerReport, QuantizationReport
@@ -135,16 +139,31 @@ def push_to_hub(
             report = QuantizationReport.load(source)
         if report is not None:
             report.save(folder)
-        if tokenizer is None and source:
-            tokenizer = _tokenizer_of(source)
+        if tokenizer is None:
+            tokenizer = tokenizer_beside(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return push_folder(folder, repo_id, **options)
 
 
-def install(model: Any) -> None:
-    """Make ``model.push_to_hub`` publish the model card and the tokenizer too, and all in one commit."""
-    model.push_to_hub = MethodType(push_to_hub, model)
+def install() -> None:
+    """Make ``push_to_hub`` of packed models publish the model card and the tokenizer too, and all in one commit.
+
+    In the class, not in each model: a model that held a method of its own would refer to itself, and its memory would
+    outlive ``del model``.
+    """
+    original = PreTrainedModel.push_to_hub
+    if getattr(original, "knows_packed_models", False):
+        return
+
+    @wraps(original)
+    def push(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        packed = any(isinstance(module, PackedLinear | PackedExperts) for module in self.modules())
+        adapter = getattr(self, "_hf_peft_config_loaded", False)  # then only the adapter is saved and pushed
+        return (push_to_hub if packed and not adapter else original)(self, *args, **kwargs)
+
+    push.knows_packed_models = True  # type: ignore[attr-defined]
+    PreTrainedModel.push_to_hub = push  # type: ignore[assignment, method-assign]
 
 
 def complete_files(folder: Path) -> list[Path]:
@@ -240,15 +259,6 @@ def _license_of(base_model: str, api: Any) -> str | None:
     except (HTTPError, OSError):
         return None
     return None if data is None else data.get("license")
-
-
-def _tokenizer_of(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        return None
 
 
 def _failed(repo_id: str) -> str:

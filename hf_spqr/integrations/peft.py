@@ -10,14 +10,17 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_spqr.errors import UnsupportedLayerError
-from hf_spqr.nn import PackedLinear
+from hf_spqr.nn import PackedExperts, PackedLinear
 
 __all__ = ["LoraPackedLinear", "install"]
 
@@ -32,9 +35,13 @@ class LoraPackedLinear(Linear):
             )
         if config.use_dora:
             raise UnsupportedLayerError("use_dora=True needs the base weights in full; packed layers take plain LoRA.")
+        packed: Any = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        if packed.packed.is_meta:  # PEFT would leave the adapters without data too
+            raise UnsupportedLayerError("Adapters cannot stand beside offloaded layers: load without offload.")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.fan_in_fan_out = packed.replaces is Conv1D  # what merge puts in its place is transposed
         self.packed_layers: list[PackedLinear] = []  # what merge put an ordinary layer in the place of; no submodule
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -53,16 +60,32 @@ class LoraPackedLinear(Linear):
 
 
 def install() -> None:
-    """Let PEFT find :class:`LoraPackedLinear` for packed layers."""
-    default = lora_model.dispatch_default
+    """Let PEFT find :class:`LoraPackedLinear` for packed layers, also for ``target_modules="all-linear"``."""
+    default, expand = lora_model.dispatch_default, tuners_utils._maybe_include_all_linear_layers
     if getattr(default, "knows_packed_layers", False):
         return
 
     def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
         layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(layer, PackedExperts):
+            raise UnsupportedLayerError(
+                f"{kwargs.get('target_name', 'experts')}: packed experts take no adapters. Name layers outside of"
+                " them, for example target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']."
+            )
         if isinstance(layer, PackedLinear):
             return LoraPackedLinear(target, adapter_name, config=config, **kwargs)
         return default(target, adapter_name, config=config, **kwargs)
 
+    def expand_all_linear(config: Any, model: nn.Module) -> Any:
+        asked = getattr(config, "target_modules", None)
+        config = expand(config, model)
+        if isinstance(asked, str) and asked.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+            inside = {child for layer in adapted for child in layer.modules()}
+            packed = {n for n, m in model.named_modules() if isinstance(m, PackedLinear) and m not in inside}
+            config.target_modules = {*config.target_modules, *packed}
+        return config
+
     dispatch.knows_packed_layers = True  # type: ignore[attr-defined]
     lora_model.dispatch_default = dispatch  # type: ignore[assignment]
+    tuners_utils._maybe_include_all_linear_layers = expand_all_linear  # type: ignore[assignment]

@@ -151,7 +151,6 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.loading = None
-        hub.install(model)
         if self.pre_quantized:
             _cast(model, self.dtypes)
             tensor_parallel.finish(model)
@@ -183,20 +182,29 @@ class PackedQuantizer(HfQuantizer):
 
     # -- the quantized model ---------------------------------------------------------------------------------------
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        target = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # save_pretrained leaves a string there
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        # Transformers would take the dtype of loading for None, whatever the model was cast to since
+        dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(f"dtype={dtype}: dequantize to float32, bfloat16 or float16.")
+        model = self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Ordinary layers in place of packed ones, each of its own float dtype; ``dtype`` casts all of the model."""
         tensor_parallel.refuse_to_dequantize(model)
-        for name, module in list(model.named_modules()):
-            if not isinstance(module, PackedLinear):
-                continue
-            if module.packed.is_meta:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear | GroupedLinear) and module.packed.is_meta:
                 raise UnsupportedLayerError(f"{name} is offloaded: load the model without offload to dequantize it.")
-            model.set_submodule(name, module.to_linear(target))
+        if dtype is not None:
+            model.to(dtype)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                model.set_submodule(name, module.to_linear().requires_grad_())
         experts = packed_experts(model)
         for name, packed in experts.items():
-            if any(linear.packed.is_meta for linear in packed.linears().values()):
-                raise UnsupportedLayerError(f"{name} is offloaded: load the model without offload to dequantize it.")
-            model.set_submodule(name, packed.to_experts(target))
+            model.set_submodule(name, packed.to_experts().requires_grad_())
         if experts:
             restore_converters(model)
         return model
@@ -241,7 +249,7 @@ class OmniQuantQuantizer(PackedQuantizer):
         super()._process_model_after_weight_loading(model, **kwargs)
         activations.enforce(model, self.quantization_config)
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         model = super()._dequantize(model, dtype)
         activations.release(model)
         return model
@@ -266,7 +274,6 @@ def attach(model: nn.Module, config: PackedConfig) -> None:
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method
-    hub.install(model)
     _drop_conversions(model)
     if isinstance(config, OmniQuantConfig):
         activations.enforce(model, config)
@@ -281,6 +288,7 @@ QUANTIZERS: dict[type[PackedConfig], type[PackedQuantizer]] = {
 def register() -> None:
     """Make the quantization methods known to Transformers; called by ``import hf_spqr``, harmless when repeated."""
     activations.register_attention()
+    hub.install()
     for config_class, quantizer in QUANTIZERS.items():
         method = config_class.quant_method
         auto.AUTO_QUANTIZER_MAPPING[method] = quantizer

@@ -177,9 +177,10 @@ class PackedLinear(nn.Module):
         )
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """An ordinary layer of the same function and of the class that the packed one replaced."""
+        """An ordinary layer of the same function and of the class that the packed one replaced; shares no memory."""
         weight = self.dequantize_weight(dtype)
-        return make_dense(self.replaces, weight, None if self.bias is None else self.bias.data.to(weight.dtype))
+        bias = None if self.bias is None else self.bias.data.to(weight.dtype, copy=True)
+        return make_dense(self.replaces, weight, bias)
 
     def extra_repr(self) -> str:
         per_weight = 8 * self.nbytes() / (self.layout.in_features * self.layout.out_features)

@@ -24,7 +24,7 @@ from hf_spqr.quantize.targets import Target, check_weights, find_targets, left_a
 from hf_spqr.report import CalibrationReport, QuantizationReport
 from hf_spqr.report.card import hub_name
 
-__all__ = ["quantize_model"]
+__all__ = ["quantize_model", "tokenizer_beside"]
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _windows(model: nn.Module, config: SpQRConfig | OmniQuantConfig, tokenizer: 
     """The calibration data as token ids that the model knows."""
     windows = calibration_windows(
         config.dataset,
-        _tokenizer(model, tokenizer, config.dataset),
+        _tokenizer(model, tokenizer),
         nsamples=config.nsamples,
         seqlen=_usable_seqlen(model, config.seqlen),
         seed=config.seed,
@@ -191,16 +191,25 @@ def _usable_seqlen(model: nn.Module, seqlen: int) -> int:
     return seqlen
 
 
-def _tokenizer(model: nn.Module, tokenizer: Any, dataset: Any) -> Any:
-    """A tokenizer object, loaded by name where it is one, or None where no data set can need it."""
+def tokenizer_beside(model: Any) -> Any:
+    """The tokenizer of the folder or repository that ``model`` came from; None where there is none."""
+    # custom code of the tokenizer is trusted where that of the model, from the same place, already runs
+    trusted = type(model).__module__.startswith("transformers_modules.")
+    return _load_tokenizer(getattr(model, "name_or_path", None), trusted)
+
+
+def _tokenizer(model: nn.Module, tokenizer: Any) -> Any:
+    """A tokenizer object, loaded by name where it is one; None for none, and token ids need none."""
     if tokenizer is None:
-        tokenizer = getattr(model, "name_or_path", None) or None
-    if not isinstance(tokenizer, str | os.PathLike):
-        return tokenizer
+        return tokenizer_beside(model)
+    return _load_tokenizer(tokenizer, False) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+
+
+def _load_tokenizer(name: str | os.PathLike[str] | None, trusted: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(tokenizer)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted) if name else None
     except (OSError, ValueError):
         return None  # token ids need none; text says clearly that it does
 

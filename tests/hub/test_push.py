@@ -56,6 +56,17 @@ def test_the_method_of_the_model(hub, make_model):
     assert [name for name in files if "safetensors" in name] == ["model.safetensors"]
 
 
+def test_what_is_not_a_packed_model_is_pushed_as_by_transformers(hub, make_model):
+    model = make_model().dequantize()
+    model.push_to_hub("tester/plain")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("tester/plain")), logits(model))
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    model.push_to_hub("tester/adapter")
+    assert "adapter_model.safetensors" in hub.repos["tester/adapter"].files()
+
+
 def test_private_needs_the_token(hub, folder, monkeypatch):
     push_folder(folder, "tester/secret", private=True)
     assert hub.repos["tester/secret"].private

@@ -12,11 +12,14 @@ pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 import hf_spqr
 from hf_spqr.integrations.peft import LoraPackedLinear
 from hf_spqr.nn import AffineLinear, SpQRLinear
+from tests.architectures.matrix import METHODS
 from tests.integrations.conftest import IDS, quantize_folder
+from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -105,6 +108,25 @@ def test_merging_into_a_packed_model_and_back(folder, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
 
 
+def test_merging_into_conv1d_and_biases(tmp_path):
+    """GPT-2: transposed weights, one of them square, and biases, which a merge must not change in the packed layer."""
+    base = tiny_model("gpt2")
+    hf_spqr.quantize_model(base, METHODS["SpQR"](), progress=False)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], lora_bias=True, init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    trained = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), trained, rtol=1e-3, atol=1e-3)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), trained)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again.transformer.h[0].attn.c_proj, Conv1D)
+    torch.testing.assert_close(logits(again), trained, rtol=1e-3, atol=1e-3)
+
+
 def test_the_trainer_takes_it(folder, tmp_path):
     model = adapted(folder)
     data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
@@ -116,6 +138,31 @@ def test_the_trainer_takes_it(folder, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_all_linear_layers(folder):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules="all-linear"))
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraPackedLinear)}
+    assert len(adapted) == 14
+    model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
+    assert adapted == {name for name, module in model.named_modules() if isinstance(module, LoraPackedLinear)}
+    assert "other" in model.base_model.model.model.layers[1].mlp.down_proj.lora_A
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"], ["experts"]])
+def test_adapters_on_packed_experts_are_refused(targets):
+    model = tiny_model("qwen3_moe")
+    hf_spqr.quantize_model(model, METHODS["SpQR"](), progress=False)
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match="packed experts take no adapters"):
+        get_peft_model(model, LoraConfig(target_modules=targets))
+
+
+def test_adapters_beside_offloaded_layers_are_refused(folder, tmp_path):
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    base = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match="load without offload"):
+        get_peft_model(base, LoraConfig(target_modules=TARGETS))
 
 
 def test_what_packed_layers_cannot_do_is_refused(folder):

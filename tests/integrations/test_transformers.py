@@ -1,7 +1,9 @@
 """Quantize inside from_pretrained, save, reload, move, cast, compile, dequantize, all through Transformers' API."""
 
+import gc
 import json
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_spqr import ConfigError, SpQRConfig
+from hf_spqr import ConfigError, SpQRConfig, UnsupportedLayerError
 from hf_spqr.nn import SpQRLinear
 from tests.integrations.conftest import IDS, quantize_folder
 from tests.tiny_models import ARCHITECTURES, byte_tokenizer
@@ -284,6 +286,42 @@ def test_dequantize(folder, quantized, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, torch.float32])
+def test_dequantize_to_a_dtype_casts_all_of_the_model(folder, dtype):
+    model = load(folder, dtype=torch.float32).dequantize(dtype=dtype)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert {p.dtype for p in model.parameters()} == {wanted}
+    assert logits(model).dtype == wanted
+
+
+def test_dequantize_after_a_cast_keeps_its_dtype(folder):
+    model = load(folder).to(torch.bfloat16).dequantize()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_dequantize_to_no_float_changes_nothing(folder, quantized):
+    model = load(folder)
+    for dtype in (torch.float64, "int8", "nonsense"):
+        with pytest.raises(ConfigError, match="float32, bfloat16 or float16"):
+            model.dequantize(dtype=dtype)
+    assert_same(quantized, model)
+
+
+def test_a_dequantized_model_can_be_trained(folder):
+    model = load(folder).dequantize()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_offloaded_models_are_not_dequantized_by_halves(folder, tmp_path):
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(folder, device_map=device_map, offload_folder=tmp_path)
+    with pytest.raises(UnsupportedLayerError, match="load the model without offload"):
+        model.dequantize()
+    assert len(packed_layers(model)) == 14
+
+
 @pytest.mark.slow
 def test_compile_in_one_graph(folder, quantized):
     model = load(folder)
@@ -306,6 +344,17 @@ def test_generate_with_static_cache(folder, quantized):
 def test_needs_calibration_data(base_folder):
     with pytest.raises(ConfigError, match="pass dataset="):
         load(base_folder, quantization_config=SpQRConfig())
+
+
+def test_memory_is_free_when_the_model_is_deleted(folder):
+    model = load(folder)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_footprint(folder, base_folder):
