@@ -4,9 +4,6 @@
 
 namespace hf_spqr {
 
-// Tokens from which these beat the VNNI kernels; where groups are shorter than a tile, and where not.
-constexpr int kFewestBf16 = 2, kFewestBf16OfLong = 7;
-
 // bf16 activations, any matrix, 1 to kMaxTokens tokens.
 int64_t halves_bytes(const Matrix&, int64_t tokens);
 void prepare_halves(const PrepareArgs&, int64_t first, int64_t last);

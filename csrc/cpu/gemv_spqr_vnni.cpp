@@ -1,5 +1,5 @@
-// SpQR, one token: codes and both levels of statistics go straight from the stream into registers.
-#include "cpu/one_token.h"
+// SpQR, a few tokens: codes and both levels of statistics go straight from the stream into registers.
+#include "cpu/few_tokens.h"
 #include "cpu/statistics_avx512.h"
 #include "cpu/vnni.h"
 
@@ -57,11 +57,11 @@ template <int S>
 void by_bits(const LinearArgs& a, int64_t first, int64_t last) {
     switch (a.weight.bits) {
         case 2:
-            return one_token<PanelStatistics<S>, 2>(a, first, last);
+            return few_tokens<PanelStatistics<S>, 2>(a, first, last);
         case 3:
-            return one_token<PanelStatistics<S>, 3>(a, first, last);
+            return few_tokens<PanelStatistics<S>, 3>(a, first, last);
         default:
-            return one_token<PanelStatistics<S>, 4>(a, first, last);
+            return few_tokens<PanelStatistics<S>, 4>(a, first, last);
     }
 }
 

@@ -1,5 +1,5 @@
-// One token, any format: codes go from the stream through registers, statistics through a small buffer per panel.
-#include "cpu/one_token.h"
+// A few tokens, any format: codes go from the stream through registers, statistics through a small buffer per panel.
+#include "cpu/few_tokens.h"
 #include "cpu/statistics_avx512.h"
 #include "cpu/vnni.h"
 
@@ -24,13 +24,13 @@ bool has_gemv_vnni(const Matrix& m) {
 void gemv_vnni(const LinearArgs& a, int64_t first, int64_t last) {
     switch (a.weight.bits) {
         case 2:
-            return one_token<StoredStatistics, 2>(a, first, last);
+            return few_tokens<StoredStatistics, 2>(a, first, last);
         case 3:
-            return one_token<StoredStatistics, 3>(a, first, last);
+            return few_tokens<StoredStatistics, 3>(a, first, last);
         case 4:
-            return one_token<StoredStatistics, 4>(a, first, last);
+            return few_tokens<StoredStatistics, 4>(a, first, last);
         default:
-            return one_token<StoredStatistics, 8>(a, first, last);
+            return few_tokens<StoredStatistics, 8>(a, first, last);
     }
 }
 

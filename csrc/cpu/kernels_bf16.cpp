@@ -1,11 +1,18 @@
 #include "cpu/bf16.h"
 #include "cpu/halves.h"
+#include "cpu/vnni.h"
 
 namespace hf_spqr {
 namespace {
 
+// Tokens up to which the VNNI kernels are faster; where groups are shorter than a tile, and where not.
+int64_t most_vnni(const Matrix& m) {
+    const bool short_groups = plane_block(m) < kColumns;
+    return has_gemv_vnni(m) ? (short_groups ? 6 : kMostFew) : (short_groups ? 1 : 6);
+}
+
 bool in_halves(const Matrix& m, DType dtype, int64_t tokens) {
-    return dtype == DType::bf16 && tokens >= (plane_block(m) < kColumns ? kFewestBf16 : kFewestBf16OfLong);
+    return dtype == DType::bf16 && tokens > most_vnni(m);
 }
 
 int64_t planes_bytes(const Matrix& m, DType dtype, int64_t tokens) {

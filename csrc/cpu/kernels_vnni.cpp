@@ -1,25 +1,26 @@
 #include "cpu/kernels.h"
+#include "cpu/planes.h"
 #include "cpu/vnni.h"
 
 namespace hf_spqr {
 namespace {
 
-bool alone(const Matrix& m, int64_t tokens) {
-    return tokens == 1 && has_gemv_vnni(m);
+bool few(const Matrix& m, int64_t tokens) {
+    return tokens <= kMostFew && has_gemv_vnni(m);
 }
 
 int64_t planes_bytes(const Matrix& m, DType, int64_t tokens) {
-    return alone(m, tokens) ? planes_bytes_vnni(m) : batch_bytes_vnni(m, tokens);
+    return few(m, tokens) ? few_bytes_vnni(m, tokens) : batch_bytes_vnni(m, tokens);
 }
 
 void prepare(const PrepareArgs& a, int64_t first, int64_t last) {
-    if (!alone(*a.weight, a.tokens)) return prepare_batch_vnni(a, first, last);
+    if (!few(*a.weight, a.tokens)) return prepare_batch_vnni(a, first, last);
     kAvx512Kernels.prepare(a, first, last);
-    split_planes_vnni(*a.weight, a.out, a.planes);
+    prepare_few_vnni(*a.weight, a.out, a.out_stride, a.tokens, a.planes);
 }
 
 void linear(const LinearArgs& a, int64_t first, int64_t last) {
-    if (!alone(a.weight, a.tokens)) {
+    if (!few(a.weight, a.tokens)) {
         batch_vnni(a, first, last);
     } else if (has_gemv_spqr_vnni(a.weight)) {
         gemv_spqr_vnni(a, first, last);

@@ -4,14 +4,15 @@
 
 namespace hf_spqr {
 
-// Activations of one token (planes.h), for matrices that has_gemv_vnni accepts.
-int64_t planes_bytes_vnni(const Matrix&);
-void split_planes_vnni(const Matrix&, const float* x, char* planes);
+// Up to kMostFew tokens (planes.h), for matrices that has_gemv_vnni accepts. x: fp32 in stored order, rows zero padded
+// to whole tiles.
+int64_t few_bytes_vnni(const Matrix&, int64_t tokens);
+void prepare_few_vnni(const Matrix&, const float* x, int64_t stride, int64_t tokens, char* out);
 
-// One token of SpQR, row blocks [first, last), for matrices that has_gemv_spqr_vnni accepts.
+// These of SpQR, row blocks [first, last), for matrices that has_gemv_spqr_vnni accepts.
 bool has_gemv_spqr_vnni(const Matrix&);
 void gemv_spqr_vnni(const LinearArgs&, int64_t first, int64_t last);
-// One token of either format, for matrices that has_gemv_vnni accepts.
+// Of either format, for matrices that has_gemv_vnni accepts.
 bool has_gemv_vnni(const Matrix&);
 void gemv_vnni(const LinearArgs&, int64_t first, int64_t last);
 // Any matrix, 1 to kPromptTokens tokens, with activations as prepare_batch_vnni leaves them.

@@ -16,11 +16,13 @@ WITH_KERNELS = ("avx512_vnni", "avx512_bf16")
 
 def check(case: Case, isa: str, x: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Rounded exactly where docs/cpu.md says so, and in plain PyTorch; else the exact op to the bit."""
-    tokens, group_size = x.numel() // x.shape[-1], case.numbers[1]
+    tokens, (bits, group_size) = x.numel() // x.shape[-1], case.numbers[:2]
+    exact = 4 if bits in (2, 3, 4, 8) and group_size != 8 else 1
     outliers = case.linear is ops.spqr_linear and case.tensors[2].numel() > 0
     y = case.run(x, bias, int8_activations=True)
     assert y.dtype == x.dtype
-    if isa == "reference" or (isa in WITH_KERNELS and 1 < tokens <= (64 if outliers or group_size == 8 else tokens)):
+    most = 64 if outliers or group_size == 8 else tokens
+    if isa == "reference" or (isa in WITH_KERNELS and exact < tokens <= most):
         compare(y, round_activations(x, case.tensors[-1]), case.weight, bias, rounded=False)
     elif isa != "amx":  # some of both
         assert torch.equal(y, case.run(x, bias))
