@@ -32,7 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
 }
-STEMS = {"w1": "w13", "w3": "w13", "w2": "w2"}
 """What vLLM calls the parameters of a projection."""
 
 

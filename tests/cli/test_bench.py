@@ -99,4 +99,4 @@ def test_a_folder_that_is_not_there_is_found_before_anything_is_measured(run, mo
 def test_other_devices(run) -> None:
     result = run("bench", "--device", "meta")
     assert result.code == 1
-    assert "cpu and cuda" in result.err
+    assert "use cpu, cuda" in result.err
