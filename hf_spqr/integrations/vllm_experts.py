@@ -32,7 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
 }
-"""What vLLM calls the parameters of a projection."""
 
 
 def projection_names(prefix: str, gated: bool = True) -> dict[str, str]:
