@@ -1,4 +1,4 @@
-// The outliers of a row block against one token. Internal linkage (see vec.h).
+// The outliers of a row block against a few tokens. Internal linkage (see vec.h).
 #pragma once
 #include <immintrin.h>
 #include <string.h>

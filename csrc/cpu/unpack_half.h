@@ -9,7 +9,7 @@
 namespace hf_spqr {
 namespace {
 
-// Whether one token's activations are kept in this order for this matrix: groups of 8 columns would be mixed by it.
+// Whether few tokens' activations are kept in this order for this matrix: groups of 8 columns would be mixed by it.
 inline bool has_half_order(const Matrix& m) {
     return m.group != 8 && (m.bits == 2 || m.bits == 3 || m.bits == 4 || m.bits == 8);
 }
