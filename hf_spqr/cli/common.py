@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from hf_spqr.errors import ConfigError, HfSpqrError
 
@@ -213,7 +214,10 @@ def load_model(
     if device is not None:
         kwargs["device_map"] = device
     transformers.utils.logging.disable_progress_bar()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, **kwargs)
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, **kwargs)
+    except SafetensorError as error:  # of an unquantized model: those of packed ones are looked at before
+        raise CommandError(f"{model}: a file is truncated or damaged ({error}). Download or copy it again.") from error
     for module in loaded.modules() if backend is not Backend.auto else ():
         if isinstance(module, PackedLinear | GroupedLinear):
             module.backend = backend.value
