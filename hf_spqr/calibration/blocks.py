@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_spqr.errors import CalibrationError, UnsupportedLayerError
 
-__all__ = ["Block", "Call", "Recording", "find_blocks", "find_stacks", "record", "replay"]
+__all__ = ["Block", "Call", "Recording", "attending_parts", "find_blocks", "find_stacks", "record", "replay"]
 
 BLOCK_LISTS = ("layers", "h", "blocks", "layer", "block")
 HIDDEN = "hidden_states"
@@ -69,6 +69,17 @@ def find_stacks(model: nn.Module) -> list[list[Block]]:
     encoder = _encoder(model)
     stacks = [] if encoder is None else [_blocks_of(model, encoder)]
     return [*stacks, _blocks_of(model, _decoder(model))]
+
+
+def attending_parts(model: nn.Module) -> list[Any]:
+    """The models inside ``model`` whose configs say how its blocks attend: of one with a vision tower, the language
+    model. Raises UnsupportedLayerError if there are no blocks."""
+    parts: dict[str, nn.Module] = {}
+    blocks = [block.name for block in find_blocks(model)]
+    for name, module in model.named_modules():  # from the outside in
+        if hasattr(module, "set_attn_implementation"):
+            parts |= {block: module for block in blocks if not name or block.startswith(f"{name}.")}
+    return list({id(part): part for part in parts.values()}.values())
 
 
 def _blocks_of(model: nn.Module, decoder: nn.Module) -> list[Block]:
