@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_spqr.calibration.blocks import attending_parts, find_stacks, record
+from hf_spqr.calibration.blocks import attending_parts, check_reads_text, find_stacks, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows, check_tokens
 from hf_spqr.config import OmniQuantConfig, SpQRConfig, name_matches
 from hf_spqr.quantize.blockwise import OmniQuantRun
@@ -81,6 +81,7 @@ def _quantize(
     config.settle()
     spqr = isinstance(config, SpQRConfig)
     with ranks.together():
+        check_reads_text(model)
         stacks = [
             (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config))
             for blocks in find_stacks(model)
