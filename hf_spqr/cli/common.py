@@ -141,8 +141,13 @@ def read_config(model: str) -> Any:
     import hf_spqr  # noqa: F401  (registers the quantization methods)
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (ValueError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise CommandError(
+                f"{model} has code of its own, which commands do not run: use from_pretrained(...,"
+                " trust_remote_code=True) in Python, which quantizes and loads such models too"
+            ) from error
         raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -200,25 +205,32 @@ def load_tokenizer(model: str) -> Any:
 def load_model(
     model: str, dtype: Dtype, device: str | None, backend: Backend = Backend.auto, **kwargs: Any
 ) -> torch.nn.Module:
-    """``AutoModelForCausalLM.from_pretrained``, with hf_spqr registered and without Transformers' own bars.
+    """``from_pretrained`` of the checkpoint's class, with hf_spqr registered and without Transformers' own bars.
 
     backend: of the packed layers, where there are any.
     """
     import transformers
 
+    from hf_spqr.integrations.model_classes import class_of
     from hf_spqr.nn import GroupedLinear, PackedLinear
 
     check_model(model)
     check_device(device)
-    read_config(model)
+    model_class = class_of(read_config(model))
     if device is not None:
         kwargs["device_map"] = device
     transformers.utils.logging.disable_progress_bar()
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, **kwargs)
+        loaded = model_class.from_pretrained(model, dtype=dtype.value, **kwargs)
     except SafetensorError as error:  # of an unquantized model: those of packed ones are looked at before
         raise CommandError(f"{model}: a file is truncated or damaged ({error}). Download or copy it again.") from error
     for module in loaded.modules() if backend is not Backend.auto else ():
         if isinstance(module, PackedLinear | GroupedLinear):
             module.backend = backend.value
     return loaded
+
+
+def check_writes_text(model: str, loaded: Any) -> None:
+    """Raise CommandError unless the next token can be asked of ``loaded``."""
+    if not loaded.can_generate() or loaded.config.is_encoder_decoder:
+        raise CommandError(f"{model} is a {type(loaded).__name__}, no causal language model: it has no perplexity")

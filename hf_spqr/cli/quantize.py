@@ -137,8 +137,8 @@ def quantize_command(
 ) -> None:
     """Quantize MODEL and write OUT: weights, config, tokenizer, generation config and quantization_report.json.
 
-    This is from_pretrained(MODEL, quantization_config=...) followed by save_pretrained(OUT). The result loads with
-    plain AutoModelForCausalLM.from_pretrained(OUT).
+    This is from_pretrained(MODEL, quantization_config=...) followed by save_pretrained(OUT), with the class that
+    MODEL's config.json names. The result loads with plain from_pretrained(OUT).
 
     [bold]Examples[/bold]
 
@@ -253,6 +253,8 @@ def run(
     ranks: Ranks,
 ) -> QuantizationReport:
     """Quantize and, where there is a ``folder``, save into it; return the report."""
+    from hf_spqr.integrations.model_classes import copy_processor
+
     with ranks.together():
         tokenizer = load_tokenizer(model)
     config.tokenizer = tokenizer
@@ -262,6 +264,7 @@ def run(
         if folder is not None:
             quantized.save_pretrained(folder, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(folder)
+            copy_processor(model, folder)
             report.save(folder)
     return report
 

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_spqr.errors import CheckpointError, HfSpqrError
+from hf_spqr.integrations.model_classes import auto_class, copy_processor
 from hf_spqr.nn import PackedExperts, PackedLinear
 from hf_spqr.quantize.driver import tokenizer_beside
 from hf_spqr.report.card import PLOT_NAME, SHORT, check_evaluation, hub_name, model_card
@@ -143,6 +144,8 @@ def push_to_hub(
             tokenizer = tokenizer_beside(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if source:
+            copy_processor(source, Path(folder))
         return push_folder(folder, repo_id, **options)
 
 
@@ -212,12 +215,14 @@ def _card_files(
     base_model = base_model or hub_name(report.base_model)
     if license is None and base_model is not None:
         license = _license_of(base_model, api)
+    loader, task = auto_class(checkpoint.architecture)
+    own_code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     made = {CARD: staging / CARD}
     if plot := _plot(report, staging / PLOT_NAME):
         made[PLOT_NAME] = plot
     text = model_card(
         report, repo_id, checkpoint=checkpoint, base_model=base_model, license=license, tags=tags or (),
-        evaluation=evaluation, plot=PLOT_NAME if plot else None,
+        evaluation=evaluation, plot=PLOT_NAME if plot else None, loader=loader, task=task, own_code=own_code,
     )  # fmt: skip
     made[CARD].write_text(text, encoding="utf-8")
     return made
