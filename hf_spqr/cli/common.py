@@ -233,4 +233,4 @@ def load_model(
 def check_writes_text(model: str, loaded: Any) -> None:
     """Raise CommandError unless the next token can be asked of ``loaded``."""
     if not loaded.can_generate() or loaded.config.is_encoder_decoder:
-        raise CommandError(f"{model} is a {type(loaded).__name__}, no causal language model: it has no perplexity")
+        raise CommandError(f"{model} is a {type(loaded).__name__}, no causal language model: eval cannot score it")

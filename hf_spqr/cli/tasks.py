@@ -7,7 +7,16 @@ from typing import Any
 
 from rich.table import Table
 
-from hf_spqr.cli.common import CommandError, Dtype, bold, err_console, load_model, load_tokenizer, out_console
+from hf_spqr.cli.common import (
+    CommandError,
+    Dtype,
+    bold,
+    check_writes_text,
+    err_console,
+    load_model,
+    load_tokenizer,
+    out_console,
+)
 
 
 def run_tasks(
@@ -34,6 +43,7 @@ def run_tasks(
     for name in names:
         err_console().print(f"evaluating {name}", markup=False, soft_wrap=True)
         model, tokenizer = load_model(name, dtype, device), load_tokenizer(name)
+        check_writes_text(name, model)
         found = evaluate_tasks(
             model, tokenizer, wanted, manager, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
         )
