@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import hf_spqr
-from hf_spqr import CalibrationError, NonFiniteError, OmniQuantConfig, SpQRConfig, UnsupportedLayerError
+from hf_spqr import CalibrationError, ConfigError, NonFiniteError, OmniQuantConfig, SpQRConfig, UnsupportedLayerError
 from hf_spqr.nn import SpQRLinear
 from hf_spqr.quantize import quantize_model
 from hf_spqr.quantize.driver import least_bytes
@@ -73,6 +73,24 @@ def test_least_bytes_with_a_target_and_without_work():
     assert least[3.1] == least_bytes(model, SpQRConfig()) < least[8]  # what cannot be reached is refused later
     with pytest.raises(UnsupportedLayerError, match="Nothing to quantize"):
         least_bytes(model, SpQRConfig(modules_to_not_convert=["layers"]))
+
+
+def test_more_bits_than_bfloat16_are_reported(texts, tokenizer, caplog):
+    config = make_config(texts, overrides={"layers.1.mlp.down_proj": {"outlier_threshold": 1e-9}})
+    model = tiny_model("llama", torch.bfloat16)
+    report = quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    large = [layer.name for layer in report.layers if layer.bits_per_weight > 16]
+    assert large == ["model.layers.1.mlp.down_proj"]
+    (note,) = (note for note in report.notes if "more than the 16 of bfloat16" in note)
+    assert note.startswith(large[0]) and "% of its weights are outliers. Raise outlier_threshold" in note
+    assert caplog.messages == [note]
+
+
+def test_a_threshold_that_makes_layers_larger_stops_the_run_at_the_first_block(texts, tokenizer):
+    model = tiny_model("llama", torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"1e-09 makes the layers of model.layers.0 larger .* of 16\."):
+        quantize_model(model, make_config(texts, outlier_threshold=1e-9), tokenizer=tokenizer, progress=False)
+    assert not any(isinstance(module, SpQRLinear) for module in model.modules())
 
 
 def test_packed_model_equals_what_was_simulated(texts, tokenizer):
