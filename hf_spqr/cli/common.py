@@ -135,6 +135,7 @@ def check_model(model: str) -> None:
 
 def read_config(model: str) -> Any:
     """The Transformers config of ``model``; CommandError when it cannot be read or its quant_method is unknown."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -142,7 +143,7 @@ def read_config(model: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(model)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -191,6 +192,7 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer beside the model; CommandError when there is none."""
     from transformers import AutoTokenizer
 
+    read_config(model)  # it is read for the tokenizer too, and mistakes in it are named here
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:

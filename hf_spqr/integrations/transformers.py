@@ -15,7 +15,7 @@ from hf_spqr import quantize
 from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import FORMAT_VERSION, OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
-from hf_spqr.integrations import activations, hub, tensor_parallel
+from hf_spqr.integrations import activations, tensor_parallel
 from hf_spqr.integrations.checkpoint import Contents, check_complete, check_loaded, check_order, read_contents
 from hf_spqr.integrations.experts import (
     JoinExperts,
@@ -288,7 +288,6 @@ QUANTIZERS: dict[type[PackedConfig], type[PackedQuantizer]] = {
 def register() -> None:
     """Make the quantization methods known to Transformers; called by ``import hf_spqr``, harmless when repeated."""
     activations.register_attention()
-    hub.install()
     for config_class, quantizer in QUANTIZERS.items():
         method = config_class.quant_method
         auto.AUTO_QUANTIZER_MAPPING[method] = quantizer

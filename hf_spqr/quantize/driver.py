@@ -150,9 +150,7 @@ def least_bytes(model: nn.Module, config: PackedConfig) -> int:
     return dense + (packed if target_bits is None else max(packed, int(weights * target_bits / 8)))
 
 
-def _find_work(
-    model: nn.Module, config: PackedConfig
-) -> list[tuple[list[Block], list[Target], list[ExpertsTarget]]]:
+def _find_work(model: nn.Module, config: PackedConfig) -> list[tuple[list[Block], list[Target], list[ExpertsTarget]]]:
     """The stacks of blocks of ``model`` with what is quantized in each."""
     stacks = [
         (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config))
