@@ -13,7 +13,6 @@ from hf_spqr.formats.affine import AffineLayout, AffineWeight
 from hf_spqr.formats.panels import GROUP_SIZES
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
 
-_ENERGY_BLOCK = 256
 
 
 @dataclass(frozen=True)
