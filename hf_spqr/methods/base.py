@@ -14,7 +14,6 @@ from hf_spqr.formats.panels import GROUP_SIZES
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
 
 
-
 @dataclass(frozen=True)
 class SpQRParams:
     """Parameters of SpQR for one layer.
