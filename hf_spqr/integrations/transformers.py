@@ -7,6 +7,7 @@ import re
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -173,10 +174,10 @@ class PackedQuantizer(HfQuantizer):
             for key, parameter in module.named_parameters(recurse=False):
                 if key != "bias":
                     parameter.requires_grad_(False)
-            if any(tensor.is_meta for tensor in module.packed_tensors().values()):
-                continue  # offloaded to disk
             try:
-                module.check()
+                with align_module_device(module):  # what is offloaded to disk is mapped for the moment
+                    if not module.packed.is_meta:  # as device_map="meta" leaves it
+                        module.check()
             except CheckpointError as error:
                 raise CheckpointError(f"{name}: {error}") from error
 
