@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_spqr.errors import ConfigError, NonFiniteError
+from hf_spqr.errors import ConfigError, NonFiniteError, UnsupportedLayerError
 from hf_spqr.formats import spqr as spqr_format
 from hf_spqr.methods import rtn, spqr
 from hf_spqr.methods.base import AffineParams, SpQRParams
@@ -195,6 +195,16 @@ def test_deterministic_and_inputs_untouched():
     a, b = (spqr.quantize(weight, hessian, SpQRParams()) for _ in range(2))
     assert torch.equal(a.weight.dequantize(), b.weight.dequantize())
     assert torch.equal(weight, kept[0]) and torch.equal(hessian, kept[1])
+
+
+def test_weights_beyond_float16_are_refused():
+    weight, hessian = random_layer(32, 64)
+    weight[3, 5] = 6e4
+    restored = spqr.quantize(weight, hessian, SpQRParams()).weight.dequantize()
+    assert restored[3, 5] == pytest.approx(6e4, rel=1e-2)
+    weight[3, 5] = 2e5
+    with pytest.raises(UnsupportedLayerError, match="larger than float16"):
+        spqr.quantize(weight, hessian, SpQRParams())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
