@@ -135,6 +135,7 @@ def check_model(model: str) -> None:
 
 def read_config(model: str) -> Any:
     """The Transformers config of ``model``; CommandError when it cannot be read or its quant_method is unknown."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -142,7 +143,7 @@ def read_config(model: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise CommandError(
                 f"{model} has code of its own, which commands do not run: use from_pretrained(...,"
@@ -196,6 +197,7 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer beside the model; CommandError when there is none."""
     from transformers import AutoTokenizer
 
+    read_config(model)  # it is read for the tokenizer too, and mistakes in it are named here
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -211,8 +213,8 @@ def load_model(
     """
     import transformers
 
-    from hf_spqr.integrations.model_classes import class_of
     from hf_spqr.nn import GroupedLinear, PackedLinear
+    from hf_spqr.report.model_classes import class_of
 
     check_model(model)
     check_device(device)

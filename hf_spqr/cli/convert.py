@@ -128,7 +128,7 @@ def copy_tokenizer(model: str, folder: Path) -> bool:
     """Save the tokenizer of ``model``, and its processor, into ``folder``; False when it has no tokenizer."""
     from transformers import AutoTokenizer
 
-    from hf_spqr.integrations.model_classes import copy_processor
+    from hf_spqr.integrations.processor import copy_processor
 
     copy_processor(model, folder)
     try:

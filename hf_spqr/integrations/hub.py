@@ -14,11 +14,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_spqr.errors import CheckpointError, HfSpqrError
-from hf_spqr.integrations.model_classes import auto_class, copy_processor
+from hf_spqr.integrations.processor import copy_processor
+from hf_spqr.integrations.verify import check_folder
 from hf_spqr.nn import PackedExperts, PackedLinear
 from hf_spqr.quantize.driver import tokenizer_beside
 from hf_spqr.report.card import PLOT_NAME, SHORT, check_evaluation, hub_name, model_card
 from hf_spqr.report.checkpoint import CheckpointReport, inspect_checkpoint
+from hf_spqr.report.model_classes import auto_class
 from hf_spqr.report.records import LayerReport, QuantizationReport
 
 __all__ = ["PushError", "Pushed", "install", "push_folder", "push_to_hub"]
@@ -172,7 +174,8 @@ def install() -> None:
 def complete_files(folder: Path) -> list[Path]:
     """The files of a complete quantized model in ``folder``, hidden ones left out.
 
-    Raises CheckpointError when config.json or a weight file is missing or damaged, or nothing is quantized.
+    Raises CheckpointError when config.json or a weight file is missing or damaged, nothing is quantized, or the files
+    do not hold what config.json describes.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a model folder.")
@@ -186,6 +189,7 @@ def complete_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder} lacks {name}: the model is incomplete.")
     if not inspect_checkpoint(folder).layers:
         raise CheckpointError(f"{folder} has no packed layers: push takes models that hf_spqr has quantized.")
+    check_folder(folder, [folder / name for name in sorted(weights)])
     return [
         path
         for path in sorted(folder.rglob("*"))

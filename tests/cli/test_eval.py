@@ -28,6 +28,7 @@ def test_table_for_people(run, quantized: Path, dataset: Path) -> None:
     ("changes", "message"),
     [
         ({"model_type": "zzz"}, "its config.json cannot be read"),
+        ({"hidden_size": "wide"}, "its config.json cannot be read"),
         ({"quantization_config": {"quant_method": "zzz"}}, "its quant_method 'zzz'"),
         ({"quantization_config": {"bits": 3}}, "its quant_method None"),
     ],

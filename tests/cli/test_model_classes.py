@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from hf_spqr.integrations.model_classes import PROCESSOR
+from hf_spqr.integrations.processor import PROCESSOR
 from tests.architectures.matrix import ARCHITECTURES
 from tests.tiny_models import byte_tokenizer
 

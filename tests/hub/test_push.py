@@ -24,6 +24,17 @@ def logits(model):
         return model(IDS).logits
 
 
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def remove_tensor(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def test_what_is_pulled_is_what_was_pushed_to_the_bit(hub, model, folder):
     pytest.importorskip("matplotlib")  # the card shows a picture
     pushed = push_folder(folder, "tester/tiny-SpQR")
@@ -164,6 +175,12 @@ def test_a_pull_request(hub, folder):
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
             "two models",
         ),
+        (lambda f: change_config(f, num_hidden_layers=3), r"lacks model\.layers\.2\."),
+        (lambda f: change_config(f, num_hidden_layers=1), "packed tensors that belong to no packed linear layer"),
+        (lambda f: change_config(f, intermediate_size=128), "'packed' should be"),
+        (lambda f: change_config(f, hidden_size="wide"), "describes no model"),
+        (lambda f: remove_tensor(f, "model.layers.1.mlp.up_proj.outlier"), r"lacks model\.layers\.1\.mlp\.up_proj"),
+        (lambda f: remove_tensor(f, "model.layers.1.input_layernorm.weight"), "lacks model.layers.1.input_layernorm"),
     ],
 )
 def test_an_incomplete_folder_is_not_pushed(hub, folder, damage, message):

@@ -188,6 +188,12 @@ def test_offload_to_disk(folder, quantized, tmp_path):
     assert_same(quantized, load(tmp_path / "saved"))
 
 
+def test_a_model_without_data(folder):
+    model = load(folder, device_map="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert isinstance(model.model.layers[1].mlp.up_proj, SpQRLinear)
+
+
 def test_quantizing_with_disk_offload_is_refused(base_folder, texts):
     with pytest.raises(ConfigError, match="offloaded to disk"):
         config = SpQRConfig(dataset=texts)

@@ -1,16 +1,14 @@
-"""Which class of Transformers a checkpoint is loaded with, and what lies beside its weights."""
+"""Which class of Transformers a checkpoint is loaded with."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.models.auto import modeling_auto
-from transformers.utils import cached_file
 
-__all__ = ["auto_class", "class_of", "copy_processor"]
+__all__ = ["auto_class", "class_of", "without_weights"]
 
 TASKS = {
     "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "text-generation"),
@@ -25,8 +23,6 @@ TASKS = {
     "AutoModel": ("MODEL_MAPPING_NAMES", "feature-extraction"),
 }  # fmt: skip
 """Auto classes with Transformers' table of the classes that each gives, and the Hub's name of the task."""
-PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-"""Files of processors for images, sound and video; text is the tokenizer's, which saves itself."""
 
 
 def class_of(config: Any) -> Any:
@@ -34,8 +30,16 @@ def class_of(config: Any) -> Any:
 
     With another class Transformers would fill at random what the checkpoint does not have, and drop what it has.
     """
-    name = (getattr(config, "architectures", None) or [""])[0]
-    return getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+    found = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModelForCausalLM
+
+
+def without_weights(config: Any, dtype: torch.dtype | None = None) -> transformers.PreTrainedModel:
+    """The model that ``config`` describes, on the meta device."""
+    found = class_of(config)
+    with torch.device("meta"):
+        return (found._from_config if hasattr(found, "_from_config") else found.from_config)(config, dtype=dtype)
 
 
 def auto_class(architecture: str | None) -> tuple[str, str | None]:
@@ -48,17 +52,3 @@ def auto_class(architecture: str | None) -> tuple[str, str | None]:
             if architecture in ((names,) if isinstance(names, str) else names):
                 return auto, task
     return "AutoModelForCausalLM", "text-generation"
-
-
-def copy_processor(model: str, folder: Path) -> list[str]:
-    """Copy the processor's files beside ``model``, a folder or a name on the Hub, to ``folder``; their names."""
-    copied: list[str] = []
-    for name in PROCESSOR:
-        try:
-            path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-        except OSError:  # the model is there no more, or its name is none
-            return copied
-        if path is not None:
-            shutil.copyfile(path, folder / name)
-            copied.append(name)
-    return copied
