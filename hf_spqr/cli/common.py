@@ -214,11 +214,14 @@ def load_model(
     import transformers
 
     from hf_spqr.nn import GroupedLinear, PackedLinear
+    from hf_spqr.report.checkpoint import weight_files
     from hf_spqr.report.model_classes import class_of
 
     check_model(model)
     check_device(device)
     model_class = class_of(read_config(model))
+    if Path(model).is_dir():
+        weight_files(Path(model))  # Transformers shows a traceback for a damaged index
     if device is not None:
         kwargs["device_map"] = device
     transformers.utils.logging.disable_progress_bar()
@@ -226,6 +229,10 @@ def load_model(
         loaded = model_class.from_pretrained(model, dtype=dtype.value, **kwargs)
     except SafetensorError as error:  # of an unquantized model: those of packed ones are looked at before
         raise CommandError(f"{model}: a file is truncated or damaged ({error}). Download or copy it again.") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CommandError(f"{model}: weights have other shapes than config.json says (report above)") from error
     for module in loaded.modules() if backend is not Backend.auto else ():
         if isinstance(module, PackedLinear | GroupedLinear):
             module.backend = backend.value

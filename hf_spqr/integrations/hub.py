@@ -19,14 +19,13 @@ from hf_spqr.integrations.verify import check_folder
 from hf_spqr.nn import PackedExperts, PackedLinear
 from hf_spqr.quantize.driver import tokenizer_beside
 from hf_spqr.report.card import PLOT_NAME, SHORT, check_evaluation, hub_name, model_card
-from hf_spqr.report.checkpoint import CheckpointReport, inspect_checkpoint
+from hf_spqr.report.checkpoint import INDEX, SINGLE, CheckpointReport, inspect_checkpoint, weight_files
 from hf_spqr.report.model_classes import auto_class
 from hf_spqr.report.records import LayerReport, QuantizationReport
 
 __all__ = ["PushError", "Pushed", "install", "push_folder", "push_to_hub"]
 
 CARD = "README.md"
-INDEX = "model.safetensors.index.json"
 WEIGHTS = ("*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 """Weight files of an earlier push that this one replaces; left over, they would be loaded or just lie there."""
 NEVER = (".*", "*.tmp", "__pycache__")
@@ -179,23 +178,20 @@ def complete_files(folder: Path) -> list[Path]:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a model folder.")
-    index, weights = folder / INDEX, {"model.safetensors"}
-    if index.is_file():
-        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if (folder / "model.safetensors").is_file() and "model.safetensors" not in weights:
-            raise CheckpointError(f"{folder} has model.safetensors and {INDEX}: two models. Remove one of them.")
-    for name in sorted(weights):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}: the model is incomplete.")
+    if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} has {SINGLE} and {INDEX}: two models. Remove one of them.")
+    weights = weight_files(folder)
+    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} lacks {SINGLE}: the model is incomplete.")
     if not inspect_checkpoint(folder).layers:
         raise CheckpointError(f"{folder} has no packed layers: push takes models that hf_spqr has quantized.")
-    check_folder(folder, [folder / name for name in sorted(weights)])
+    check_folder(folder, weights)
     return [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and not any(fnmatch(part, pattern) for part in path.relative_to(folder).parts for pattern in NEVER)
-        and (path.suffix != ".safetensors" or path.relative_to(folder).as_posix() in weights)
+        and (path.suffix != ".safetensors" or path in weights)
     ]
 
 

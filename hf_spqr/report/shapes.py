@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_spqr.config import PackedConfig
+    from hf_spqr.report.names import Renamer
 
 __all__ = ["LayerShapes", "empty_model", "packed_config"]
 
@@ -72,6 +73,12 @@ class LayerShapes:
         self.quantization = quantization
         self.report = report
 
+    def in_model(self, name: str) -> str:
+        """What the model calls the layer that a file calls ``name``."""
+        if (self.report and self.report.layer(name)) or ".experts." in name or name in self._model_shapes:
+            return name
+        return self._rename(f"{name}.weight")[0].removesuffix(".weight")
+
     def layout(self, name: str, shape: tuple[int, int]) -> Any:
         """The packed layout of a layer, with its bits and group_size; None for methods of other packages."""
         return None if self._config is None else self._config.layout(*shape, name)
@@ -103,11 +110,21 @@ class LayerShapes:
         return packed_config(self.folder, self.quantization)
 
     @cached_property
+    def _model(self) -> PreTrainedModel:
+        return empty_model(self.folder)
+
+    @cached_property
+    def _rename(self) -> Renamer:
+        from hf_spqr.report.names import Renamer
+
+        return Renamer(self._model)
+
+    @cached_property
     def _model_shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes of the linear layers of the model that config.json describes."""
         from hf_spqr.nn import dense
 
-        modules = empty_model(self.folder).named_modules()
+        modules = self._model.named_modules()
         return {name: dense.features(module) for name, module in modules if isinstance(module, dense.DENSE_CLASSES)}
 
 

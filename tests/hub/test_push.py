@@ -232,7 +232,7 @@ def test_pushing_a_pulled_model_again(hub, folder):
 
 @pytest.mark.parametrize(
     ("kind", "loader", "task"),
-    [("t5", "AutoModelForSeq2SeqLM", None)],
+    [("t5", "AutoModelForSeq2SeqLM", None), ("llava", "AutoModelForImageTextToText", "image-text-to-text")],
 )
 def test_the_card_of_another_kind_of_model_loads_it(hub, kind, loader, task, tmp_path):
     base = next(architecture for architecture in ARCHITECTURES if architecture.kind == kind).build()
