@@ -50,6 +50,15 @@ def test_without_a_report_the_shape_comes_from_the_config(folder: Path) -> None:
     assert report.file_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("field", ["bits", "format_version"])
+def test_a_config_that_cannot_be_is_named(folder: Path, field: str) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    data["quantization_config"][field] = 99
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=f"config.json: {field}=99"):
+        inspect_checkpoint(folder)
+
+
 def test_a_layer_that_the_model_does_not_have(folder: Path) -> None:
     save_file({"other.packed": torch.zeros(1, 1)}, folder / "z.safetensors")
     with pytest.raises(CheckpointError, match=f"shape of other is not known.*{REPORT_NAME}"):
