@@ -153,6 +153,23 @@ def read_config(model: str) -> Any:
     return config
 
 
+def model_class(model: str, config: Any) -> Any:
+    """The class that loads ``model``: of causal language models, or the one that its config names where it is none.
+
+    Raises CommandError for a class that Transformers does not have.
+    """
+    import transformers
+
+    causal = transformers.AutoModelForCausalLM
+    if type(config) in causal._model_mapping:  # what from_pretrained looks in
+        return causal
+    names = config.architectures or [f"none, model_type {config.model_type!r}"]
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise CommandError(f"{model}: its architecture ({names[0]}) is no language model that this Transformers knows")
+    return found
+
+
 def stored_method(model: str) -> str | None:
     """``quant_method`` of the checkpoint; None when it is not quantized. Raises as :func:`read_config`."""
     quantization = getattr(read_config(model), "quantization_config", None)
@@ -202,7 +219,7 @@ def load_tokenizer(model: str) -> Any:
 def load_model(
     model: str, dtype: Dtype, device: str | None, backend: Backend = Backend.auto, **kwargs: Any
 ) -> torch.nn.Module:
-    """``AutoModelForCausalLM.from_pretrained``, with hf_spqr registered and without Transformers' own bars.
+    """``from_pretrained`` of :func:`model_class`, with hf_spqr registered and without Transformers' own bars.
 
     backend: of the packed layers, where there are any.
     """
@@ -212,12 +229,12 @@ def load_model(
 
     check_model(model)
     check_device(device)
-    read_config(model)
+    kind = model_class(model, read_config(model))
     if device is not None:
         kwargs["device_map"] = device
     transformers.utils.logging.disable_progress_bar()
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, **kwargs)
+        loaded = kind.from_pretrained(model, dtype=dtype.value, **kwargs)
     except SafetensorError as error:  # of an unquantized model: those of packed ones are looked at before
         raise CommandError(f"{model}: a file is truncated or damaged ({error}). Download or copy it again.") from error
     for module in loaded.modules() if backend is not Backend.auto else ():

@@ -24,6 +24,7 @@ from hf_spqr.cli.common import (
     err_console,
     load_model,
     load_tokenizer,
+    model_class,
     number_or_none,
     out_console,
     parse_json_object,
@@ -189,7 +190,7 @@ def quantize_command(
                 modules_to_not_convert=skip,
                 overrides=parse_json_object("--overrides", overrides),
             )
-            if ranks.first and (warning := check_space(out, least_bytes(base, config, dtype))):
+            if ranks.first and (warning := check_space(out, least_bytes(model, base, config, dtype))):
                 err_console().print(f"warning: {warning}", markup=False, soft_wrap=True)
         with complete_folder(out) if ranks.first else nullcontext() as partial:
             report = run(model, config, partial, dtype, local_device(device), max_shard_size, ranks)
@@ -250,19 +251,20 @@ def positions(base: Any) -> int:
     return getattr(base.get_text_config(), "max_position_embeddings", None) or MOST_SEQLEN
 
 
-def least_bytes(base: Any, config: PackedConfig, dtype: Dtype) -> int:
+def least_bytes(model: str, base: Any, config: PackedConfig, dtype: Dtype) -> int:
     """What the quantized model takes at least, from an empty model; before any weight is read.
 
     Raises UnsupportedLayerError where there is nothing to quantize.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from hf_spqr.quantize import driver
 
     wanted = (base.dtype or torch.bfloat16) if dtype is Dtype.auto else getattr(torch, dtype.value)
+    kind = model_class(model, base)
+    build = getattr(kind, "_from_config", None) or kind.from_config
     with torch.device("meta"):
-        return driver.least_bytes(AutoModelForCausalLM.from_config(base, dtype=wanted), config)
+        return driver.least_bytes(build(base, dtype=wanted), config)
 
 
 def run(
