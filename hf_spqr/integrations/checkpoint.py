@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.experts import ExpertFinder, check_experts
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
+from hf_spqr.report.model import Renamer
 
 __all__ = [
-    "Contents", "Renamer", "Spec", "check_complete", "check_loaded", "check_order", "read_contents", "read_headers",
+    "Contents", "Spec", "check_complete", "check_loaded", "check_order", "read_contents", "read_headers",
 ]  # fmt: skip
 
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -179,26 +178,6 @@ def check_order(name: str, expected: bool | None, found: bool) -> None:
             f"{name}: the config says that act_order is {expected}, but the checkpoint has"
             f" {'a' if found else 'no'} tensor 'perm': it is incomplete or damaged."
         )
-
-
-class Renamer:
-    """The names that Transformers gives to the tensors of a file when it loads them into ``model``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self.prefix = getattr(model, "base_model_prefix", None)
-        self.meta = dict.fromkeys(model.state_dict(), True)
-
-    def __call__(self, name: str) -> list[str]:
-        new, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.meta)
-        if new not in self.meta and name in self.meta:
-            return [name]
-        if pattern is None:
-            return [new]
-        converter = next(c for c in self.converters if pattern in c.source_patterns)
-        return [new.replace(converter.target_patterns[0], other) for other in converter.target_patterns]
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hf_spqr.integrations.transformers import QUANTIZERS
-from hf_spqr.report.shapes import empty_model, packed_config
+from hf_spqr.report.model import empty_model, packed_config
 
 __all__ = ["check_folder"]
 

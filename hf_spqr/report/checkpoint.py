@@ -184,10 +184,9 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     for name in names:
         parts = {part: tensors.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors}
         layers.setdefault(EXPERT.sub(r"\1.\2", name), []).append(parts)
-    written = QuantizationReport.load(folder)
-    shapes = LayerShapes(folder, quantization, written)
+    shapes = LayerShapes(folder, quantization, QuantizationReport.load(folder))
     for name, matrices in layers.items():
-        entry = written.layer(name) if written else None
+        entry = shapes.entry(name)
         rows, columns = shapes.find(name, {part: info.shape for part, info in matrices[0].items()})
         layout = shapes.layout(name, (rows, columns))
         wrong = {parts["packed"].shape for parts in matrices} - {layout.packed_shape()} if layout else None

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_spqr.errors import CheckpointError, ConfigError
-from hf_spqr.report.records import REPORT_NAME, QuantizationReport
+from hf_spqr.errors import CheckpointError
+from hf_spqr.report.records import REPORT_NAME, LayerReport, QuantizationReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_spqr.config import PackedConfig
 
-__all__ = ["LayerShapes", "empty_model", "packed_config"]
+__all__ = ["LayerShapes"]
 
 COLUMNS = 32
 """Columns of a tile of the packed format."""
@@ -23,47 +23,10 @@ ROWS = 16
 MOST_COLUMNS = 1 << 24
 
 
-def packed_config(folder: Path, quantization: Mapping[str, Any]) -> PackedConfig | None:
-    """The object of a ``quantization_config``; None for methods of other packages.
-
-    Raises CheckpointError, naming the file in ``folder``, where a field is out of range or the version is unknown.
-    """
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    from hf_spqr.config import PackedConfig
-
-    config_class = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(quantization.get("quant_method")))
-    if config_class is None or not issubclass(config_class, PackedConfig):
-        return None
-    try:
-        return config_class.from_dict(dict(quantization))
-    except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-
-
-def empty_model(folder: Path) -> PreTrainedModel:
-    """The model that config.json in ``folder`` describes, not quantized and without memory for weights.
-
-    Raises CheckpointError where it describes none.
-    """
-    import torch
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        name = (config.architectures or ["AutoModelForCausalLM"])[0]
-        cls: Any = getattr(transformers, name, transformers.AutoModelForCausalLM)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            return cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
-
-
 class LayerShapes:
     """(out_features, in_features) of the layers of the checkpoint in ``folder``, and what its config says of them.
+
+    Layers go by their names in the file, which may differ from those in the model and in the report.
 
     quantization   ``quantization_config`` of config.json
     report         the report beside the weights, None without one
@@ -74,9 +37,14 @@ class LayerShapes:
         self.quantization = quantization
         self.report = report
 
+    def entry(self, name: str) -> LayerReport | None:
+        """What the report says of a layer; None without a report, or where it does not name the layer."""
+        found = [self.report.layer(each) for each in self._names(name)] if self.report else []
+        return next((entry for entry in found if entry is not None), None)
+
     def layout(self, name: str, shape: tuple[int, int]) -> Any:
         """The packed layout of a layer, with its bits and group_size; None for methods of other packages."""
-        return None if self._config is None else self._config.layout(*shape, name)
+        return None if self._config is None else self._config.layout(*shape, *self._names(name))
 
     def find(self, name: str, tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         """Shape of one matrix called ``name``, an expert's number left out, whose packed tensors have these shapes.
@@ -86,30 +54,49 @@ class LayerShapes:
 
         Raises CheckpointError where all three fail.
         """
-        entry = self.report.layer(name) if self.report else None
+        entry = self.entry(name)
         if entry is not None:
             return entry.shape[0] // max(entry.experts, 1), entry.shape[1]
-        if name in self._model_shapes:
-            return self._model_shapes[name]
-        if ".experts." in name and self._config is not None:
+        shape = next((self._model_shapes[each] for each in self._names(name) if each in self._model_shapes), None)
+        if shape is None and ".experts." in name and self._config is not None:
             shape = _from_words(self._config, name, tensors)
-            if shape is not None:
-                return shape
-        raise CheckpointError(
-            f"the shape of {name} is not known: {self.folder} has no {REPORT_NAME} that names it, "
-            "and the model of config.json has no such linear layer"
-        )
+        if shape is None:
+            raise CheckpointError(
+                f"the shape of {name} is not known: {self.folder} has no {REPORT_NAME} that names it, "
+                "and the model of config.json has no such linear layer"
+            )
+        return shape
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        """``name`` and, unless the report knows it, what the model calls the layer."""
+        if self.report is not None and self.report.layer(name) is not None:
+            return (name,)
+        return name, self._rename(f"{name}.weight")[0].rpartition(".")[0]
 
     @cached_property
     def _config(self) -> PackedConfig | None:
+        from hf_spqr.report.model import packed_config
+
         return packed_config(self.folder, self.quantization)
 
     @cached_property
+    def _model(self) -> PreTrainedModel:
+        from hf_spqr.report.model import empty_model
+
+        return empty_model(self.folder)
+
+    @cached_property
+    def _rename(self) -> Callable[[str], list[str]]:
+        from hf_spqr.report.model import Renamer
+
+        return Renamer(self._model)
+
+    @cached_property
     def _model_shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes of the linear layers of the model that config.json describes."""
+        """Shapes of the linear layers of the model."""
         from hf_spqr.nn import dense
 
-        modules = empty_model(self.folder).named_modules()
+        modules = self._model.named_modules()
         return {name: dense.features(module) for name, module in modules if isinstance(module, dense.DENSE_CLASSES)}
 
 
