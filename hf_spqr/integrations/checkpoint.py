@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_spqr.errors import CheckpointError
-from hf_spqr.integrations.experts import ExpertFinder, check_experts
+from hf_spqr.integrations.experts import check_experts
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
-from hf_spqr.report.model import Renamer
+from hf_spqr.report.names import ExpertFinder, Renamer
 
 __all__ = [
     "Contents", "Spec", "check_complete", "check_loaded", "check_order", "read_contents", "read_headers",

@@ -20,7 +20,7 @@ from hf_spqr.integrations.checkpoint import Spec, read_headers
 from hf_spqr.integrations.transformers import PackedQuantizer, attach
 from hf_spqr.nn import PackedLinear
 from hf_spqr.report import LayerReport, QuantizationReport
-from hf_spqr.report.model import Renamer
+from hf_spqr.report.names import Renamer
 
 __all__ = ["ImportingQuantizer", "StoredLinear", "layer_report"]
 

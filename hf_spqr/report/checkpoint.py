@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_spqr.errors import CheckpointError
 from hf_spqr.report.records import QuantizationReport
-from hf_spqr.report.shapes import LayerShapes
+from hf_spqr.report.shapes import LayerShapes, without_number
 
 __all__ = ["CheckpointReport", "PackedLayer", "TensorInfo", "inspect_checkpoint", "read_headers"]
 
 PACKED = ".packed"
-EXPERT = re.compile(r"^(.+\.experts)\.\d+\.(.+)$")
 PARTS = ("packed", "outlier_row", "outlier", "perm", "weight")
 """Tensors that belong to a packed matrix; ``weight`` is the empty sentinel."""
 
@@ -180,15 +178,16 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     report.file_bytes = sum(file.stat().st_size for file in files)
 
     names = sorted((name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)), key=_natural)
-    layers: dict[str, list[dict[str, TensorInfo]]] = {}
+    layers: dict[str, dict[str, dict[str, TensorInfo]]] = {}
     for name in names:
         parts = {part: tensors.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors}
-        layers.setdefault(EXPERT.sub(r"\1.\2", name), []).append(parts)
+        layers.setdefault(without_number(name), {})[name] = parts
     shapes = LayerShapes(folder, quantization, QuantizationReport.load(folder))
-    for name, matrices in layers.items():
-        entry = shapes.entry(name)
-        rows, columns = shapes.find(name, {part: info.shape for part, info in matrices[0].items()})
-        layout = shapes.layout(name, (rows, columns))
+    for name, found in layers.items():
+        first, matrices = next(iter(found)), list(found.values())
+        entry = shapes.entry(first)
+        rows, columns = shapes.find(first)
+        layout = shapes.layout(first, (rows, columns))
         wrong = {parts["packed"].shape for parts in matrices} - {layout.packed_shape()} if layout else None
         if wrong:
             raise CheckpointError(
@@ -204,7 +203,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
                 outliers=sum(math.prod(parts["outlier"].shape) for parts in matrices if "outlier" in parts),
                 reordered="perm" in matrices[0],
                 nbytes=sum(info.nbytes for parts in matrices for info in parts.values()),
-                error=entry.error if entry else None,
+                error=entry.error if entry and max(entry.experts, 1) == len(matrices) else None,
                 experts=len(matrices) if len(matrices) > 1 else 0,
             )
         )

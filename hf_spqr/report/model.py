@@ -1,4 +1,4 @@
-"""The model that config.json describes, without weights: its config, its layers, its names for a file's tensors."""
+"""The model that config.json describes, without weights, and what its quantization_config says."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import CheckpointError, ConfigError
 
-__all__ = ["Renamer", "empty_model", "packed_config"]
+__all__ = ["empty_model", "packed_config"]
 
 
 def packed_config(folder: Path, quantization: Mapping[str, Any]) -> PackedConfig | None:
@@ -49,23 +46,3 @@ def empty_model(folder: Path) -> transformers.PreTrainedModel:
             return cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
-
-
-class Renamer:
-    """The names that Transformers gives to the tensors of a file when it loads them into ``model``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self.prefix = getattr(model, "base_model_prefix", None)
-        self.meta = dict.fromkeys(model.state_dict(), True)
-
-    def __call__(self, name: str) -> list[str]:
-        new, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.meta)
-        if new not in self.meta and name in self.meta:
-            return [name]
-        if pattern is None:
-            return [new]
-        converter = next(c for c in self.converters if pattern in c.source_patterns)
-        return [new.replace(converter.target_patterns[0], other) for other in converter.target_patterns]

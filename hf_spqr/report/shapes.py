@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +15,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_spqr.config import PackedConfig
+    from hf_spqr.report.names import ExpertFinder
 
-__all__ = ["LayerShapes"]
+__all__ = ["LayerShapes", "without_number"]
 
-COLUMNS = 32
-"""Columns of a tile of the packed format."""
-ROWS = 16
-MOST_COLUMNS = 1 << 24
+EXPERT = re.compile(r"^(.+\.experts)\.\d+\.(.+)$")
+
+
+def without_number(name: str) -> str:
+    """The name of a projection of all experts, from that of the matrix of one; any other name as it is."""
+    return EXPERT.sub(r"\1.\2", name)
 
 
 class LayerShapes:
-    """(out_features, in_features) of the layers of the checkpoint in ``folder``, and what its config says of them.
+    """What is known of the packed matrices of the checkpoint in ``folder``, by their names in the file.
 
-    Layers go by their names in the file, which may differ from those in the model and in the report.
+    The model, the report and the patterns of the config may call a layer by another name.
 
     quantization   ``quantization_config`` of config.json
     report         the report beside the weights, None without one
@@ -38,28 +42,23 @@ class LayerShapes:
         self.report = report
 
     def entry(self, name: str) -> LayerReport | None:
-        """What the report says of a layer; None without a report, or where it does not name the layer."""
+        """What the report says of the layer of a matrix; None without a report, or where it does not name it."""
         found = [self.report.layer(each) for each in self._names(name)] if self.report else []
         return next((entry for entry in found if entry is not None), None)
 
     def layout(self, name: str, shape: tuple[int, int]) -> Any:
-        """The packed layout of a layer, with its bits and group_size; None for methods of other packages."""
+        """The packed layout of a matrix, with its bits and group_size; None for methods of other packages."""
         return None if self._config is None else self._config.layout(*shape, *self._names(name))
 
-    def find(self, name: str, tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-        """Shape of one matrix called ``name``, an expert's number left out, whose packed tensors have these shapes.
+    def find(self, name: str) -> tuple[int, int]:
+        """(out_features, in_features) of a matrix, from the report, else from the model that config.json describes.
 
-        It is looked up in the report, then in an empty model built from config.json; for experts, which a model fuses,
-        it is computed from the packed tensor, exact up to the padding of in_features to a multiple of 32.
-
-        Raises CheckpointError where all three fail.
+        Raises CheckpointError where neither knows it.
         """
         entry = self.entry(name)
         if entry is not None:
             return entry.shape[0] // max(entry.experts, 1), entry.shape[1]
         shape = next((self._model_shapes[each] for each in self._names(name) if each in self._model_shapes), None)
-        if shape is None and ".experts." in name and self._config is not None:
-            shape = _from_words(self._config, name, tensors)
         if shape is None:
             raise CheckpointError(
                 f"the shape of {name} is not known: {self.folder} has no {REPORT_NAME} that names it, "
@@ -68,10 +67,12 @@ class LayerShapes:
         return shape
 
     def _names(self, name: str) -> tuple[str, ...]:
-        """``name`` and, unless the report knows it, what the model calls the layer."""
-        if self.report is not None and self.report.layer(name) is not None:
-            return (name,)
-        return name, self._rename(f"{name}.weight")[0].rpartition(".")[0]
+        """What the layer of a matrix is called: in the file and, unless the report knows that name, in the model."""
+        own = without_number(name)
+        if self.report is not None and self.report.layer(own) is not None:
+            return (own,)
+        place = self._find_expert(name)
+        return own, ".".join(place[:2]) if place else self._find_expert.rename(f"{name}.weight")[0].rpartition(".")[0]
 
     @cached_property
     def _config(self) -> PackedConfig | None:
@@ -86,30 +87,18 @@ class LayerShapes:
         return empty_model(self.folder)
 
     @cached_property
-    def _rename(self) -> Callable[[str], list[str]]:
-        from hf_spqr.report.model import Renamer
+    def _find_expert(self) -> ExpertFinder:
+        from hf_spqr.report.names import ExpertFinder, Renamer
 
-        return Renamer(self._model)
+        return ExpertFinder(self._model, Renamer(self._model))
 
     @cached_property
     def _model_shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes of the linear layers of the model."""
+        """Shapes of the linear layers of the model, and of one expert of its fused ones, by name."""
         from hf_spqr.nn import dense
 
         modules = self._model.named_modules()
-        return {name: dense.features(module) for name, module in modules if isinstance(module, dense.DENSE_CLASSES)}
-
-
-def _from_words(config: PackedConfig, name: str, tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
-    """The smallest multiple of 32 columns whose packed matrix is as wide as this one; None if there is none."""
-    blocks, words = tensors["packed"]
-    rows = tensors["outlier_row"][0] - 1 if "outlier_row" in tensors else blocks * ROWS
-    low, high = 1, MOST_COLUMNS // COLUMNS
-    while low < high:
-        middle = (low + high) // 2
-        if config.layout(rows, COLUMNS * middle, name).packed_shape()[1] < words:
-            low = middle + 1
-        else:
-            high = middle
-    columns = COLUMNS * low
-    return (rows, columns) if config.layout(rows, columns, name).packed_shape() == (blocks, words) else None
+        shapes = {name: dense.features(module) for name, module in modules if isinstance(module, dense.DENSE_CLASSES)}
+        for name, kind in self._find_expert.kinds.items():
+            shapes |= {f"{name}.{projection}": shape for projection, shape in kind.projections.items()}
+        return shapes

@@ -11,7 +11,7 @@ from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.transformers import attach
 from hf_spqr.quantize import quantize_model
 from hf_spqr.report import REPORT_NAME
-from hf_spqr.report.checkpoint import inspect_checkpoint, read_headers
+from hf_spqr.report.checkpoint import CheckpointReport, PackedLayer, inspect_checkpoint, read_headers
 from tests.tiny_models import tiny_model
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -120,3 +120,26 @@ def test_experts_are_one_layer(tmp_path: Path, texts: list[str], tokenizer, repo
     assert {layer.experts for layer in found.layers} == {0, 4}
     assert found.bits_per_weight == pytest.approx(expected.bits_per_weight, rel=1e-6)
     assert sum(layer.outliers for layer in found.layers) == expected.outliers
+
+
+def test_experts_under_the_names_of_the_original_file(tmp_path: Path, texts: list[str], tokenizer) -> None:
+    """Mixtral's file says w1, w2 and w3; patterns of the config and the report say what the model does."""
+    model = tiny_model("mixtral")
+    overrides = {"experts.gate_proj": {"bits": 5}, "layers.1.mlp.experts.down_proj": {"bits": 2}}
+    config = SpQRConfig(dataset=texts, tokenizer=tokenizer, nsamples=8, seqlen=32, overrides=overrides)
+    expected = quantize_model(model, config, progress=False)
+    attach(model, config)
+    model.save_pretrained(tmp_path)
+    stored = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+    def by_name(report: CheckpointReport) -> dict[str, PackedLayer]:
+        return {".".join(stored.get(part, part) for part in x.name.split(".")): x for x in report.layers}
+
+    without = by_name(inspect_checkpoint(tmp_path))
+    expected.save(tmp_path)
+    found = by_name(inspect_checkpoint(tmp_path))
+    assert found.keys() == without.keys() == {layer.name for layer in expected.layers}
+    for layer in expected.layers:
+        one, other = found[layer.name], without[layer.name]
+        assert (one.shape, one.bits, one.experts, one.error) == (layer.shape, layer.bits, layer.experts, layer.error)
+        assert (other.shape, other.bits, other.experts, other.error) == (layer.shape, layer.bits, layer.experts, None)
