@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.experts import check_experts
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
+from hf_spqr.report import checkpoint as report
 from hf_spqr.report.names import ExpertFinder, Renamer
 
 __all__ = [
@@ -63,15 +63,8 @@ def read_headers(files: Iterable[str]) -> dict[str, Spec]:
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise CheckpointError(f"{file}: packed checkpoints are read from .safetensors files only.")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
-                    part = opened.get_slice(name)
-                    specs[name] = (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.uint8))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or damaged ({error}). Download or copy the checkpoint again."
-            ) from error
+        for name, info in report.read_headers(file).items():
+            specs[name] = info.shape, DTYPES.get(info.dtype, torch.uint8)
     return specs
 
 

@@ -168,7 +168,7 @@ def test_a_pull_request(hub, folder):
     [
         (lambda f: (f / "model.safetensors").unlink(), r"lacks model\.safetensors"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "cut off"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "is truncated"),
         (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
             "two models",

@@ -72,8 +72,15 @@ def test_damaged_files_are_refused(folder: Path, damage: str) -> None:
     path.write_bytes(
         {"short": data[:-4], "long": data + b"1234", "header": data[:8] + b"{" * (len(data) - 8), "empty": b""}[damage]
     )
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=f"{path.name} is truncated or damaged"):
         inspect_checkpoint(folder)
+
+
+def test_bytes_of_every_dtype(tmp_path: Path) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn]
+    save_file({str(dtype): torch.zeros(3, 5, dtype=dtype) for dtype in dtypes}, tmp_path / "model.safetensors")
+    headers = read_headers(tmp_path / "model.safetensors")
+    assert {name: info.nbytes for name, info in headers.items()} == {str(d): 15 * d.itemsize for d in dtypes}
 
 
 def test_headers_have_no_metadata(folder: Path) -> None:
