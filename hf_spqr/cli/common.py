@@ -26,6 +26,11 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there; messages go to stderr.")
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a Transformers model, or a Hub name.")]
+OutArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder to write. It appears complete or not at all.")
+]
+ShardSizeOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT if it exists.")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help='Where to run: "cpu", "cuda", "cuda:1". Default: cpu.')
 ]
@@ -215,7 +220,7 @@ def load_model(
 
     from hf_spqr.nn import GroupedLinear, PackedLinear
     from hf_spqr.report.checkpoint import weight_files
-    from hf_spqr.report.model_classes import class_of
+    from hf_spqr.report.model import class_of
 
     check_model(model)
     check_device(device)
@@ -240,6 +245,6 @@ def load_model(
 
 
 def check_writes_text(model: str, loaded: Any) -> None:
-    """Raise CommandError unless the next token can be asked of ``loaded``."""
-    if not loaded.can_generate() or loaded.config.is_encoder_decoder:
-        raise CommandError(f"{model} is a {type(loaded).__name__}, no causal language model: eval cannot score it")
+    """Raise CommandError unless ``loaded`` predicts tokens one after another."""
+    if not loaded.can_generate():
+        raise CommandError(f"{model} is a {type(loaded).__name__}, which writes no text: eval cannot score it")

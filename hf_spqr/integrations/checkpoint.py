@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.errors import CheckpointError
-from hf_spqr.integrations.experts import ExpertFinder, check_experts
+from hf_spqr.integrations.experts import check_experts
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
-from hf_spqr.report.names import Renamer
+from hf_spqr.report import checkpoint as report
+from hf_spqr.report.names import ExpertFinder, Renamer
 
 __all__ = [
     "Contents", "Spec", "check_complete", "check_loaded", "check_order", "read_contents", "read_headers",
@@ -45,13 +45,14 @@ class Contents:
 
     ``packed[module][tensor]`` are the tensors of packed layers; ``dense`` all other parameter names; ``modules`` maps
     a packed layer to its name in the file. ``experts[module][projection][expert][tensor]`` are those of packed
-    experts.
+    experts, ``further`` the packed tensors in blocks after the last one of the model.
     """
 
     packed: dict[str, dict[str, Spec]] = field(default_factory=lambda: defaultdict(dict))
     dense: set[str] = field(default_factory=set)
     modules: dict[str, str] = field(default_factory=dict)
     experts: dict[str, dict[str, dict[int, dict[str, Spec]]]] = field(default_factory=dict)
+    further: list[str] = field(default_factory=list)
 
 
 def read_headers(files: Iterable[str]) -> dict[str, Spec]:
@@ -64,22 +65,15 @@ def read_headers(files: Iterable[str]) -> dict[str, Spec]:
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise CheckpointError(f"{file}: packed checkpoints are read from .safetensors files only.")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
-                    part = opened.get_slice(name)
-                    specs[name] = (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.uint8))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or damaged ({error}). Download or copy the checkpoint again."
-            ) from error
+        for name, info in report.read_headers(file).items():
+            specs[name] = info.shape, DTYPES.get(info.dtype, torch.uint8)
     return specs
 
 
 def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
     """Headers of ``files`` with the names that their tensors get in ``model`` (still unpacked, on meta).
 
-    Blocks after the last one of ``model`` (``num_hidden_layers=``) are left out; Transformers reports them.
+    Blocks after the last one of ``model`` (``num_hidden_layers=``) are left out: Transformers reports them.
 
     Raises:
         CheckpointError: a damaged file, a packed tensor that belongs to no linear layer of the model, or a packed
@@ -106,13 +100,16 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
             continue
         target = rename(f"{module}.weight")[0].rpartition(".")[0]
         if module in prefixes and is_further(target):
+            contents.further.append(name)
             continue
         if module not in prefixes or not _is_linear(model, target):
             stray.append(name)
             continue
         contents.packed[target][leaf] = specs[name]
         contents.modules[target] = module
-    stray = [name for name in stray if not _ignored(name, model, "_keys_to_ignore_on_load_unexpected")]
+    unexpected = "_keys_to_ignore_on_load_unexpected"
+    contents.further = [name for name in contents.further if not _ignored(name, model, unexpected)]
+    stray = [name for name in stray if not _ignored(name, model, unexpected)]
     if stray:
         raise CheckpointError(
             f"The checkpoint has {len(stray)} packed tensors that belong to no packed linear layer of"

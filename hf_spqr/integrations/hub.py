@@ -20,7 +20,7 @@ from hf_spqr.nn import PackedExperts, PackedLinear
 from hf_spqr.quantize.driver import tokenizer_beside
 from hf_spqr.report.card import PLOT_NAME, SHORT, check_evaluation, hub_name, model_card
 from hf_spqr.report.checkpoint import INDEX, SINGLE, CheckpointReport, inspect_checkpoint, weight_files
-from hf_spqr.report.model_classes import auto_class
+from hf_spqr.report.model import auto_class
 from hf_spqr.report.records import LayerReport, QuantizationReport
 
 __all__ = ["PushError", "Pushed", "install", "push_folder", "push_to_hub"]

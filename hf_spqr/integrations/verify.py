@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.transformers import QUANTIZERS
-from hf_spqr.report.shapes import empty_model, packed_config
+from hf_spqr.report.model import empty_model, packed_config
 
 __all__ = ["check_folder"]
 
@@ -26,3 +27,8 @@ def check_folder(folder: Path, files: Iterable[Path]) -> None:
         return
     quantizer = QUANTIZERS[type(config)](config, pre_quantized=True)
     quantizer.preprocess_model(empty_model(folder), checkpoint_files=[str(file) for file in files])
+    if quantizer.left_out:
+        raise CheckpointError(
+            f"{folder} has more blocks than its config.json says, for example {quantizer.left_out[0]!r}. Load it and"
+            " save the model again, or correct the config."
+        )

@@ -122,6 +122,16 @@ def test_report_counts_experts_with_too_few_tokens(texts, tokenizer):
     ]
 
 
+def test_damping_that_had_to_be_raised_is_reported(texts, tokenizer):
+    """With fewer tokens than inputs no Hessian is positive definite by itself."""
+    model = tiny_model("mixtral")
+    config = SpQRConfig(bits=4, dataset=texts, nsamples=1, seqlen=16, percdamp=0.0)
+    report = quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    assert "model.layers.0.mlp.experts.down_proj: the damping was raised for 4 experts." in report.notes
+    start = "model.layers.0.self_attn.q_proj: the Hessian was not positive definite, damping was raised to "
+    assert any(note.startswith(start) for note in report.notes)
+
+
 def test_an_expert_without_tokens_is_as_good_as_the_others(texts, tokenizer):
     model = tiny_model("mixtral")
     with torch.no_grad():
