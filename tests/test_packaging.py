@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,9 @@ def tree(tmp_path: Path) -> Path:
     return shutil.copytree(ROOT, tmp_path / "a checkout", ignore=NOT_COPIED)
 
 
-def build(tree: Path, hook: str, **environment: str) -> tuple[Path, str]:
+def build(tree: Path, hook: str, into: str = "dist", **environment: str) -> tuple[Path, str]:
     """The file that the hook of the build backend made, and what it said."""
-    folder = tree.parent / "dist"
+    folder = tree.parent / into
     folder.mkdir(exist_ok=True)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_SPQR_", "CFLAGS", "CXX"))}
     variables = {**clean, "HF_SPQR_CUDA": "0", **environment}
@@ -132,6 +133,13 @@ def test_kernels_are_compiled_again_only_where_something_changed(tree: Path, com
     compiler.is_version("stand-in 13.1.0")  # may know instructions that the old one did not
     build(tree, "build_wheel", **compiler.environment)
     assert compiler.compiled() == everything
+
+
+def test_builds_of_one_checkout_wait_for_each_other(tree: Path, compiler: StandIn) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        builds = [pool.submit(build, tree, "build_wheel", f"dist{i}", **compiler.environment) for i in range(2)]
+        first, second = (contents(build.result()[0]) for build in builds)
+    assert sorted(first) == sorted(second) and {"hf_spqr/_C.abi3.so", "hf_spqr/report/card.md.j2"} <= set(first)
 
 
 def test_what_cannot_be_compiled_is_not_taken_from_an_earlier_build(tree: Path, compiler: StandIn) -> None:
