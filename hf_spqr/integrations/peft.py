@@ -25,16 +25,14 @@ from hf_spqr.nn import PackedExperts, PackedLinear
 __all__ = ["LoraPackedLinear", "install"]
 
 
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the base weights as they are and do not read them."""
+
+
 class LoraPackedLinear(Linear):
     """A packed layer with adapters beside it."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        if config.init_lora_weights not in (True, False, "gaussian"):
-            raise UnsupportedLayerError(
-                f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which are packed; use True."
-            )
-        if config.use_dora:
-            raise UnsupportedLayerError("use_dora=True needs the base weights in full; packed layers take plain LoRA.")
         packed: Any = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
         if packed.packed.is_meta:  # PEFT would leave the adapters without data too
             raise UnsupportedLayerError("Adapters cannot stand beside offloaded layers: load without offload.")
@@ -43,6 +41,22 @@ class LoraPackedLinear(Linear):
             super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = packed.replaces is Conv1D  # what merge puts in its place is transposed
         self.packed_layers: list[PackedLinear] = []  # what merge put an ordinary layer in the place of; no submodule
+
+    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+        """Put an adapter, the first or one more, beside the layer.
+
+        Raises UnsupportedLayerError for a kind of adapter that needs the base weights.
+        """
+        if config.init_lora_weights not in INITIALIZATIONS:
+            raise UnsupportedLayerError(
+                f"init_lora_weights={config.init_lora_weights!r} reads or changes the base weights, which are packed;"
+                " use True."
+            )
+        if config.use_dora:
+            raise UnsupportedLayerError("use_dora=True needs the base weights in full; packed layers take plain LoRA.")
+        if getattr(config, "kasa_config", None) is not None:
+            raise UnsupportedLayerError("KaSA changes the base weights, which are packed; they take plain LoRA.")
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the weights of an ordinary layer, which takes the place of the packed one."""
