@@ -10,6 +10,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import peft
+from packaging.version import Version
 from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora import model as lora_model
@@ -24,6 +26,8 @@ from hf_spqr.nn import PackedExperts, PackedLinear
 
 __all__ = ["LoraPackedLinear", "install"]
 
+OLDEST = "0.20"
+"""The first version of PEFT whose layers are made as here."""
 
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base weights as they are and do not read them."""
@@ -79,16 +83,22 @@ def install() -> None:
     if getattr(default, "knows_packed_layers", False):
         return
 
-    def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> nn.Module | None:
+    too_old = Version(peft.__version__) < Version(OLDEST)
+
+    def dispatch(target: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> nn.Module | None:
         layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if too_old and isinstance(layer, PackedExperts | PackedLinear):
+            raise UnsupportedLayerError(
+                f"Adapters beside packed layers need PEFT {OLDEST} or newer, this is {peft.__version__}."
+            )
         if isinstance(layer, PackedExperts):
             raise UnsupportedLayerError(
                 f"{kwargs.get('target_name', 'experts')}: packed experts take no adapters. Name layers outside of"
                 " them, for example target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']."
             )
         if isinstance(layer, PackedLinear):
-            return LoraPackedLinear(target, adapter_name, config=config, **kwargs)
-        return default(target, adapter_name, config=config, **kwargs)
+            return LoraPackedLinear(target, adapter_name, *args, **kwargs)
+        return default(target, adapter_name, *args, **kwargs)
 
     def expand_all_linear(config: Any, model: nn.Module) -> Any:
         asked = getattr(config, "target_modules", None)

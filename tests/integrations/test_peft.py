@@ -9,13 +9,16 @@ import torch
 
 pytest.importorskip("peft")
 
+import peft
 from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import model as lora_model
+from peft.tuners.lora.layer import dispatch_default
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import hf_spqr
-from hf_spqr.integrations.peft import LoraPackedLinear
+from hf_spqr.integrations.peft import LoraPackedLinear, install
 from hf_spqr.nn import AffineLinear, SpQRLinear
 from tests.architectures.matrix import METHODS
 from tests.integrations.conftest import IDS, quantize_folder
@@ -183,9 +186,9 @@ def test_what_packed_layers_cannot_do_is_refused(folder, options, message):
 
 
 def test_kasa_is_refused(folder):
-    kasa = pytest.importorskip("peft", minversion="0.21")
+    pytest.importorskip("peft", minversion="0.21")
     with pytest.raises(hf_spqr.UnsupportedLayerError, match="KaSA"):
-        adapted(folder, kasa_config=kasa.KasaConfig())
+        adapted(folder, kasa_config=peft.KasaConfig())
 
 
 @pytest.mark.parametrize("how", ["gaussian", "orthogonal", "eva"])
@@ -197,6 +200,17 @@ def test_initializations_that_leave_the_base_weights_alone(folder, how):
     torch.testing.assert_close(logits(model), start, rtol=1e-4, atol=1e-4)
     losses = train(model, 6)
     assert losses[-1] < losses[0]
+
+
+def test_an_older_version_is_named(folder, monkeypatch):
+    """It makes its layers in another way; a TypeError would be all that the user sees."""
+    monkeypatch.setattr(peft, "__version__", "0.18.1")
+    monkeypatch.setattr(lora_model, "dispatch_default", dispatch_default)
+    install()
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match=r"need PEFT 0.20 or newer, this is 0.18.1"):
+        adapted(folder)
+    dense = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=TARGETS))
+    assert dense.active_adapter == "default"
 
 
 def test_hf_spqr_does_not_import_peft_and_finds_it_later():
