@@ -46,7 +46,7 @@ class LoraPackedLinear(Linear):
         self.fan_in_fan_out = packed.replaces is Conv1D  # what merge puts in its place is transposed
         self.packed_layers: list[PackedLinear] = []  # what merge put an ordinary layer in the place of; no submodule
 
-    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Put an adapter, the first or one more, beside the layer.
 
         Raises UnsupportedLayerError for a kind of adapter that needs the base weights.
@@ -60,7 +60,7 @@ class LoraPackedLinear(Linear):
             raise UnsupportedLayerError("use_dora=True needs the base weights in full; packed layers take plain LoRA.")
         if getattr(config, "kasa_config", None) is not None:
             raise UnsupportedLayerError("KaSA changes the base weights, which are packed; they take plain LoRA.")
-        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the weights of an ordinary layer, which takes the place of the packed one."""
@@ -111,5 +111,5 @@ def install() -> None:
         return config
 
     dispatch.knows_packed_layers = True  # type: ignore[attr-defined]
-    lora_model.dispatch_default = dispatch  # type: ignore[assignment]
+    lora_model.dispatch_default = dispatch
     tuners_utils._maybe_include_all_linear_layers = expand_all_linear  # type: ignore[assignment]
