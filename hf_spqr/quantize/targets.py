@@ -91,9 +91,15 @@ def _is_linear(module: nn.Module) -> bool:
 
 def left_alone(model: nn.Module, chosen: Collection[str]) -> list[str]:
     """Names of the linear layers and experts of ``model`` that are not among ``chosen``."""
-    kinds = dense.DENSE_CLASSES
-    found = [name for name, m in model.named_modules() if isinstance(m, kinds) or describe(m) is not None]
+    found = [n for n, m in model.named_modules() if isinstance(m, dense.DENSE_CLASSES) or _holds_matrices(m)]
     return [name for name in found if name not in chosen]
+
+
+def _holds_matrices(module: nn.Module) -> bool:
+    """Whether ``module`` has several matrices in one parameter, as experts have, also those of an unknown shape."""
+    if type(module).__module__.startswith("torch.nn."):  # convolutions
+        return False
+    return any(parameter.dim() == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False))
 
 
 def selectable(model: nn.Module) -> list[str]:

@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_spqr import SpQRConfig
 from hf_spqr.calibration.blocks import Block
-from hf_spqr.quantize.targets import find_targets
+from hf_spqr.quantize.targets import find_targets, left_alone
 
 
 class Same(nn.Linear):
@@ -44,3 +44,19 @@ def test_a_layer_that_computes_something_else_is_left_alone(layer, taken):
     model = nn.ModuleDict({"layer": layer})
     found = find_targets(model, [Block("block", model)], SpQRConfig(bits=4))
     assert [target.name for target in found] == ["block.layer"] * taken
+
+
+class Experts(nn.Module):
+    """With two that have no second matrix, as in LongCat-Flash: of no shape that is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(6, 32, 64))
+        self.down_proj = nn.Parameter(torch.zeros(4, 64, 16))
+
+
+def test_experts_of_an_unknown_shape_are_listed_as_left_alone():
+    model = nn.ModuleDict({"experts": Experts(), "conv": nn.Conv1d(4, 4, 3), "gate": nn.Linear(64, 6)})
+    model["conv"].place = nn.Parameter(torch.zeros(1, 4, 3))
+    assert left_alone(model, []) == ["experts", "gate"]
+    assert left_alone(model, ["gate"]) == ["experts"]
