@@ -170,7 +170,7 @@ def model_class(model: str, config: Any) -> Any:
         return causal
     names = config.architectures or [f"none, model_type {config.model_type!r}"]
     found = getattr(transformers, names[0], None)
-    if found is None:
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise CommandError(f"{model}: its architecture ({names[0]}) is no language model that this Transformers knows")
     return found
 
