@@ -6,7 +6,7 @@ import torch
 from hf_spqr import ConfigError, SpQRConfig
 from hf_spqr.methods.base import SpQRParams
 from hf_spqr.nn import SpQRLinear
-from hf_spqr.quantize import quantize_model
+from hf_spqr.quantize import layerwise, quantize_model
 from hf_spqr.quantize.budget import BINS, HIGHEST, LOWEST, LayerScores, survey_layer
 from tests.tiny_models import tiny_model
 
@@ -69,6 +69,25 @@ def test_impossible_targets(texts, tokenizer, target):
     with pytest.raises(ConfigError, match="cannot be reached"):
         run(texts, tokenizer, model, target_bits=target)
     assert not any(isinstance(m, SpQRLinear) for m in model.modules())
+
+
+def test_every_block_is_surveyed_with_what_the_blocks_before_it_give(monkeypatch):
+    model, seen = tiny_model("llama"), {}
+    ids = torch.arange(3, 35).reshape(2, 16)
+    inputs = []
+    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+
+    def spy(name, weights, hessian, params, *, fixed):
+        seen[name] = hessian
+        return survey_layer(name, weights, hessian, params, fixed=fixed)
+
+    monkeypatch.setattr(layerwise, "survey_layer", spy)
+    quantize_model(model, SpQRConfig(dataset=ids.tolist(), nsamples=2, seqlen=16, target_bits=6), progress=False)
+    x = inputs[0].flatten(0, 1)
+    torch.testing.assert_close(seen["model.layers.1.mlp.down_proj"], 2 / 32 * x.T @ x, rtol=1e-4, atol=1e-6)
 
 
 def test_histogram_counts_fall_with_the_threshold():
