@@ -58,8 +58,8 @@ class PackedVllmConfig(QuantizationConfig):
         super().__init__()
         if config is None:  # what vLLM does with --quantization where the model's config.json has none
             raise ConfigError(
-                f"This model is not quantized: its config.json has no quantization_config, and {self.get_name()!r} does"
-                " not quantize while loading. Run `hf-spqr quantize` and serve its output, without --quantization."
+                f"This model is not quantized: its config.json has no quantization_config, and {self.get_name()!r}"
+                " does not quantize while loading: run `hf-spqr quantize` and serve its output without --quantization."
             )
         self.config = config
 
