@@ -147,8 +147,13 @@ def read_config(model: str) -> Any:
     import hf_spqr  # noqa: F401  (registers the quantization methods)
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise CommandError(
+                f"{model} has code of its own, which commands do not run: use from_pretrained(...,"
+                " trust_remote_code=True) in Python, which quantizes and loads such models too"
+            ) from error
         raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -156,23 +161,6 @@ def read_config(model: str) -> Any:
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             raise CommandError(f"{model}: its quant_method {method!r} is one that this Transformers does not know")
     return config
-
-
-def model_class(model: str, config: Any) -> Any:
-    """The class that loads ``model``: of causal language models, or the one that its config names where it is none.
-
-    Raises CommandError for a class that Transformers does not have.
-    """
-    import transformers
-
-    causal = transformers.AutoModelForCausalLM
-    if type(config) in causal._model_mapping:  # what from_pretrained looks in
-        return causal
-    names = config.architectures or [f"none, model_type {config.model_type!r}"]
-    found = getattr(transformers, names[0], None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise CommandError(f"{model}: its architecture ({names[0]}) is no language model that this Transformers knows")
-    return found
 
 
 def stored_method(model: str) -> str | None:
@@ -224,25 +212,39 @@ def load_tokenizer(model: str) -> Any:
 def load_model(
     model: str, dtype: Dtype, device: str | None, backend: Backend = Backend.auto, **kwargs: Any
 ) -> torch.nn.Module:
-    """``from_pretrained`` of :func:`model_class`, with hf_spqr registered and without Transformers' own bars.
+    """``from_pretrained`` of the checkpoint's class, with hf_spqr registered and without Transformers' own bars.
 
     backend: of the packed layers, where there are any.
     """
     import transformers
 
     from hf_spqr.nn import GroupedLinear, PackedLinear
+    from hf_spqr.report.checkpoint import weight_files
+    from hf_spqr.report.model_classes import class_of
 
     check_model(model)
     check_device(device)
-    kind = model_class(model, read_config(model))
+    model_class = class_of(read_config(model))
+    if Path(model).is_dir():
+        weight_files(Path(model))  # Transformers shows a traceback for a damaged index
     if device is not None:
         kwargs["device_map"] = device
     transformers.utils.logging.disable_progress_bar()
     try:
-        loaded = kind.from_pretrained(model, dtype=dtype.value, **kwargs)
+        loaded = model_class.from_pretrained(model, dtype=dtype.value, **kwargs)
     except SafetensorError as error:  # of an unquantized model: those of packed ones are looked at before
         raise CommandError(f"{model}: a file is truncated or damaged ({error}). Download or copy it again.") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CommandError(f"{model}: weights have other shapes than config.json says (report above)") from error
     for module in loaded.modules() if backend is not Backend.auto else ():
         if isinstance(module, PackedLinear | GroupedLinear):
             module.backend = backend.value
     return loaded
+
+
+def check_writes_text(model: str, loaded: Any) -> None:
+    """Raise CommandError unless the next token can be asked of ``loaded``."""
+    if not loaded.can_generate() or loaded.config.is_encoder_decoder:
+        raise CommandError(f"{model} is a {type(loaded).__name__}, no causal language model: eval cannot score it")

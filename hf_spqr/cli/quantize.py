@@ -27,7 +27,6 @@ from hf_spqr.cli.common import (
     err_console,
     load_model,
     load_tokenizer,
-    model_class,
     number_or_none,
     out_console,
     parse_json_object,
@@ -141,8 +140,8 @@ def quantize_command(
 ) -> None:
     """Quantize MODEL and write OUT: weights, config, tokenizer, generation config and quantization_report.json.
 
-    This is from_pretrained(MODEL, quantization_config=...) followed by save_pretrained(OUT). The result loads with
-    plain AutoModelForCausalLM.from_pretrained(OUT).
+    This is from_pretrained(MODEL, quantization_config=...) followed by save_pretrained(OUT), with the class that
+    MODEL's config.json names. The result loads with plain from_pretrained(OUT).
 
     [bold]Examples[/bold]
 
@@ -193,7 +192,7 @@ def quantize_command(
                 modules_to_not_convert=skip,
                 overrides=parse_json_object("--overrides", overrides),
             )
-            if ranks.first and (warning := check_space(out, least_bytes(model, base, config, dtype))):
+            if ranks.first and (warning := check_space(out, least_bytes(base, config, dtype))):
                 err_console().print(f"warning: {warning}", markup=False, soft_wrap=True)
         with complete_folder(out) if ranks.first else nullcontext() as partial:
             report = run(model, config, partial, dtype, local_device(device), max_shard_size, ranks)
@@ -254,7 +253,7 @@ def positions(base: Any) -> int:
     return getattr(base.get_text_config(), "max_position_embeddings", None) or MOST_SEQLEN
 
 
-def least_bytes(model: str, base: Any, config: PackedConfig, dtype: Dtype) -> int:
+def least_bytes(base: Any, config: PackedConfig, dtype: Dtype) -> int:
     """What the quantized model takes at least, from an empty model; before any weight is read.
 
     Raises UnsupportedLayerError where there is nothing to quantize.
@@ -262,12 +261,10 @@ def least_bytes(model: str, base: Any, config: PackedConfig, dtype: Dtype) -> in
     import torch
 
     from hf_spqr.quantize import driver
+    from hf_spqr.report.model_classes import without_weights
 
     wanted = (base.dtype or torch.bfloat16) if dtype is Dtype.auto else getattr(torch, dtype.value)
-    kind = model_class(model, base)
-    build = getattr(kind, "_from_config", None) or kind.from_config
-    with torch.device("meta"):
-        return driver.least_bytes(build(base, dtype=wanted), config)
+    return driver.least_bytes(without_weights(base, wanted), config)
 
 
 def run(
@@ -280,6 +277,8 @@ def run(
     ranks: Ranks,
 ) -> QuantizationReport:
     """Quantize and, where there is a ``folder``, save into it; return the report."""
+    from hf_spqr.integrations.processor import copy_processor
+
     with ranks.together():
         tokenizer = load_tokenizer(model)
     config.tokenizer = tokenizer
@@ -289,6 +288,7 @@ def run(
         if folder is not None:
             quantized.save_pretrained(folder, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(folder)
+            copy_processor(model, folder)
             report.save(folder)
     return report
 

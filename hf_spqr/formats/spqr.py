@@ -187,6 +187,8 @@ def unpack(layout: SpQRLayout, tensors: dict[str, Tensor]) -> SpQRWeight:
     lay, packed = layout, tensors["packed"]
     if tuple(packed.shape) != lay.packed_shape() or packed.dtype != torch.int32:
         raise ValueError(f"packed must be int32 {list(lay.packed_shape())}, got {packed.dtype} {list(packed.shape)}")
+    if tensors["outlier"].dtype != lay.outlier_dtype:
+        raise ValueError(f"outlier must be {lay.outlier_dtype}, got {tensors['outlier'].dtype}")
     vectors = packed.unflatten(1, (-1, ROWS))
     stats, seconds = [], []
     for panel in lay.panels:

@@ -6,14 +6,15 @@ The headers decide how the model is built, and everything that can be wrong with
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.experts import check_experts
 from hf_spqr.nn import dense
@@ -44,13 +45,14 @@ class Contents:
 
     ``packed[module][tensor]`` are the tensors of packed layers; ``dense`` all other parameter names; ``modules`` maps
     a packed layer to its name in the file. ``experts[module][projection][expert][tensor]`` are those of packed
-    experts.
+    experts. ``further`` are packed layers of blocks after the model's last one.
     """
 
     packed: dict[str, dict[str, Spec]] = field(default_factory=lambda: defaultdict(dict))
     dense: set[str] = field(default_factory=set)
     modules: dict[str, str] = field(default_factory=dict)
     experts: dict[str, dict[str, dict[int, dict[str, Spec]]]] = field(default_factory=dict)
+    further: set[str] = field(default_factory=set)
 
 
 def read_headers(files: Iterable[str]) -> dict[str, Spec]:
@@ -71,6 +73,8 @@ def read_headers(files: Iterable[str]) -> dict[str, Spec]:
 def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
     """Headers of ``files`` with the names that their tensors get in ``model`` (still unpacked, on meta).
 
+    Blocks after the last one of ``model`` (``num_hidden_layers=``) are left out; Transformers reports them.
+
     Raises:
         CheckpointError: a damaged file, a packed tensor that belongs to no linear layer of the model, or a packed
             layer with a tensor too many.
@@ -79,6 +83,7 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
     rename = Renamer(model)
     prefixes = {name.rpartition(".")[0] for name in specs if name.rpartition(".")[2] == PACKED}
     find_expert = ExpertFinder(model, rename)
+    is_further = _further_blocks(model)
     contents = Contents()
     stray = []
     for name in sorted(specs):
@@ -94,6 +99,9 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
             contents.dense.update(rename(name))
             continue
         target = rename(f"{module}.weight")[0].rpartition(".")[0]
+        if module in prefixes and is_further(target):
+            contents.further.add(module)
+            continue
         if module not in prefixes or not _is_linear(model, target):
             stray.append(name)
             continue
@@ -146,7 +154,7 @@ def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], 
     for name, _ in model.named_parameters():
         inside = name.startswith(starts) and name.rpartition(".")[0] not in contents.packed
         if inside and name not in contents.dense and not _ignored(name, model, "_keys_to_ignore_on_load_missing"):
-            raise CheckpointError(f"The checkpoint lacks {name}: it is incomplete or damaged.")
+            raise CheckpointError(f"The checkpoint lacks {name}: it is incomplete, damaged, or of another model.")
 
 
 def check_loaded(model: nn.Module, blocks: Iterable[str]) -> None:
@@ -171,6 +179,17 @@ def check_order(name: str, expected: bool | None, found: bool) -> None:
             f"{name}: the config says that act_order is {expected}, but the checkpoint has"
             f" {'a' if found else 'no'} tensor 'perm': it is incomplete or damaged."
         )
+
+
+def _further_blocks(model: nn.Module) -> Callable[[str], bool]:
+    """Says of the name of a module whether it lies in a block after the last one of ``model``."""
+    counts = Counter(block.name.rpartition(".")[0] for block in find_blocks(model))
+
+    def is_further(name: str) -> bool:
+        rests = ((name.removeprefix(f"{path}.").partition(".")[0], count) for path, count in counts.items())
+        return any(number.isdigit() and int(number) >= count for number, count in rests)
+
+    return is_further
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:

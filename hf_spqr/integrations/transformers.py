@@ -289,6 +289,7 @@ QUANTIZERS: dict[type[PackedConfig], type[PackedQuantizer]] = {
 def register() -> None:
     """Make the quantization methods known to Transformers; called by ``import hf_spqr``, harmless when repeated."""
     activations.register_attention()
+    activations.install()
     for config_class, quantizer in QUANTIZERS.items():
         method = config_class.quant_method
         auto.AUTO_QUANTIZER_MAPPING[method] = quantizer

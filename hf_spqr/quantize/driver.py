@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_spqr.calibration.blocks import Block, find_stacks, record
+from hf_spqr.calibration.blocks import Block, attending_parts, check_reads_text, find_stacks, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows, check_tokens
 from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig, name_matches
 from hf_spqr.nn.dense import features, matrix
@@ -152,6 +152,7 @@ def least_bytes(model: nn.Module, config: PackedConfig) -> int:
 
 def _find_work(model: nn.Module, config: PackedConfig) -> list[tuple[list[Block], list[Target], list[ExpertsTarget]]]:
     """The stacks of blocks of ``model`` with what is quantized in each."""
+    check_reads_text(model)
     stacks = [
         (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config))
         for blocks in find_stacks(model)
@@ -187,22 +188,26 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _settle_attention(model: nn.Module, config: OmniQuantConfig, report: QuantizationReport) -> None:
     """Leave q, k, v alone where inference could not quantize them: what is learned must be what runs."""
-    quantizes = config.act_bits is not None and config.params().quantize_attention
-    if quantizes and not _attends_by_sdpa(model):
+    if config.act_bits is None or not config.params().quantize_attention:
+        return
+    parts = attending_parts(model)
+    if not parts or not all(map(_attends_by_sdpa, parts)):
         config.learning["quantize_attention"] = False
         report.notes.append(
-            f"{type(model).__name__} does not compute attention by scaled_dot_product_attention: q, k and v stay in"
-            " full precision, the inputs of the layers are quantized."
+            f"{type(model).__name__} does not compute attention by scaled_dot_product_attention, or not through"
+            " Transformers' attention interface: q, k and v stay in full precision, the inputs of the layers are"
+            " quantized."
         )
 
 
-def _attends_by_sdpa(model: Any) -> bool:
-    """Whether scaled_dot_product_attention is all of the model's attention: it knows no soft cap (Gemma 2).
+def _attends_by_sdpa(part: Any) -> bool:
+    """Whether scaled_dot_product_attention is all of the attention (it knows no soft cap, Gemma 2) and replaceable.
 
     Transformers 5.17 says that a model with a soft cap supports it, and drops the cap there.
     """
-    config = model.config.get_text_config()
-    return getattr(model, "_supports_sdpa", False) and getattr(config, "attn_logit_softcapping", None) is None
+    config = part.config.get_text_config()
+    without_cap = getattr(config, "attn_logit_softcapping", None) is None
+    return without_cap and part._supports_sdpa and part._can_set_attn_implementation()
 
 
 def _names_in_order(model: nn.Module, targets: Sequence[Target], experts: Sequence[ExpertsTarget]) -> list[str]:

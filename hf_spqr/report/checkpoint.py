@@ -15,8 +15,13 @@ from hf_spqr.errors import CheckpointError
 from hf_spqr.report.records import QuantizationReport
 from hf_spqr.report.shapes import LayerShapes, without_number
 
-__all__ = ["CheckpointReport", "PackedLayer", "TensorInfo", "inspect_checkpoint", "read_headers"]
+__all__ = [
+    "INDEX", "SINGLE", "CheckpointReport", "PackedLayer", "TensorInfo", "inspect_checkpoint", "read_headers",
+    "weight_files",
+]  # fmt: skip
 
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 PACKED = ".packed"
 PARTS = ("packed", "outlier_row", "outlier", "perm", "weight")
 """Tensors that belong to a packed matrix; ``weight`` is the empty sentinel."""
@@ -157,6 +162,31 @@ def read_headers(path: str | Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a load of ``folder`` reads, in the order of their names.
+
+    They are model.safetensors, else what the index names, else all: variants and names of other programs. Others may
+    lie beside them, left by an earlier save.
+
+    Raises CheckpointError when the index is damaged or a file that it names is not there.
+    """
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        data = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(data["weight_map"].values()))
+        _ = data["metadata"]  # Transformers asks for it
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}: the model is incomplete.")
+    return [folder / name for name in names]
+
+
 def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     """Describe the checkpoint in ``folder``, quantized or not.
 
@@ -166,7 +196,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder} has no *.safetensors files; only safetensors checkpoints can be inspected")
     tensors = {name: info for file in files for name, info in read_headers(file).items()}
@@ -181,9 +211,9 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         parts = {part: tensors.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors}
         layers.setdefault(without_number(name), {})[name] = parts
     shapes = LayerShapes(folder, quantization, QuantizationReport.load(folder))
-    for name, found in layers.items():
+    for found in layers.values():
         first, matrices = next(iter(found)), list(found.values())
-        entry = shapes.entry(first)
+        name, entry = without_number(shapes.in_model(first)), shapes.entry(first)
         rows, columns = shapes.find(first)
         layout = shapes.layout(first, (rows, columns))
         wrong = {parts["packed"].shape for parts in matrices} - {layout.packed_shape()} if layout else None

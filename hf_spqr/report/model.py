@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import CheckpointError, ConfigError
+from hf_spqr.report.model_classes import without_weights
 
 __all__ = ["empty_model", "packed_config"]
 
@@ -37,12 +37,9 @@ def empty_model(folder: Path) -> transformers.PreTrainedModel:
     Raises CheckpointError where it describes none.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        name = (config.architectures or ["AutoModelForCausalLM"])[0]
-        cls: Any = getattr(transformers, name, transformers.AutoModelForCausalLM)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):
-            return cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+        return without_weights(config)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error

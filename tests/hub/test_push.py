@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_spqr.errors import CheckpointError, ConfigError
 from hf_spqr.integrations.hub import PushError, push_folder, push_to_hub
 from hf_spqr.report.card import PLOT_NAME
+from tests.architectures.matrix import ARCHITECTURES, METHODS, assert_same
 from tests.tiny_models import byte_tokenizer, tiny_model
 
 IDS = torch.arange(40)[None] * 5 % 258
@@ -174,7 +176,7 @@ def test_a_pull_request(hub, folder):
             "two models",
         ),
         (lambda f: change_config(f, num_hidden_layers=3), r"lacks model\.layers\.2\."),
-        (lambda f: change_config(f, num_hidden_layers=1), "packed tensors that belong to no packed linear layer"),
+        (lambda f: change_config(f, num_hidden_layers=1), "fewer blocks than the files hold"),
         (lambda f: change_config(f, intermediate_size=128), "'packed' should be"),
         (lambda f: change_config(f, hidden_size="wide"), "describes no model"),
         (lambda f: remove_tensor(f, "model.layers.1.mlp.up_proj.outlier"), r"lacks model\.layers\.1\.mlp\.up_proj"),
@@ -226,3 +228,22 @@ def test_pushing_a_pulled_model_again(hub, folder):
     push_to_hub(pulled, "tester/two")
     assert "tokenizer.json" in hub.repos["tester/two"].files()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("tester/two")), logits(pulled))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loader", "task"),
+    [("t5", "AutoModelForSeq2SeqLM", None), ("llava", "AutoModelForImageTextToText", "image-text-to-text")],
+)
+def test_the_card_of_another_kind_of_model_loads_it(hub, kind, loader, task, tmp_path):
+    base = next(architecture for architecture in ARCHITECTURES if architecture.kind == kind).build()
+    base.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 32}')
+    load = getattr(transformers, loader).from_pretrained
+    model = load(tmp_path, quantization_config=METHODS["SpQR"]())
+    model.push_to_hub(f"tester/{kind}", tokenizer=byte_tokenizer())
+    card = ModelCard.load(f"tester/{kind}")
+    assert card.data.pipeline_tag == task
+    assert f'model = {loader}.from_pretrained("tester/{kind}")' in card.text
+    assert ("AutoProcessor.from_pretrained" in card.text) == (kind == "llava")
+    assert_same(load(f"tester/{kind}"), model)
+    assert hub.repos[f"tester/{kind}"].files()["preprocessor_config.json"].content == b'{"size": 32}'

@@ -101,7 +101,7 @@ def test_missing_shard(quantized, tmp_path):
     [
         (f"{UP}.scales", "does not know"),
         ("model.layers.0.input_layernorm.packed", "no packed linear layer"),
-        ("model.layers.7.mlp.up_proj.packed", "no packed linear layer"),
+        ("model.layers.1.mlp.side_proj.packed", "no packed linear layer"),
         ("model.norm.outlier", "no packed linear layer"),
         (f"{UP}.bias", "does not know"),
     ],
