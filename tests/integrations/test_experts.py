@@ -197,20 +197,30 @@ def test_device_map_and_offload(saved, tmp_path):
         off.save_pretrained(tmp_path / "again")
 
 
-@pytest.mark.parametrize("damage", ["expert", "tensor", "stray"])
-def test_damaged_experts_are_refused(damage, saved, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("expert", "lacks 'outlier' of up_proj of expert 2|packed tensors that belong to no packed linear layer"),
+        ("tensor", "lacks 'outlier_row' of up_proj of expert 2"),
+        ("stray", "belong to no packed linear layer"),
+        ("more", "has a tensor 'scales' for up_proj of expert 2"),
+    ],
+)
+def test_damaged_experts_are_refused(damage, message, saved, tmp_path):
     folder, _, _ = saved("mixtral")
     tensors = stored(folder / "q")
     name = "model.layers.1.block_sparse_moe.experts.2.w3"
     if damage == "stray":
         tensors["model.layers.1.block_sparse_moe.experts.9.w3.packed"] = tensors[f"{name}.packed"].clone()
+    elif damage == "more":
+        tensors[f"{name}.scales"] = torch.zeros(4)
     else:
         for leaf in ("packed", "outlier_row", "outlier", "perm") if damage == "expert" else ("outlier_row",):
             del tensors[f"{name}.{leaf}"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     for file in ("config.json", "generation_config.json"):
         (tmp_path / file).write_bytes((folder / "q" / file).read_bytes())
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
