@@ -59,7 +59,7 @@ class PackedVllmConfig(QuantizationConfig):
         if config is None:  # what vLLM does with --quantization where the model's config.json has none
             raise ConfigError(
                 f"This model is not quantized: its config.json has no quantization_config, and {self.get_name()!r}"
-                " does not quantize while loading. Run `hf-spqr quantize` and serve its output, without --quantization."
+                " does not quantize while loading. Run `hf-spqr quantize` and serve its output without --quantization."
             )
         self.config = config
 

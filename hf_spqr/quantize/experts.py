@@ -72,12 +72,14 @@ class ProjectionResult:
     linear         the packed matrices
     error          relative output error over all experts, each with its own Hessian
     undersampled   experts that saw fewer tokens than ``in_features``
+    unseen         those of them that saw none
     """
 
     name: str
     linear: GroupedLinear
     error: float
     undersampled: int
+    unseen: int
     damping_raised: int
 
     def report(self, method: str, seconds: float) -> LayerReport:
@@ -101,9 +103,10 @@ class ProjectionResult:
         """What the report should say in words."""
         notes = []
         if self.undersampled:
+            none = f" ({self.unseen} of them none)" if self.unseen else ""
             notes.append(
                 f"{self.name}: {self.undersampled} of {self.linear.experts} experts saw fewer than"
-                f" {self.linear.in_features} tokens; tokens of the whole layer stood in for the rest."
+                f" {self.linear.in_features} tokens{none}; tokens of the whole layer stood in for the rest."
             )
         if self.damping_raised:
             notes.append(f"{self.name}: the damping was raised for {self.damping_raised} experts.")
@@ -241,7 +244,7 @@ class _Matrix:
     tensors: dict[str, Tensor]
     energy: float
     error: float
-    undersampled: bool
+    tokens: int
     damping_raised: bool
 
     def unpack(self) -> SpQRWeight | AffineWeight:
@@ -290,8 +293,7 @@ def _quantize_matrix(name: str, weight: Tensor, hessian: Tensor, tokens: int, qu
     weight.copy_(result.weight.dequantize(weight.dtype))
     packed = spqr.pack(result.weight) if isinstance(result.weight, SpQRWeight) else affine.pack(result.weight)
     tensors = {key: tensor.cpu() for key, tensor in packed.items()}
-    undersampled = tokens < weight.shape[1]
-    return _Matrix(result.weight.layout, tensors, energy, result.error, undersampled, result.damping_raised)
+    return _Matrix(result.weight.layout, tensors, energy, result.error, tokens, result.damping_raised)
 
 
 def _result(name: str, experts: Sequence[_Matrix]) -> ProjectionResult:
@@ -306,7 +308,8 @@ def _result(name: str, experts: Sequence[_Matrix]) -> ProjectionResult:
         name=name,
         linear=kind.join(layout, [matrix.tensors for matrix in experts]),
         error=energy_ratio(spent, total),
-        undersampled=sum(matrix.undersampled for matrix in experts),
+        undersampled=sum(matrix.tokens < layout.in_features for matrix in experts),
+        unseen=sum(not matrix.tokens for matrix in experts),
         damping_raised=sum(matrix.damping_raised for matrix in experts),
     )
 
