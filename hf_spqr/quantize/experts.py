@@ -8,6 +8,7 @@ layer.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -133,7 +134,8 @@ class Inputs:
 def find_experts(model: nn.Module, blocks: Sequence[Block], config: PackedConfig) -> list[ExpertsTarget]:
     """The experts modules inside ``blocks`` that ``config`` does not exclude and that packing makes smaller.
 
-    A module is left alone as a whole where the config excludes one of its projections.
+    A module is left alone as a whole where the config excludes one of its projections, and where it computes something
+    else than packed experts do.
     """
     keep = kept_in_float32(model)
     found = []
@@ -150,9 +152,37 @@ def find_experts(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
             for projection, (rows, columns) in target.projections.items():
                 words += math.prod(config.layout(rows, columns, projection).packed_shape())
             full = sum(kind.view(module, projection)[0].nbytes for projection in kind.projections)
-            if 4 * words < full:
+            if 4 * words < full and _computes_as_packed(module, kind):
                 found.append(target)
     return found
+
+
+@torch.no_grad()
+def _computes_as_packed(module: nn.Module, kind: ExpertsKind) -> bool:
+    """Whether the first expert gives for a token what :class:`PackedExperts` would, without rounding.
+
+    A model's own code may have parameters of the known names and shapes, and another order of rows or another gate.
+    """
+    weight = getattr(module, kind.fused)
+    if weight.is_meta:
+        return True  # refused later, with the reason
+    token = torch.linspace(-1, 1, kind.hidden, dtype=weight.dtype, device=weight.device)[None]
+    expected = _inner(module, kind, 0, token) @ kind.view(module, "down_proj")[0].T
+    if kind.biased:
+        expected = expected + module.down_proj_bias[0]  # type: ignore[index,operator]
+    if getattr(module, "has_post_expert_norm", False):
+        expected = module.post_expert_norm(expected)  # type: ignore[operator]
+    forward = inspect.unwrap(type(module).forward)  # not another implementation of it, for certain devices and dtypes
+    try:
+        if len(inspect.signature(forward).parameters) == 2:  # itself and rows sorted by expert
+            got = forward(module, nn.functional.pad(token, (0, 0, 0, kind.experts - 1))).reshape(-1, kind.hidden)[:1]
+        else:
+            index = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
+            got = forward(module, token, index, torch.ones_like(token[:, :1]))
+    except Exception:  # another way of calling it
+        return False
+    close = (got - expected).norm() <= 0.05 * expected.norm() + 1e-6
+    return got.shape == expected.shape and bool(close | ~expected.isfinite().all())
 
 
 @torch.no_grad()
