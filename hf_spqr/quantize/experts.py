@@ -158,7 +158,7 @@ def find_experts(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
 
 
 @torch.no_grad()
-def _computes_as_packed(module: nn.Module, kind: ExpertsKind) -> bool:
+def _computes_as_packed(module: Any, kind: ExpertsKind) -> bool:
     """Whether the first expert gives for a token what :class:`PackedExperts` would, without rounding.
 
     A model's own code may have parameters of the known names and shapes, and another order of rows or another gate.
@@ -167,22 +167,22 @@ def _computes_as_packed(module: nn.Module, kind: ExpertsKind) -> bool:
     if weight.is_meta:
         return True  # refused later, with the reason
     token = torch.linspace(-1, 1, kind.hidden, dtype=weight.dtype, device=weight.device)[None]
-    expected = _inner(module, kind, 0, token) @ kind.view(module, "down_proj")[0].T
-    if kind.biased:
-        expected = expected + module.down_proj_bias[0]  # type: ignore[index,operator]
-    if getattr(module, "has_post_expert_norm", False):
-        expected = module.post_expert_norm(expected)  # type: ignore[operator]
     forward = inspect.unwrap(type(module).forward)  # not another implementation of it, for certain devices and dtypes
     try:
+        expected = _inner(module, kind, 0, token) @ kind.view(module, "down_proj")[0].T
+        if kind.biased:
+            expected = expected + module.down_proj_bias[0]
+        if getattr(module, "has_post_expert_norm", False):
+            expected = module.post_expert_norm(expected)
         if len(inspect.signature(forward).parameters) == 2:  # itself and rows sorted by expert
-            got = forward(module, nn.functional.pad(token, (0, 0, 0, kind.experts - 1))).reshape(-1, kind.hidden)[:1]
+            got = forward(module, nn.functional.pad(token, (0, 0, 0, kind.experts - 1)))[:1]
         else:
             index = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
             got = forward(module, token, index, torch.ones_like(token[:, :1]))
-    except Exception:  # another way of calling it
+        close = (got.reshape(expected.shape) - expected).norm() <= 0.05 * expected.norm() + 1e-6
+    except Exception:  # it is called in another way, or has another gate
         return False
-    close = (got - expected).norm() <= 0.05 * expected.norm() + 1e-6
-    return got.shape == expected.shape and bool(close | ~expected.isfinite().all())
+    return bool(close | ~expected.isfinite().all())
 
 
 @torch.no_grad()

@@ -48,6 +48,18 @@ class CalledInAnotherWay(Presorted):
         return super().forward(hidden_states)
 
 
+class WithoutActivation(Presorted):
+    """Has it in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.act_fn
+
+    def forward(self, hidden_states):
+        gate, up = torch.bmm(hidden_states.view(4, -1, 64), self.gate_up_proj).chunk(2, -1)
+        return torch.bmm(gate.relu() * up, self.down_proj).view(-1, 64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_modules_of_every_layout_are_taken(layout, dtype):
@@ -62,7 +74,14 @@ def test_whatever_implementation_is_chosen(implementation, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "taken"), [(Presorted, True), (InTurns, False), (Clamped, False), (CalledInAnotherWay, False)]
+    ("module", "taken"),
+    [
+        (Presorted, True),
+        (InTurns, False),
+        (Clamped, False),
+        (CalledInAnotherWay, False),
+        (WithoutActivation, False),
+    ],
 )
 def test_a_module_that_computes_something_else_is_left_alone(module, taken):
     torch.manual_seed(0)
