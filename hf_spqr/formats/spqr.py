@@ -68,6 +68,10 @@ class SpQRLayout(PackedShape):
     def outlier_dtype(self) -> torch.dtype:
         return torch.int64 if self.in_features > WIDE_COLUMNS else torch.int32
 
+    @property
+    def fixed_bytes(self) -> int:
+        return super().fixed_bytes + 4 * (self.out_features + 1)
+
     def code_vectors(self, groups_here: int) -> int:
         """Vectors of first-level codes in a panel of ``groups_here`` groups: no more than hold a code.
 

@@ -148,11 +148,10 @@ def find_experts(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
             target = ExpertsTarget(name, local_name, index, module, kind)
             if any(config.excludes(projection) for projection in target.projections):
                 continue
-            words = 0
-            for projection, (rows, columns) in target.projections.items():
-                words += math.prod(config.layout(rows, columns, projection).packed_shape())
+            layouts = [config.layout(*shape, projection) for projection, shape in target.projections.items()]
             full = sum(kind.view(module, projection)[0].nbytes for projection in kind.projections)
-            if 4 * words < full and _computes_as_packed(module, kind):
+            smaller = sum(layout.fixed_bytes for layout in layouts) < full
+            if smaller and _computes_as_packed(module, kind):
                 found.append(target)
     return found
 

@@ -48,8 +48,7 @@ def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
                 continue
             if any(part in keep for part in name.split(".")):
                 continue
-            rows, words = config.layout(*dense.features(module), name).packed_shape()
-            if 4 * rows * words < dense.matrix(module).nbytes:
+            if config.layout(*dense.features(module), name).fixed_bytes < dense.matrix(module).nbytes:
                 targets.append(Target(name, local_name, index, module))
     return targets
 
@@ -77,8 +76,10 @@ def _is_linear(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear):
         return False
     weight, bias = module.weight, module.bias
-    if weight.is_meta or {name for name, _ in module.named_parameters()} - {"weight", "bias"}:
+    if {name for name, _ in module.named_parameters()} - {"weight", "bias"}:
         return False
+    if weight.is_meta:  # cannot be tried
+        return True
     with torch.no_grad():
         probe = torch.linspace(-1, 1, module.in_features, dtype=weight.dtype, device=weight.device)[None]
         try:
