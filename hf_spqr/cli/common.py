@@ -220,7 +220,7 @@ def load_model(
 
     from hf_spqr.nn import GroupedLinear, PackedLinear
     from hf_spqr.report.checkpoint import weight_files
-    from hf_spqr.report.model import class_of
+    from hf_spqr.report.model_classes import class_of
 
     check_model(model)
     check_device(device)
@@ -245,6 +245,6 @@ def load_model(
 
 
 def check_writes_text(model: str, loaded: Any) -> None:
-    """Raise CommandError unless ``loaded`` predicts tokens one after another."""
-    if not loaded.can_generate():
-        raise CommandError(f"{model} is a {type(loaded).__name__}, which writes no text: eval cannot score it")
+    """Raise CommandError unless the next token can be asked of ``loaded``."""
+    if not loaded.can_generate() or loaded.config.is_encoder_decoder:
+        raise CommandError(f"{model} is a {type(loaded).__name__}, no causal language model: eval cannot score it")

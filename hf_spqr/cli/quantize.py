@@ -261,7 +261,7 @@ def least_bytes(base: Any, config: PackedConfig, dtype: Dtype) -> int:
     import torch
 
     from hf_spqr.quantize import driver
-    from hf_spqr.report.model import without_weights
+    from hf_spqr.report.model_classes import without_weights
 
     wanted = (base.dtype or torch.bfloat16) if dtype is Dtype.auto else getattr(torch, dtype.value)
     return driver.least_bytes(without_weights(base, wanted), config)

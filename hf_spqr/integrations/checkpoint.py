@@ -45,14 +45,14 @@ class Contents:
 
     ``packed[module][tensor]`` are the tensors of packed layers; ``dense`` all other parameter names; ``modules`` maps
     a packed layer to its name in the file. ``experts[module][projection][expert][tensor]`` are those of packed
-    experts, ``further`` the packed tensors in blocks after the last one of the model.
+    experts. ``further`` are packed layers of blocks after the model's last one.
     """
 
     packed: dict[str, dict[str, Spec]] = field(default_factory=lambda: defaultdict(dict))
     dense: set[str] = field(default_factory=set)
     modules: dict[str, str] = field(default_factory=dict)
     experts: dict[str, dict[str, dict[int, dict[str, Spec]]]] = field(default_factory=dict)
-    further: list[str] = field(default_factory=list)
+    further: set[str] = field(default_factory=set)
 
 
 def read_headers(files: Iterable[str]) -> dict[str, Spec]:
@@ -73,7 +73,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Spec]:
 def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
     """Headers of ``files`` with the names that their tensors get in ``model`` (still unpacked, on meta).
 
-    Blocks after the last one of ``model`` (``num_hidden_layers=``) are left out: Transformers reports them.
+    Blocks after the last one of ``model`` (``num_hidden_layers=``) are left out; Transformers reports them.
 
     Raises:
         CheckpointError: a damaged file, a packed tensor that belongs to no linear layer of the model, or a packed
@@ -100,16 +100,14 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
             continue
         target = rename(f"{module}.weight")[0].rpartition(".")[0]
         if module in prefixes and is_further(target):
-            contents.further.append(name)
+            contents.further.add(module)
             continue
         if module not in prefixes or not _is_linear(model, target):
             stray.append(name)
             continue
         contents.packed[target][leaf] = specs[name]
         contents.modules[target] = module
-    unexpected = "_keys_to_ignore_on_load_unexpected"
-    contents.further = [name for name in contents.further if not _ignored(name, model, unexpected)]
-    stray = [name for name in stray if not _ignored(name, model, unexpected)]
+    stray = [name for name in stray if not _ignored(name, model, "_keys_to_ignore_on_load_unexpected")]
     if stray:
         raise CheckpointError(
             f"The checkpoint has {len(stray)} packed tensors that belong to no packed linear layer of"

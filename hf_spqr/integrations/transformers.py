@@ -61,8 +61,6 @@ class PackedQuantizer(HfQuantizer):
         self.requested_device_map: Any = None
         self.loading: nn.Module | None = None
         self.dtypes: dict[str, torch.dtype] = {}
-        self.left_out: list[str] = []
-        """Packed tensors of the file that lie in blocks after the last one of the model."""
 
     # -- before loading --------------------------------------------------------------------------------------------
 
@@ -103,7 +101,7 @@ class PackedQuantizer(HfQuantizer):
         for name, projections in contents.experts.items():
             model.set_submodule(name, self._empty_experts(model, name, projections))
         tensor_parallel.adapt_plans(model)
-        self.loading, self.left_out = model, contents.further
+        self.loading = model
         self.dtypes = _wanted_dtypes(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:

@@ -211,9 +211,9 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         parts = {part: tensors.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors}
         layers.setdefault(without_number(name), {})[name] = parts
     shapes = LayerShapes(folder, quantization, QuantizationReport.load(folder))
-    for name, found in layers.items():
+    for found in layers.values():
         first, matrices = next(iter(found)), list(found.values())
-        entry = shapes.entry(first)
+        name, entry = without_number(shapes.in_model(first)), shapes.entry(first)
         rows, columns = shapes.find(first)
         layout = shapes.layout(first, (rows, columns))
         wrong = {parts["packed"].shape for parts in matrices} - {layout.packed_shape()} if layout else None

@@ -30,7 +30,7 @@ def without_number(name: str) -> str:
 class LayerShapes:
     """What is known of the packed matrices of the checkpoint in ``folder``, by their names in the file.
 
-    The model, the report and the patterns of the config may call a layer by another name.
+    The model, the report and the patterns of the config may call a layer by another name, :meth:`in_model`.
 
     quantization   ``quantization_config`` of config.json
     report         the report beside the weights, None without one
@@ -41,14 +41,23 @@ class LayerShapes:
         self.quantization = quantization
         self.report = report
 
+    def in_model(self, name: str) -> str:
+        """What the model calls the layer of a matrix; one projection of all experts is one layer."""
+        own = without_number(name)
+        if self.report is not None and self.report.layer(own) is not None:
+            return own
+        place = self._find_expert(name)
+        return ".".join(place[:2]) if place else self._find_expert.rename(f"{name}.weight")[0].rpartition(".")[0]
+
     def entry(self, name: str) -> LayerReport | None:
         """What the report says of the layer of a matrix; None without a report, or where it does not name it."""
-        found = [self.report.layer(each) for each in self._names(name)] if self.report else []
-        return next((entry for entry in found if entry is not None), None)
+        return None if self.report is None else self.report.layer(self.in_model(name))
 
     def layout(self, name: str, shape: tuple[int, int]) -> Any:
         """The packed layout of a matrix, with its bits and group_size; None for methods of other packages."""
-        return None if self._config is None else self._config.layout(*shape, *self._names(name))
+        if self._config is None:
+            return None
+        return self._config.layout(*shape, without_number(name), self.in_model(name))
 
     def find(self, name: str) -> tuple[int, int]:
         """(out_features, in_features) of a matrix, from the report, else from the model that config.json describes.
@@ -58,21 +67,13 @@ class LayerShapes:
         entry = self.entry(name)
         if entry is not None:
             return entry.shape[0] // max(entry.experts, 1), entry.shape[1]
-        shape = next((self._model_shapes[each] for each in self._names(name) if each in self._model_shapes), None)
-        if shape is None:
+        layer = self.in_model(name)
+        if layer not in self._model_shapes:
             raise CheckpointError(
                 f"the shape of {name} is not known: {self.folder} has no {REPORT_NAME} that names it, "
                 "and the model of config.json has no such linear layer"
             )
-        return shape
-
-    def _names(self, name: str) -> tuple[str, ...]:
-        """What the layer of a matrix is called: in the file and, unless the report knows that name, in the model."""
-        own = without_number(name)
-        if self.report is not None and self.report.layer(own) is not None:
-            return (own,)
-        place = self._find_expert(name)
-        return own, ".".join(place[:2]) if place else self._find_expert.rename(f"{name}.weight")[0].rpartition(".")[0]
+        return self._model_shapes[layer]
 
     @cached_property
     def _config(self) -> PackedConfig | None:

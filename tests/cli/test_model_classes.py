@@ -48,9 +48,10 @@ def test_nothing_is_lost_and_nothing_random(kind: str, run: Callable, dataset: P
     assert {path.name for path in out.iterdir()} >= ({*PROCESSOR} if kind == "llava" else set())
 
 
-def test_an_encoder_has_no_perplexity(run: Callable, dataset: Path, tmp_path: Path) -> None:
-    done = run("eval", base_of("bert", tmp_path), "-d", dataset)
-    assert done.code == 1 and "is a BertModel, which writes no text" in " ".join(done.err.split())
+@pytest.mark.parametrize(("kind", "cls"), [("t5", "T5ForConditionalGeneration"), ("bert", "BertModel")])
+def test_a_perplexity_needs_a_causal_model(kind: str, cls: str, run: Callable, dataset: Path, tmp_path: Path) -> None:
+    done = run("eval", base_of(kind, tmp_path), "-d", dataset)
+    assert done.code == 1 and f"is a {cls}, no causal language model" in " ".join(done.err.split())
 
 
 def test_code_of_its_own_is_not_run(run: Callable, base: Path, dataset: Path, tmp_path: Path) -> None:

@@ -11,13 +11,7 @@ from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.transformers import attach
 from hf_spqr.quantize import quantize_model
 from hf_spqr.report import REPORT_NAME
-from hf_spqr.report.checkpoint import (
-    CheckpointReport,
-    PackedLayer,
-    inspect_checkpoint,
-    read_headers,
-    weight_files,
-)
+from hf_spqr.report.checkpoint import inspect_checkpoint, read_headers, weight_files
 from tests.tiny_models import tiny_model
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -172,14 +166,9 @@ def test_experts_under_the_names_of_the_original_file(tmp_path: Path, texts: lis
     expected = quantize_model(model, config, progress=False)
     attach(model, config)
     model.save_pretrained(tmp_path)
-    stored = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-
-    def by_name(report: CheckpointReport) -> dict[str, PackedLayer]:
-        return {".".join(stored.get(part, part) for part in x.name.split(".")): x for x in report.layers}
-
-    without = by_name(inspect_checkpoint(tmp_path))
+    without = {layer.name: layer for layer in inspect_checkpoint(tmp_path).layers}
     expected.save(tmp_path)
-    found = by_name(inspect_checkpoint(tmp_path))
+    found = {layer.name: layer for layer in inspect_checkpoint(tmp_path).layers}
     assert found.keys() == without.keys() == {layer.name for layer in expected.layers}
     for layer in expected.layers:
         one, other = found[layer.name], without[layer.name]
