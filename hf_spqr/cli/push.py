@@ -66,6 +66,8 @@ def push_command(
         return
     for name in pushed.removed:
         err_console().print(f"note: removed {name}, which an earlier push left", markup=False, soft_wrap=True)
+    if "README.md" not in pushed.files:
+        err_console().print("note: the README.md of the repository was left as it is", markup=False, soft_wrap=True)
     out_console().print(f"{bold(pushed.repo_id)}  {len(pushed.files)} files, {pushed.commit_url}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from hf_spqr.integrations.processor import copy_processor
 from hf_spqr.integrations.verify import check_folder
 from hf_spqr.nn import PackedExperts, PackedLinear
 from hf_spqr.quantize.driver import tokenizer_beside
-from hf_spqr.report.card import PLOT_NAME, SHORT, check_evaluation, hub_name, model_card
+from hf_spqr.report.card import MADE_HERE, PLOT_NAME, SHORT, check_evaluation, hub_name, model_card
 from hf_spqr.report.checkpoint import INDEX, SINGLE, CheckpointReport, inspect_checkpoint, weight_files
 from hf_spqr.report.model_classes import auto_class
 from hf_spqr.report.records import LayerReport, QuantizationReport
@@ -26,7 +27,7 @@ from hf_spqr.report.records import LayerReport, QuantizationReport
 __all__ = ["PushError", "Pushed", "install", "push_folder", "push_to_hub"]
 
 CARD = "README.md"
-WEIGHTS = ("*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (SINGLE, "model-*-of-*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 """Weight files of an earlier push that this one replaces; left over, they would be loaded or just lie there."""
 NEVER = (".*", "*.tmp", "__pycache__")
 
@@ -65,7 +66,8 @@ def push_folder(
 
     Files are uploaded first and appear together with the commit at the end: whatever fails before leaves the
     repository as it was, and a second call goes on where the first stopped (what the server has is not sent again).
-    A README.md in the folder is published as it is; without one the card is made from quantization_report.json.
+    A README.md in the folder is published as it is; without one the card is made from quantization_report.json, unless
+    the repository has a README.md of somebody's own words.
 
     license: by default that of the base model, where its card can be read. evaluation: see
     :func:`hf_spqr.report.card.model_card`. The other arguments are those of ``huggingface_hub``.
@@ -88,13 +90,15 @@ def push_folder(
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as staging:
-            extra = _card_files(folder, Path(staging), repo_id, api, base_model, license, tags, evaluation)
-            names = sorted({*(path.relative_to(folder).as_posix() for path in files), *extra})
             try:
                 head = api.model_info(repo_id, revision=revision)
             except RevisionNotFoundError:
                 head = None
             there = [s.rfilename for s in (head.siblings or [])] if head is not None else []
+            extra: dict[str, Path] = {}
+            if CARD not in there or not _is_foreign(api.hf_hub_download(repo_id, CARD, revision=revision)):
+                extra = _card_files(folder, Path(staging), repo_id, api, base_model, license, tags, evaluation)
+            names = sorted({*(path.relative_to(folder).as_posix() for path in files), *extra})
             removed = [n for n in there if n not in names and any(fnmatch(n, pattern) for pattern in WEIGHTS)]
             operations: list[Any] = [
                 *(CommitOperationAdd(name, extra.get(name, folder / name)) for name in names),
@@ -193,6 +197,13 @@ def complete_files(folder: Path) -> list[Path]:
         and not any(fnmatch(part, pattern) for part in path.relative_to(folder).parts for pattern in NEVER)
         and (path.suffix != ".safetensors" or path in weights)
     ]
+
+
+def _is_foreign(card: str) -> bool:
+    """Whether somebody wrote the card in their own words: it has text, and is none that was made here."""
+    text = Path(card).read_text(encoding="utf-8")
+    words = re.sub(r"\A\s*---\n.*?\n---\s*", "", text, flags=re.DOTALL)
+    return bool(words.strip()) and MADE_HERE not in text
 
 
 def _card_files(

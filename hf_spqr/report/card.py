@@ -12,7 +12,10 @@ from hf_spqr.errors import ConfigError
 from hf_spqr.report.checkpoint import CheckpointReport
 from hf_spqr.report.records import QuantizationReport
 
-__all__ = ["PLOT_NAME", "check_evaluation", "hub_name", "model_card"]
+__all__ = ["MADE_HERE", "PLOT_NAME", "check_evaluation", "hub_name", "model_card"]
+
+MADE_HERE = "import hf_spqr  # makes the method known to Transformers"
+"""A line of every card."""
 
 PLOT_NAME = "quantization_error.png"
 """Name of the picture that the card shows."""
@@ -105,6 +108,7 @@ def model_card(
         hardware=report.hardware,
         evaluation=None if evaluation is None else _public(evaluation),
         plot=plot,
+        made_here=MADE_HERE,
         loader=loader,
         own_code=own_code,
         has_processor=task == "image-text-to-text",

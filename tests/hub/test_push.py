@@ -210,6 +210,32 @@ def test_ones_own_card_and_hidden_files(hub, folder):
     assert ".secret" not in pushed.files
 
 
+@pytest.mark.parametrize(
+    ("card", "kept"),
+    [
+        ("---\nlicense: mit\n---\n", False),
+        ("---\nlicense: mit\n---\n# Mine\nOwn words.\n", True),
+        ("Own words.", True),
+    ],
+    ids=["metadata only", "metadata and words", "words"],
+)
+def test_what_is_in_the_repository_already(hub, model, folder, card, kept):
+    HfApi().create_repo("tester/old")
+    there = {"README.md": card, "adapter_model.safetensors": "a", "sub/model.safetensors": "b", "model.bin": "c"}
+    for name, content in there.items():
+        HfApi().upload_file(path_or_fileobj=content.encode(), path_in_repo=name, repo_id="tester/old")
+    before = hub.repos["tester/old"].files()
+    for _ in range(2):  # the second time the card is that of the first
+        pushed = push_folder(folder, "tester/old")
+        assert not pushed.removed and ("README.md" in pushed.files) != kept
+    files = hub.repos["tester/old"].files()
+    assert all(files[name] == before[name] for name in there if name != "README.md")
+    assert (files["README.md"].content == card.encode()) == kept
+    (folder / "README.md").write_text("of the folder")
+    push_folder(folder, "tester/old")
+    assert hub.repos["tester/old"].files()["README.md"].content == b"of the folder"
+
+
 def test_base_model_and_licence_come_from_the_report_and_its_card(hub, model, folder):
     HfApi().create_repo("tester/base")
     HfApi().upload_file(
