@@ -29,6 +29,8 @@ __all__ = ["PushError", "Pushed", "install", "push_folder", "push_to_hub"]
 CARD = "README.md"
 WEIGHTS = (SINGLE, "model-*-of-*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 """Weight files of an earlier push that this one replaces; left over, they would be loaded or just lie there."""
+PLACEHOLDER = "# Model Card for Model ID"
+"""The title of the card that Transformers makes, to be filled in."""
 NEVER = (".*", "*.tmp", "__pycache__")
 
 
@@ -118,6 +120,11 @@ def push_folder(
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 412:
             raise PushError(f"{repo_id} was changed by somebody else during the upload. Push again.") from error
+        if error.response is not None and error.response.status_code == 401:
+            raise PushError(
+                f"There is no token that may write to {repo_id}, so nothing was published: `hf auth login`, HF_TOKEN or"
+                f" token= gives one. ({error})"
+            ) from error
         raise PushError(f"{_failed(repo_id)} ({error})") from error
     except (HTTPError, OSError, RuntimeError) as error:  # HTTPError is also what no connection raises
         raise PushError(f"{_failed(repo_id)} ({type(error).__name__}: {error})") from error
@@ -203,7 +210,7 @@ def _is_foreign(card: str) -> bool:
     """Whether somebody wrote the card in their own words: it has text, and is none that was made here."""
     text = Path(card).read_text(encoding="utf-8")
     words = re.sub(r"\A\s*---\n.*?\n---\s*", "", text, flags=re.DOTALL)
-    return bool(words.strip()) and MADE_HERE not in text
+    return bool(words.strip()) and MADE_HERE not in text and PLACEHOLDER not in text
 
 
 def _card_files(

@@ -89,7 +89,7 @@ def test_private_needs_the_token(hub, folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / ".." / "other"))
     with pytest.raises(OSError, match=r"not a (valid|local)"):
         AutoModelForCausalLM.from_pretrained("tester/secret")
-    with pytest.raises(PushError, match="nothing was published"):
+    with pytest.raises(PushError, match="nothing was published: `hf auth login`"):
         push_folder(folder, "tester/secret")
 
 
@@ -216,8 +216,9 @@ def test_ones_own_card_and_hidden_files(hub, folder):
         ("---\nlicense: mit\n---\n", False),
         ("---\nlicense: mit\n---\n# Mine\nOwn words.\n", True),
         ("Own words.", True),
+        ("# Model Card for Model ID\n", False),
     ],
-    ids=["metadata only", "metadata and words", "words"],
+    ids=["metadata only", "metadata and words", "words", "what Transformers makes"],
 )
 def test_what_is_in_the_repository_already(hub, model, folder, card, kept):
     HfApi().create_repo("tester/old")
