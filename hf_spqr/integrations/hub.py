@@ -122,8 +122,8 @@ def push_folder(
             raise PushError(f"{repo_id} was changed by somebody else during the upload. Push again.") from error
         if error.response is not None and error.response.status_code == 401:
             raise PushError(
-                f"There is no token that may write to {repo_id}, so nothing was published: `hf auth login`, HF_TOKEN or"
-                f" token= gives one. ({error})"
+                f"There is no token that may write to {repo_id}, so nothing was published: `hf auth login`, HF_TOKEN"
+                f" or token= gives one. ({error})"
             ) from error
         raise PushError(f"{_failed(repo_id)} ({error})") from error
     except (HTTPError, OSError, RuntimeError) as error:  # HTTPError is also what no connection raises
