@@ -11,13 +11,27 @@ namespace {
 
 enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2, quantize = 3, int8_linear = 4, stretch = 5 };
 
+void run_tiled(const LinearArgs& a) {
+    const Matrix& m = a.weight;
+    int parts = 0;
+    expect(hf_spqr_cuda_tiled_parts(&m, a.tokens, &parts) == 0 && parts > 0, "no kernel for this matrix");
+    const int64_t stride = ceil_div(m.rows, 16) * 16;
+    const Bytes sums(parts * a.tokens * stride * 4);
+    memset(sums.data, 0xFF, size_t(sums.size));
+    const TiledArgs t{m, a.x, a.x_stride, a.tokens, parts, sums.as<float>()};
+    expect(hf_spqr_cuda_linear_tiled(&t, nullptr) == 0, "tiled linear failed");
+    const FinishArgs f{t.sums, DType::f32, parts,         stride, m.rows, 0,
+                       m.rows, a.tokens,   a.token_scale, a.bias, a.y,    a.dtype};
+    expect(hf_spqr_cuda_finish(&f, nullptr) == 0, "finish failed");
+}
+
 void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     const auto perm = read_tensor(in), bias = read_tensor(in), x = read_tensor(in);
     const DType dtype = DType(h.dtype);
     const ResidentArgs resident{m, x->data, perm->as<int32_t>(), bias->data, y.data, dtype, int(h.tokens), {}};
     const int status = hf_spqr_cuda_linear_resident(&resident, nullptr);
     if (status != kNoKernel) return expect(status == 0, "resident linear failed");
-    LinearArgs a{m, x->as<uint16_t>(), h.columns, nullptr, int(h.tokens), bias->data, y.data, dtype, nullptr, 0};
+    LinearArgs a{m, x->as<uint16_t>(), h.columns, nullptr, int(h.tokens), bias->data, y.data, dtype, nullptr};
     Bytes half(h.tokens * prepared_stride(h.columns) * 2), scale(h.tokens * 4);
     if (needs_prepare(dtype, perm->data != nullptr, h.columns)) {
         a.x = half.as<uint16_t>();
@@ -33,10 +47,10 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
                             scale.as<float>()};
         expect(hf_spqr_cuda_prepare(&p, nullptr) == 0, "prepare failed");
     }
-    a.x_columns_stride = ceil_div(a.tokens, kTransposedTokens) * kTransposedTokens;
-    const Bytes columns(m.columns * a.x_columns_stride * 2);
+    if (a.tokens > kLinearTokens) return run_tiled(a);
+    const Bytes columns(m.columns * kLinearTokens * 2);
     if (m.outlier) {
-        const TransposeArgs t{a.x, a.x_stride, a.tokens, m.columns, columns.as<uint16_t>(), a.x_columns_stride};
+        const TransposeArgs t{a.x, a.x_stride, a.tokens, m.columns, columns.as<uint16_t>()};
         expect(hf_spqr_cuda_transpose(&t, nullptr) == 0, "transpose failed");
         a.x_columns = columns.as<uint16_t>();
     }
@@ -47,8 +61,9 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
 // rows, tokens, first_row, part_rows, dtype; wide = the product's dtype.
 void run_finish(const Header& h, FILE* in, FILE* out) {
     const auto product = read_tensor(in), scale = read_tensor(in), bias = read_tensor(in), y = read_tensor(in);
-    const FinishArgs a{product->data, DType(h.wide),      int(h.part_rows), int(h.first_row), int(h.rows),
-                       int(h.tokens), scale->as<float>(), bias->data,       y->data,          DType(h.dtype)};
+    const FinishArgs a{product->data,      DType(h.wide),    1,           h.part_rows,
+                       int(h.part_rows),   int(h.first_row), int(h.rows), int(h.tokens),
+                       scale->as<float>(), bias->data,       y->data,     DType(h.dtype)};
     expect(hf_spqr_cuda_finish(&a, nullptr) == 0, "finish failed");
     write_result(*y, out);
 }
