@@ -55,10 +55,10 @@ int hf_spqr_cuda_linear(const LinearArgs* a, void* stream) {
 
 int hf_spqr_cuda_tiled_parts(const Matrix* m, int tokens, int* parts) {
     *parts = 0;
-    if (tokens > kTiledTokens || !is_served(*m)) return 0;
+    if (tokens > kTiledTokens || m->columns > kTiledColumns || !is_served(*m)) return 0;
     DeviceLimits device{};
     const int status = device_limits(device);
-    *parts = tiled_parts(m->rows, m->columns, tokens, device.multiprocessors);
+    *parts = tiled_parts(*m, tokens, device.multiprocessors);
     return status;
 }
 

@@ -18,24 +18,20 @@ class Operands {
   public:
     // Rows from `weights`, tokens from `x` on, both from a multiple of 16 rows.
     HF_DEVICE Operands(uint32_t weights, uint32_t x, int lane)
-        : weights_(weights + (2 * (lane & 7) + (lane >> 3 & 1)) * kOperandBytes),
-          x_(x + (8 * (lane >> 4) + (lane & 7)) * kOperandBytes),
-          key_(lane & 7),
-          w_chunk_(lane >> 4),
-          x_chunk_(lane >> 3 & 1) {}
+        : weights_(weights + (2 * (lane & 7) + (lane >> 3 & 1)) * kOperandBytes + chunk_place(lane >> 4, lane & 7)),
+          x_(x + (8 * (lane >> 4) + (lane & 7)) * kOperandBytes + chunk_place(lane >> 3 & 1, lane & 7)) {}
 
     // Row block i of the warp, chunks 2 k and 2 k + 1.
     HF_DEVICE void weights(uint32_t (&a)[4], uint32_t buffer, int i, int k) const {
-        dev::load_matrices(a, weights_ + buffer + i * kRows * kOperandBytes + chunk_place(2 * k + w_chunk_, key_));
+        dev::load_matrices(a, (weights_ ^ chunk_place(2 * k, 0)) + buffer + i * kRows * kOperandBytes);
     }
     // Token tiles 2 i and 2 i + 1: two words each.
     HF_DEVICE void x(uint32_t (&b)[4], uint32_t buffer, int i, int k) const {
-        dev::load_matrices(b, x_ + buffer + i * 16 * kOperandBytes + chunk_place(2 * k + x_chunk_, key_));
+        dev::load_matrices(b, (x_ ^ chunk_place(2 * k, 0)) + buffer + i * 16 * kOperandBytes);
     }
 
   private:
-    uint32_t weights_, x_;
-    int key_, w_chunk_, x_chunk_;
+    uint32_t weights_, x_;  // of chunks 0 and 1; rows begin at multiples of 128
 };
 
 }  // namespace hf_spqr

@@ -16,18 +16,21 @@ class WordFetcher {
         left_ = m.panels.tiles - (lane & 3);
     }
 
+    // Of both sets of a step, one after the other.
     template <int H>
     HF_DEVICE void fetch(int step) {
-        // Both sets of a step lie in one panel, unless panels are short.
+        // They lie in one panel, unless panels are short.
         constexpr bool same = Stats::kTileShift >= 3;
         const int tile = step * kStepTiles + H * kTilesPerSet;
-        if (H == 0 || !same) at_ = dev::keep(from_ + (offset(tile) + tile_words_));
-        if (tile >= left_) return;
-#pragma unroll
-        for (int v = 0; v < BITS; ++v) {
-            constexpr int further = same ? H * kTilesPerSet * BITS * kRows : 0;
-            words_[H][v] = dev::load_stream(reinterpret_cast<const uint2*>(at_ + further + v * kRows));
-        }
+        if (H == 0 || !same) at_ = place(tile);
+        load<H>(tile, at_ + (same ? H * kTilesPerSet * BITS * kRows : 0));
+    }
+
+    // Of one set only; nothing is kept in registers from one to the other.
+    template <int H>
+    HF_DEVICE void fetch_set(int step) {
+        const int tile = step * kStepTiles + H * kTilesPerSet;
+        load<H>(tile, place(tile));
     }
 
     // The words of set H, row by row.
@@ -41,7 +44,18 @@ class WordFetcher {
     }
 
   private:
-    // Of a tile that begins a set.
+    // Of a tile that begins a set: the lane's words.
+    HF_DEVICE const uint32_t* place(int tile) const { return dev::keep(from_ + (offset(tile) + tile_words_)); }
+
+    template <int H>
+    HF_DEVICE void load(int tile, const uint32_t* at) {
+        if (tile >= left_) return;
+#pragma unroll
+        for (int v = 0; v < BITS; ++v) {
+            words_[H][v] = dev::load_stream(reinterpret_cast<const uint2*>(at + v * kRows));
+        }
+    }
+
     HF_DEVICE int offset(int tile) const {
         const int tile_shift = Stats::kTileShift < 0 ? m_.panels.tile_shift : Stats::kTileShift;
         const int panel = tile >> tile_shift;

@@ -17,8 +17,10 @@ int launch_tiled(const TiledArgs& a, void* stream) {
 
 template <class Stats, int BITS, bool OUTLIERS>
 int launch_tiled(const TiledArgs& a, void* stream) {
-    return tiled_token_tiles(a.tokens) == 4 ? launch_tiled<Stats, BITS, 4, OUTLIERS>(a, stream)
-                                            : launch_tiled<Stats, BITS, 8, OUTLIERS>(a, stream);
+    if constexpr (tiled_token_tiles(BITS, kTiledTokens) == 8) {
+        if (tiled_token_tiles(BITS, a.tokens) == 8) return launch_tiled<Stats, BITS, 8, OUTLIERS>(a, stream);
+    }
+    return launch_tiled<Stats, BITS, 4, OUTLIERS>(a, stream);
 }
 
 }  // namespace hf_spqr

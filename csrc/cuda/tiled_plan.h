@@ -9,10 +9,12 @@ constexpr int kTiledWarps = 6, kTiledThreads = 32 * kTiledWarps;
 constexpr int kTiledRowBlocks = 2;  // of a warp
 constexpr int kTiledRows = kTiledWarps * kTiledRowBlocks * kRows;
 constexpr int kTiledBlocksPerSm = 2;
+constexpr int kTiledColumns = 1 << 20;  // at most
 
-// Token tiles of a block: 64 tokens, or 32 where there are no more.
-HF_CONSTANT int tiled_token_tiles(int tokens) {
-    return tokens <= 32 ? 4 : 8;
+// Token tiles of a block: 64 tokens; or 32 where there are no more, and of 8-bit codes, whose words take the
+// registers.
+HF_CONSTANT int tiled_token_tiles(int bits, int tokens) {
+    return bits == 8 || tokens <= 32 ? 4 : 8;
 }
 
 HF_CONSTANT int tiled_row_tiles(const Matrix& m) {
@@ -21,9 +23,9 @@ HF_CONSTANT int tiled_row_tiles(const Matrix& m) {
 
 // In how many parts the columns are cut, whose sums are added up afterwards: so many that the blocks fill the device
 // with as little as possible left over. A block takes about two steps' time to begin and to end.
-inline int tiled_parts(int rows, int columns, int tokens, int multiprocessors) {
-    const int steps = ceil_div(columns, kStepColumns), slots = kTiledBlocksPerSm * multiprocessors;
-    const int tiles = ceil_div(rows, kTiledRows) * ceil_div(tokens, 8 * tiled_token_tiles(tokens));
+inline int tiled_parts(const Matrix& m, int tokens, int multiprocessors) {
+    const int steps = ceil_div(m.columns, kStepColumns), slots = kTiledBlocksPerSm * multiprocessors;
+    const int tiles = tiled_row_tiles(m) * ceil_div(tokens, 8 * tiled_token_tiles(m.bits, tokens));
     int best = 1, least = 0;
     for (int parts = 1; parts == 1 || 2 * parts <= steps; ++parts) {
         const int cost = ceil_div(tiles * parts, slots) * (ceil_div(steps, parts) + 2);
