@@ -31,7 +31,7 @@ class StatsSpqr16 {
         const uint32_t* panel = stream + first_step * m.panels.panel_words;
         step_words_ = stride * m.panels.panel_words;
         codes_at_ = dev::keep(panel + row);
-        second_further_ = 3 * kRows + 2 * (m.groups_per_second == 2 ? row >> 1 : row) - row;
+        second_at_ = dev::keep(panel + 3 * kRows + 2 * (m.groups_per_second == 2 ? row >> 1 : row));
         // Lane l < 16 has group l of the panel, the others have none and write their constants where nobody looks.
         left_ = lane < 16 ? m.panels.groups - 16 * first_step - lane : INT32_MIN / 2;
         step_groups_ = 16 * stride;
@@ -53,8 +53,9 @@ class StatsSpqr16 {
 #pragma unroll
         for (int v = 0; v < 3; ++v) codes_[v] = dev::load_stream(codes_at_ + v * kRows);
         second_ = make_uint2(0, 0);
-        if (left_ > 0) second_ = dev::load_stream(reinterpret_cast<const uint2*>(codes_at_ + second_further_));
+        if (left_ > 0) second_ = dev::load_stream(reinterpret_cast<const uint2*>(second_at_));
         codes_at_ = dev::keep(codes_at_ + step_words_);
+        second_at_ = dev::keep(second_at_ + step_words_);
         left_ -= step_groups_;
     }
 
@@ -162,8 +163,8 @@ class StatsSpqr16 {
         dev::store_shared(out_ + slot_place(SLOT) * (kTileWords * 4), make_uint2(s, shift));
     }
 
-    const uint32_t* codes_at_;
-    int second_further_, step_words_, step_groups_, left_, shift_;
+    const uint32_t *codes_at_, *second_at_;
+    int step_words_, step_groups_, left_, shift_;
     uint32_t slot_codes_, slot_second_;
     float eighth_;
     uint32_t constants_out_, constants_in_, out_, in_[2], bias_;

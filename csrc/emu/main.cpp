@@ -9,7 +9,15 @@
 namespace hf_spqr {
 namespace {
 
-enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2, quantize = 3, int8_linear = 4, stretch = 5 };
+enum class Job : int64_t {
+    linear = 0,
+    dequantize = 1,
+    finish = 2,
+    quantize = 3,
+    int8_linear = 4,
+    stretch = 5,
+    parts = 6
+};
 
 void run_tiled(const LinearArgs& a) {
     const Matrix& m = a.weight;
@@ -58,10 +66,10 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     expect(hf_spqr_cuda_linear(&a, nullptr) == 0, "linear failed");
 }
 
-// rows, tokens, first_row, part_rows, dtype; wide = the product's dtype.
+// rows, tokens, first_row, part_rows, dtype; bits = parts, columns = their stride, wide = the product's dtype.
 void run_finish(const Header& h, FILE* in, FILE* out) {
     const auto product = read_tensor(in), scale = read_tensor(in), bias = read_tensor(in), y = read_tensor(in);
-    const FinishArgs a{product->data,      DType(h.wide),    1,           h.part_rows,
+    const FinishArgs a{product->data,      DType(h.wide),    int(h.bits), h.columns,
                        int(h.part_rows),   int(h.first_row), int(h.rows), int(h.tokens),
                        scale->as<float>(), bias->data,       y->data,     DType(h.dtype)};
     expect(hf_spqr_cuda_finish(&a, nullptr) == 0, "finish failed");
@@ -104,6 +112,20 @@ void run_stretch(const Header& h, FILE* out) {
     write_result(result, out);
 }
 
+// A matrix without its bytes, tokens, multiprocessors -> parts of the columns.
+void run_parts(const Header& h, FILE* out) {
+    Matrix m{};
+    m.format = Format(h.format);
+    m.bits = int(h.bits);
+    m.rows = int(h.rows);
+    m.columns = int(h.columns);
+    const Bytes result(sizeof(int64_t));
+    int parts = 0;
+    expect(hf_spqr_cuda_tiled_parts(&m, int(h.tokens), &parts) == 0, "tiled_parts failed");
+    *result.as<int64_t>() = parts;
+    write_result(result, out);
+}
+
 void run_case(const Header& h, FILE* in, FILE* out) {
     emu::seed() = unsigned(h.seed);
     emu::limits() = {int(h.multiprocessors), int(h.shared_bytes)};
@@ -111,6 +133,7 @@ void run_case(const Header& h, FILE* in, FILE* out) {
     if (job == Job::finish) return run_finish(h, in, out);
     if (job == Job::quantize) return run_quantize(h, in, out);
     if (job == Job::stretch) return run_stretch(h, out);
+    if (job == Job::parts) return run_parts(h, out);
     const DType dtype = DType(h.dtype);
     const int64_t element = dtype == DType::f32 ? 4 : 2;
     const auto packed = read_tensor(in), outlier_row = read_tensor(in), outlier = read_tensor(in);
