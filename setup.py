@@ -9,17 +9,20 @@ Environment switches, read nowhere else:
   HF_SPQR_FORCE_EXT=1   fail instead of falling back when something needed for compiling is missing
   HF_SPQR_CUDA=0|1      leave the CUDA kernels out, or insist on them (default: when torch has CUDA and nvcc is found)
   HF_SPQR_CUDA_ARCHS    GPU generations, such as "80;90a;120+PTX" (default: this machine's GPUs, else all we serve)
+  HF_SPQR_TORCH_SITE    the site-packages of the torch to compile against (read by _build_backend, which says when)
   MAX_JOBS              compiler processes at a time (default: the number of cores, at most 8)
 """
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -66,6 +69,17 @@ def isa_of(source: str) -> str | None:
     return next((suffix for suffix in ISA_FLAGS if source.endswith(suffix)), None)
 
 
+class BuildWheel(bdist_wheel):
+    """Holds and names what was compiled this time: nothing of an earlier build, no platform without kernels."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        self.run_command("build")
+        self.skip_build = True  # a second time
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
 class BuildKernels(BuildExtension):
     """Per-file flags, parallel and incremental compilation; falls back to no extension unless told not to."""
 
@@ -73,6 +87,7 @@ class BuildKernels(BuildExtension):
         super().__init__(*args, **({"use_ninja": False} if CppExtension else {}), **kwargs)  # one flag list for all
 
     def run(self) -> None:
+        in_place, wanted, self.built = self.inplace, list(self.extensions), set()
         try:
             super().run()
         except Exception as error:  # whatever went wrong with a compiler, the package works without it
@@ -83,8 +98,13 @@ class BuildKernels(BuildExtension):
                 "through the PyTorch reference, slowly. Install a C++20 compiler and reinstall to have them."
             )
             self.extensions.clear()
+        for ext in wanted if in_place else []:
+            if ext.name not in self.built:  # what an earlier build left there does not fit this code
+                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
+        output = self.get_ext_fullpath(ext.name)
+        Path(output).unlink(missing_ok=True)
         newest_header = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.h"))
         jobs = int(os.environ.get("MAX_JOBS", min(os.cpu_count() or 1, 8)))
         # the torch files take longest: first, so that they do not end up alone
@@ -95,17 +115,20 @@ class BuildKernels(BuildExtension):
             else:
                 say("this compiler or assembler does not know AMX: building without its kernels")
                 sources = [source for source in sources if isa_of(source) != "_amx.cpp"]
+        command = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+        self.made_by = f"{command} {version} torch {torch.__version__}"
         with ThreadPoolExecutor(jobs) as pool:
             cuda = [pool.submit(self.compile_cuda, path, jobs) for path in getattr(ext, "cuda_sources", [])]
             objects = list(pool.map(lambda source: self.compile_one(ext, source, newest_header), sources))
             objects += [task.result() for task in cuda]
-        output = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(output), exist_ok=True)
         self.compiler.link_shared_object(
             objects, output, libraries=ext.libraries, library_dirs=ext.library_dirs, target_lang="c++",
             extra_postargs=ext.extra_link_args, export_symbols=self.get_export_symbols(ext),
             build_temp=self.build_temp,
         )  # fmt: skip
+        self.built.add(ext.name)
 
     def knows_amx(self) -> bool:
         probe = Path(self.build_temp) / "probe_amx.cpp"
@@ -121,16 +144,20 @@ class BuildKernels(BuildExtension):
     def compile_one(self, ext: Extension, source: str, newest_header: float) -> str:
         suffix = isa_of(source)
         (name,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
-        made = Path(name)
-        if made.exists() and made.stat().st_mtime > max((ROOT / source).stat().st_mtime, newest_header):
-            return name
         flags = [*CXX_FLAGS, *(ISA_FLAGS[suffix] if suffix else [])]
         if Path(source).name.startswith("integer_"):  # the same result to the last bit on every instruction set
             flags.append("-ffp-contract=off")
+        made, note = Path(name), Path(f"{name}.flags")
+        recipe = f"{self.made_by} {flags} {ext.define_macros} {ext.include_dirs}"
+        newer = made.exists() and made.stat().st_mtime > max((ROOT / source).stat().st_mtime, newest_header)
+        if newer and note.exists() and note.read_text() == recipe:
+            return name
+        note.unlink(missing_ok=True)
         self.compiler.compile(
             [source], output_dir=self.build_temp, include_dirs=ext.include_dirs, extra_postargs=flags,
             macros=ext.define_macros,
         )  # fmt: skip
+        note.write_text(recipe)
         return name
 
     def compile_cuda(self, source: Path, jobs: int) -> str:
@@ -144,7 +171,9 @@ class BuildKernels(BuildExtension):
 
 
 def say(text: str) -> None:
-    print(f"hf-spqr: {text}", file=sys.stderr)
+    """On stderr, unless this run is about metadata or a source distribution."""
+    if not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
+        print(f"hf-spqr: {text}", file=sys.stderr)
 
 
 def extensions() -> list[Extension]:
@@ -154,6 +183,8 @@ def extensions() -> list[Extension]:
     problem = None
     if CppExtension is None:
         problem = "torch was not found, install it first (pip install torch)"
+    elif tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        problem = f"torch {torch.__version__} is older than 2.10, upgrade it first (pip install --upgrade torch)"
     elif sys.platform == "win32":
         problem = "compiling with MSVC is not supported"
     if problem:
@@ -193,6 +224,6 @@ def cuda_extension() -> list[Extension]:
 ext_modules = extensions()
 setup(
     ext_modules=ext_modules,
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": BuildWheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
 )

@@ -4,15 +4,23 @@ pip runs a build with the interpreter of the environment that it installs into, 
 Before each hook we append the folder that holds torch to the *end* of `sys.path`, so that setup.py can compile against
 exactly the torch that will load the result, while the isolated setuptools keeps priority. Where no torch is found the
 build continues and setup.py makes a wheel without compiled kernels.
+
+Builds of one checkout share its folder `build` and wait for each other.
 """
 
 import importlib.machinery
 import os
 import sys
 import sysconfig
+from contextlib import contextmanager
 
 from setuptools import build_meta as _setuptools
 from setuptools.build_meta import *  # noqa: F403  (PEP 517 hooks that need no change)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def _candidates():
@@ -38,12 +46,25 @@ def _expose_torch():
             return
 
 
-def _with_torch(name):
+@contextmanager
+def _alone():
+    folder = os.open(os.path.dirname(__file__), os.O_RDONLY) if fcntl else None
+    try:
+        if folder is not None:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def _wrapped(name):
     hook = getattr(_setuptools, name)
 
     def run(*args, **kwargs):
         _expose_torch()
-        return hook(*args, **kwargs)
+        with _alone():
+            return hook(*args, **kwargs)
 
     run.__name__ = name
     return run
@@ -59,4 +80,4 @@ for _hook in (
     "build_editable",
     "build_sdist",
 ):
-    globals()[_hook] = _with_torch(_hook)
+    globals()[_hook] = _wrapped(_hook)

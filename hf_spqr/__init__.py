@@ -20,7 +20,7 @@ from hf_spqr.errors import (
     RankError,
     UnsupportedLayerError,
 )
-from hf_spqr.integrations import legacy
+from hf_spqr.integrations import hub, legacy
 from hf_spqr.integrations.transformers import quantize_model, register
 from hf_spqr.integrations.when_imported import when_imported
 
@@ -48,4 +48,5 @@ def _teach_peft() -> None:
 
 register()
 legacy.register()
+hub.install()
 when_imported("peft.tuners.lora.model", _teach_peft)

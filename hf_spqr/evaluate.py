@@ -6,7 +6,7 @@ Perplexities are comparable only under one protocol; three are offered:
                     first is scored; documents longer than ``seqlen`` are cut there.
 ``concatenated``    all documents joined by a blank line, tokenized once and cut into windows of ``seqlen`` tokens that
                     do not overlap; the rest that does not fill a window is dropped. GPTQ, SpQR and OmniQuant report
-                    WikiText-2 and C4 this way.
+                    WikiText-2 this way.
 ``sliding-window``  the same stream, windows move on by ``stride`` tokens and only the tokens that are new in a window
                     are scored, so that each has at least ``seqlen - stride`` tokens of context; nothing is dropped.
 """

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from hf_spqr.errors import CalibrationError, UnsupportedLayerError
 
-__all__ = ["Block", "Call", "Recording", "find_blocks", "find_stacks", "record", "replay"]
+__all__ = [
+    "Block", "Call", "Recording", "attending_parts", "check_reads_text", "find_blocks", "find_stacks", "record",
+    "replay",
+]  # fmt: skip
 
 BLOCK_LISTS = ("layers", "h", "blocks", "layer", "block")
 HIDDEN = "hidden_states"
@@ -58,6 +61,22 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return [block for stack in find_stacks(model) for block in stack]
 
 
+def check_reads_text(model: Any) -> None:
+    """Raise UnsupportedLayerError unless ``model`` can be called with token ids, which calibration data are."""
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    reads = getattr(model if is_pair else _decoder(model), "main_input_name", "input_ids")
+    try:
+        if reads == "input_ids" and hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings()
+    except NotImplementedError:
+        reads = "more than one kind of input"
+    if reads != "input_ids":
+        raise UnsupportedLayerError(
+            f"{type(model).__name__} reads {reads}: models are calibrated on text, which works for decoders, encoders"
+            " and encoder-decoders that read input_ids."
+        )
+
+
 def find_stacks(model: nn.Module) -> list[list[Block]]:
     """The blocks of the decoder of ``model`` (of its language part, where it has others), in order.
 
@@ -69,6 +88,17 @@ def find_stacks(model: nn.Module) -> list[list[Block]]:
     encoder = _encoder(model)
     stacks = [] if encoder is None else [_blocks_of(model, encoder)]
     return [*stacks, _blocks_of(model, _decoder(model))]
+
+
+def attending_parts(model: nn.Module) -> list[Any]:
+    """The models inside ``model`` whose configs say how its blocks attend: of one with a vision tower, the language
+    model. Raises UnsupportedLayerError if there are no blocks."""
+    parts: dict[str, nn.Module] = {}
+    blocks = [block.name for block in find_blocks(model)]
+    for name, module in model.named_modules():  # from the outside in
+        if hasattr(module, "set_attn_implementation"):
+            parts |= {block: module for block in blocks if not name or block.startswith(f"{name}.")}
+    return list({id(part): part for part in parts.values()}.values())
 
 
 def _blocks_of(model: nn.Module, decoder: nn.Module) -> list[Block]:
@@ -152,11 +182,6 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     """The text encoder of an encoder-decoder model, else None."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    if getattr(model, "main_input_name", None) != "input_ids":
-        raise UnsupportedLayerError(
-            f"{type(model).__name__} reads {getattr(model, 'main_input_name', 'no tokens')}: encoder-decoder models"
-            " are calibrated on text, which only works where the encoder reads input_ids."
-        )
     return model.get_encoder()  # type: ignore[operator]
 
 

@@ -135,14 +135,20 @@ def check_model(model: str) -> None:
 
 def read_config(model: str) -> Any:
     """The Transformers config of ``model``; CommandError when it cannot be read or its quant_method is unknown."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     import hf_spqr  # noqa: F401  (registers the quantization methods)
 
     try:
-        config = AutoConfig.from_pretrained(model)
-    except (ValueError, TypeError, AttributeError) as error:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise CommandError(
+                f"{model} has code of its own, which commands do not run: use from_pretrained(...,"
+                " trust_remote_code=True) in Python, which quantizes and loads such models too"
+            ) from error
         raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -191,6 +197,7 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer beside the model; CommandError when there is none."""
     from transformers import AutoTokenizer
 
+    read_config(model)  # it is read for the tokenizer too, and mistakes in it are named here
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -200,25 +207,39 @@ def load_tokenizer(model: str) -> Any:
 def load_model(
     model: str, dtype: Dtype, device: str | None, backend: Backend = Backend.auto, **kwargs: Any
 ) -> torch.nn.Module:
-    """``AutoModelForCausalLM.from_pretrained``, with hf_spqr registered and without Transformers' own bars.
+    """``from_pretrained`` of the checkpoint's class, with hf_spqr registered and without Transformers' own bars.
 
     backend: of the packed layers, where there are any.
     """
     import transformers
 
     from hf_spqr.nn import GroupedLinear, PackedLinear
+    from hf_spqr.report.checkpoint import weight_files
+    from hf_spqr.report.model_classes import class_of
 
     check_model(model)
     check_device(device)
-    read_config(model)
+    model_class = class_of(read_config(model))
+    if Path(model).is_dir():
+        weight_files(Path(model))  # Transformers shows a traceback for a damaged index
     if device is not None:
         kwargs["device_map"] = device
     transformers.utils.logging.disable_progress_bar()
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, **kwargs)
+        loaded = model_class.from_pretrained(model, dtype=dtype.value, **kwargs)
     except SafetensorError as error:  # of an unquantized model: those of packed ones are looked at before
         raise CommandError(f"{model}: a file is truncated or damaged ({error}). Download or copy it again.") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CommandError(f"{model}: weights have other shapes than config.json says (report above)") from error
     for module in loaded.modules() if backend is not Backend.auto else ():
         if isinstance(module, PackedLinear | GroupedLinear):
             module.backend = backend.value
     return loaded
+
+
+def check_writes_text(model: str, loaded: Any) -> None:
+    """Raise CommandError unless the next token can be asked of ``loaded``."""
+    if not loaded.can_generate() or loaded.config.is_encoder_decoder:
+        raise CommandError(f"{model} is a {type(loaded).__name__}, no causal language model: eval cannot score it")

@@ -125,9 +125,12 @@ def read(
 
 
 def copy_tokenizer(model: str, folder: Path) -> bool:
-    """Save the tokenizer of ``model`` into ``folder``; False when it has none."""
+    """Save the tokenizer of ``model``, and its processor, into ``folder``; False when it has no tokenizer."""
     from transformers import AutoTokenizer
 
+    from hf_spqr.integrations.processor import copy_processor
+
+    copy_processor(model, folder)
     try:
         AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     except (OSError, ValueError):

@@ -21,6 +21,7 @@ from hf_spqr.cli.common import (
     ModelArgument,
     bold,
     check_model,
+    check_writes_text,
     load_model,
     load_tokenizer,
     number_or_none,
@@ -151,6 +152,7 @@ def measure(
     from hf_spqr.evaluate import perplexity
 
     tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device, backend)
+    check_writes_text(model, loaded)
     with progress(f"evaluating {model}") as advance:
         result = perplexity(loaded, tokenizer, texts, on_progress=advance, **settings)
     return {

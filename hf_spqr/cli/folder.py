@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_spqr.cli.common import CommandError
+from hf_spqr.cli.common import CommandError, size_of
 
-__all__ = ["check_output", "complete_folder"]
+__all__ = ["check_output", "check_space", "complete_folder"]
+
+ROOM = 1.25
+"""Times its least size that a model may well take, with many outliers."""
 
 
 def check_output(out: Path, overwrite: bool, inputs: tuple[str | Path, ...] = ()) -> None:
@@ -26,7 +29,9 @@ def check_output(out: Path, overwrite: bool, inputs: tuple[str | Path, ...] = ()
             raise CommandError(f"{out} is, or contains, the input {model}; choose another output folder")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise CommandError(f"{out} exists and is not a folder; choose another name")
-    around = next(path for path in resolved.parents if path.exists())
+    if resolved.is_mount():
+        raise CommandError(f"{out} is a mount point, which no folder can take the place of; give a folder in it")
+    around = _around(out)
     if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
         raise CommandError(f"{out} cannot be made: {around} is no folder that may be written; choose another name")
     if not out.exists() or not any(out.iterdir()):
@@ -35,6 +40,23 @@ def check_output(out: Path, overwrite: bool, inputs: tuple[str | Path, ...] = ()
         raise CommandError(f"{out} exists and is not empty; choose another name or give --overwrite")
     if not (out / "config.json").is_file():
         raise CommandError(f"{out} does not look like a model folder (no config.json), so it is not replaced")
+
+
+def check_space(out: Path, nbytes: int) -> str | None:
+    """Raise CommandError unless a model of at least ``nbytes`` can be written; a sentence where it may be too large.
+
+    A model that is replaced stays until the new one is complete.
+    """
+    around = _around(out)
+    free = shutil.disk_usage(around).free
+    if free < nbytes:
+        raise CommandError(
+            f"{out}: the model will take at least {size_of(nbytes)}, and {around} has {size_of(free)} left; make room"
+            " or choose another folder"
+        )
+    if free < ROOM * nbytes:
+        return f"{around} has {size_of(free)} left; the model will take {size_of(nbytes)} and what outliers take."
+    return None
 
 
 @contextmanager
@@ -62,6 +84,11 @@ def complete_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _around(out: Path) -> Path:
+    """The nearest folder above ``out`` that exists."""
+    return next(path for path in out.resolve().parents if path.exists())
 
 
 def _umask() -> int:

@@ -31,7 +31,7 @@ from hf_spqr.cli.common import (
     read_config,
     size_of,
 )
-from hf_spqr.cli.folder import check_output, complete_folder
+from hf_spqr.cli.folder import check_output, check_space, complete_folder
 from hf_spqr.cli.processes import local_device, process_group
 
 if TYPE_CHECKING:
@@ -137,8 +137,8 @@ def quantize_command(
 ) -> None:
     """Quantize MODEL and write OUT: weights, config, tokenizer, generation config and quantization_report.json.
 
-    This is from_pretrained(MODEL, quantization_config=...) followed by save_pretrained(OUT). The result loads with
-    plain AutoModelForCausalLM.from_pretrained(OUT).
+    This is from_pretrained(MODEL, quantization_config=...) followed by save_pretrained(OUT), with the class that
+    MODEL's config.json names. The result loads with plain from_pretrained(OUT).
 
     [bold]Examples[/bold]
 
@@ -162,7 +162,7 @@ def quantize_command(
             files = [dataset, *([overrides[1:]] if overrides and overrides.startswith("@") else [])]
             check_output(out, overwrite, inputs=(model, *files))
             check_shard_size(max_shard_size)
-            positions = check_base(model)
+            base = check_base(model)
             config = build_config(
                 method,
                 preset=preset,
@@ -184,11 +184,13 @@ def quantize_command(
                 true_sequential=true_sequential,
                 dataset=dataset,
                 nsamples=nsamples,
-                seqlen=min(MOST_SEQLEN, positions) if seqlen is None else seqlen,
+                seqlen=min(MOST_SEQLEN, positions(base)) if seqlen is None else seqlen,
                 seed=seed,
                 modules_to_not_convert=skip,
                 overrides=parse_json_object("--overrides", overrides),
             )
+            if ranks.first and (warning := check_space(out, least_bytes(base, config, dtype))):
+                err_console().print(f"warning: {warning}", markup=False, soft_wrap=True)
         with complete_folder(out) if ranks.first else nullcontext() as partial:
             report = run(model, config, partial, dtype, local_device(device), max_shard_size, ranks)
     if not ranks.first:
@@ -233,14 +235,33 @@ def build_config(method: Method, preset: str | None, mode: str | None, **fields:
     return OmniQuantConfig(**given)
 
 
-def check_base(model: str) -> int:
-    """Number of positions of the base model; CommandError when it is quantized already."""
+def check_base(model: str) -> Any:
+    """Transformers' config of the base model; CommandError when it is quantized already."""
     config = read_config(model)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = dict(quantization)["quant_method"]
         raise CommandError(f"{model} is quantized already ({method}); give the model that it was made from")
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or MOST_SEQLEN
+    return config
+
+
+def positions(base: Any) -> int:
+    """How many tokens the model of this config can take; MOST_SEQLEN where it does not say."""
+    return getattr(base.get_text_config(), "max_position_embeddings", None) or MOST_SEQLEN
+
+
+def least_bytes(base: Any, config: PackedConfig, dtype: Dtype) -> int:
+    """What the quantized model takes at least, from an empty model; before any weight is read.
+
+    Raises UnsupportedLayerError where there is nothing to quantize.
+    """
+    import torch
+
+    from hf_spqr.quantize import driver
+    from hf_spqr.report.model_classes import without_weights
+
+    wanted = (base.dtype or torch.bfloat16) if dtype is Dtype.auto else getattr(torch, dtype.value)
+    return driver.least_bytes(without_weights(base, wanted), config)
 
 
 def run(
@@ -253,6 +274,8 @@ def run(
     ranks: Ranks,
 ) -> QuantizationReport:
     """Quantize and, where there is a ``folder``, save into it; return the report."""
+    from hf_spqr.integrations.processor import copy_processor
+
     with ranks.together():
         tokenizer = load_tokenizer(model)
     config.tokenizer = tokenizer
@@ -262,6 +285,7 @@ def run(
         if folder is not None:
             quantized.save_pretrained(folder, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(folder)
+            copy_processor(model, folder)
             report.save(folder)
     return report
 

@@ -7,7 +7,16 @@ from typing import Any
 
 from rich.table import Table
 
-from hf_spqr.cli.common import CommandError, Dtype, bold, err_console, load_model, load_tokenizer, out_console
+from hf_spqr.cli.common import (
+    CommandError,
+    Dtype,
+    bold,
+    check_writes_text,
+    err_console,
+    load_model,
+    load_tokenizer,
+    out_console,
+)
 
 
 def run_tasks(
@@ -24,17 +33,19 @@ def run_tasks(
 
     The result as a JSON object; with a base also the difference of every metric.
     """
-    from hf_spqr.integrations.lm_eval import evaluate_tasks
+    from hf_spqr.integrations.lm_eval import evaluate_tasks, find_tasks
 
     wanted = [task.strip() for task in tasks.split(",") if task.strip()]
     if not wanted:
         raise CommandError("--tasks: give names of lm-eval tasks with commas between them")
+    manager = find_tasks(wanted, folder)
     results = []
     for name in names:
         err_console().print(f"evaluating {name}", markup=False, soft_wrap=True)
         model, tokenizer = load_model(name, dtype, device), load_tokenizer(name)
+        check_writes_text(name, model)
         found = evaluate_tasks(
-            model, tokenizer, wanted, folder=folder, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
+            model, tokenizer, wanted, manager, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
         )
         results.append({"model": name, "dtype": str(model.dtype).removeprefix("torch."), **found})
         del model

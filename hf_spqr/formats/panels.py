@@ -76,6 +76,11 @@ class PackedShape:
     def packed_shape(self) -> tuple[int, int]:
         return self.row_blocks, self.words
 
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of a matrix without outliers and column order: none of this layout takes less."""
+        return 4 * self.row_blocks * self.words
+
 
 def plan_panels(
     groups: int, tiles: int, groups_per_panel: int, tiles_per_panel: int, bits: int, stat_vectors: Callable[[int], int]

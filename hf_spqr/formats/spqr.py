@@ -68,6 +68,10 @@ class SpQRLayout(PackedShape):
     def outlier_dtype(self) -> torch.dtype:
         return torch.int64 if self.in_features > WIDE_COLUMNS else torch.int32
 
+    @property
+    def fixed_bytes(self) -> int:
+        return super().fixed_bytes + 4 * (self.out_features + 1)
+
     def code_vectors(self, groups_here: int) -> int:
         """Vectors of first-level codes in a panel of ``groups_here`` groups: no more than hold a code.
 
@@ -183,6 +187,8 @@ def unpack(layout: SpQRLayout, tensors: dict[str, Tensor]) -> SpQRWeight:
     lay, packed = layout, tensors["packed"]
     if tuple(packed.shape) != lay.packed_shape() or packed.dtype != torch.int32:
         raise ValueError(f"packed must be int32 {list(lay.packed_shape())}, got {packed.dtype} {list(packed.shape)}")
+    if tensors["outlier"].dtype != lay.outlier_dtype:
+        raise ValueError(f"outlier must be {lay.outlier_dtype}, got {tensors['outlier'].dtype}")
     vectors = packed.unflatten(1, (-1, ROWS))
     stats, seconds = [], []
     for panel in lay.panels:

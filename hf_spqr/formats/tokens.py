@@ -19,7 +19,8 @@ def token_grid(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, T
     if symmetric:
         spread, steps = x.abs().amax(-1, keepdim=True), 2 ** (bits - 1) - 1
     else:
-        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+        # not aminmax: torch 2.10 and 2.11 have no derivative of it
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
         low = low.clamp(max=0)
         spread, steps = high.clamp(min=0) - low, 2**bits - 1
     # by a tensor: PyTorch divides by a number through its reciprocal on some devices, which rounds otherwise

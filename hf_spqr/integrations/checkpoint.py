@@ -6,24 +6,24 @@ The headers decide how the model is built, and everything that can be wrong with
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.experts import ExpertFinder, check_experts
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
+from hf_spqr.report.names import Renamer
 
 __all__ = [
-    "Contents", "Renamer", "Spec", "check_complete", "check_loaded", "check_order", "read_contents", "read_headers",
+    "Contents", "Spec", "check_complete", "check_loaded", "check_order", "read_contents", "read_headers",
 ]  # fmt: skip
 
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -79,6 +79,8 @@ def read_headers(files: Iterable[str]) -> dict[str, Spec]:
 def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
     """Headers of ``files`` with the names that their tensors get in ``model`` (still unpacked, on meta).
 
+    Blocks after the last one of ``model`` (``num_hidden_layers=``) are left out; Transformers reports them.
+
     Raises:
         CheckpointError: a damaged file, a packed tensor that belongs to no linear layer of the model, or a packed
             layer with a tensor too many.
@@ -87,6 +89,7 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
     rename = Renamer(model)
     prefixes = {name.rpartition(".")[0] for name in specs if name.rpartition(".")[2] == PACKED}
     find_expert = ExpertFinder(model, rename)
+    is_further = _further_blocks(model)
     contents = Contents()
     stray = []
     for name in sorted(specs):
@@ -102,6 +105,8 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
             contents.dense.update(rename(name))
             continue
         target = rename(f"{module}.weight")[0].rpartition(".")[0]
+        if module in prefixes and is_further(target):
+            continue
         if module not in prefixes or not _is_linear(model, target):
             stray.append(name)
             continue
@@ -154,7 +159,7 @@ def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], 
     for name, _ in model.named_parameters():
         inside = name.startswith(starts) and name.rpartition(".")[0] not in contents.packed
         if inside and name not in contents.dense and not _ignored(name, model, "_keys_to_ignore_on_load_missing"):
-            raise CheckpointError(f"The checkpoint lacks {name}: it is incomplete or damaged.")
+            raise CheckpointError(f"The checkpoint lacks {name}: it is incomplete, damaged, or of another model.")
 
 
 def check_loaded(model: nn.Module, blocks: Iterable[str]) -> None:
@@ -181,24 +186,15 @@ def check_order(name: str, expected: bool | None, found: bool) -> None:
         )
 
 
-class Renamer:
-    """The names that Transformers gives to the tensors of a file when it loads them into ``model``."""
+def _further_blocks(model: nn.Module) -> Callable[[str], bool]:
+    """Says of the name of a module whether it lies in a block after the last one of ``model``."""
+    counts = Counter(block.name.rpartition(".")[0] for block in find_blocks(model))
 
-    def __init__(self, model: nn.Module) -> None:
-        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-        self.renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self.prefix = getattr(model, "base_model_prefix", None)
-        self.meta = dict.fromkeys(model.state_dict(), True)
+    def is_further(name: str) -> bool:
+        rests = ((name.removeprefix(f"{path}.").partition(".")[0], count) for path, count in counts.items())
+        return any(number.isdigit() and int(number) >= count for number, count in rests)
 
-    def __call__(self, name: str) -> list[str]:
-        new, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.meta)
-        if new not in self.meta and name in self.meta:
-            return [name]
-        if pattern is None:
-            return [new]
-        converter = next(c for c in self.converters if pattern in c.source_patterns)
-        return [new.replace(converter.target_patterns[0], other) for other in converter.target_patterns]
+    return is_further
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:

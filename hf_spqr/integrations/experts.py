@@ -75,7 +75,10 @@ class ExpertFinder:
         if prefix not in self.modules:
             self.modules[prefix] = self.rename(f"{prefix}.down_proj")[0].rpartition(".")[0]
         module = self.modules[prefix]
-        projection = self.names.get(module, {}).get(stored)
+        names = self.names.get(module, {})
+        projection = names.get(stored)
+        if names and projection is None:  # a renaming of Transformers that is not meant for experts hits them too
+            projection = names.get(self.rename(f"{name}.packed")[0].split(".")[-2])
         if projection is None or int(expert) >= self.kinds[module].experts:
             return None
         return module, projection, int(expert)

@@ -14,16 +14,18 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_spqr.errors import CheckpointError, HfSpqrError
+from hf_spqr.integrations.processor import copy_processor
+from hf_spqr.integrations.verify import check_folder
 from hf_spqr.nn import PackedExperts, PackedLinear
 from hf_spqr.quantize.driver import tokenizer_beside
 from hf_spqr.report.card import PLOT_NAME, SHORT, check_evaluation, hub_name, model_card
-from hf_spqr.report.checkpoint import CheckpointReport, inspect_checkpoint
+from hf_spqr.report.checkpoint import INDEX, SINGLE, CheckpointReport, inspect_checkpoint, weight_files
+from hf_spqr.report.model_classes import auto_class
 from hf_spqr.report.records import LayerReport, QuantizationReport
 
 __all__ = ["PushError", "Pushed", "install", "push_folder", "push_to_hub"]
 
 CARD = "README.md"
-INDEX = "model.safetensors.index.json"
 WEIGHTS = ("*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 """Weight files of an earlier push that this one replaces; left over, they would be loaded or just lie there."""
 NEVER = (".*", "*.tmp", "__pycache__")
@@ -143,6 +145,8 @@ def push_to_hub(
             tokenizer = tokenizer_beside(model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if source:
+            copy_processor(source, Path(folder))
         return push_folder(folder, repo_id, **options)
 
 
@@ -169,26 +173,25 @@ def install() -> None:
 def complete_files(folder: Path) -> list[Path]:
     """The files of a complete quantized model in ``folder``, hidden ones left out.
 
-    Raises CheckpointError when config.json or a weight file is missing or damaged, or nothing is quantized.
+    Raises CheckpointError when config.json or a weight file is missing or damaged, nothing is quantized, or the files
+    do not hold what config.json describes.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a model folder.")
-    index, weights = folder / INDEX, {"model.safetensors"}
-    if index.is_file():
-        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if (folder / "model.safetensors").is_file() and "model.safetensors" not in weights:
-            raise CheckpointError(f"{folder} has model.safetensors and {INDEX}: two models. Remove one of them.")
-    for name in sorted(weights):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}: the model is incomplete.")
+    if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} has {SINGLE} and {INDEX}: two models. Remove one of them.")
+    weights = weight_files(folder)
+    if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} lacks {SINGLE}: the model is incomplete.")
     if not inspect_checkpoint(folder).layers:
         raise CheckpointError(f"{folder} has no packed layers: push takes models that hf_spqr has quantized.")
+    check_folder(folder, weights)
     return [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and not any(fnmatch(part, pattern) for part in path.relative_to(folder).parts for pattern in NEVER)
-        and (path.suffix != ".safetensors" or path.relative_to(folder).as_posix() in weights)
+        and (path.suffix != ".safetensors" or path in weights)
     ]
 
 
@@ -212,12 +215,14 @@ def _card_files(
     base_model = base_model or hub_name(report.base_model)
     if license is None and base_model is not None:
         license = _license_of(base_model, api)
+    loader, task = auto_class(checkpoint.architecture)
+    own_code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     made = {CARD: staging / CARD}
     if plot := _plot(report, staging / PLOT_NAME):
         made[PLOT_NAME] = plot
     text = model_card(
         report, repo_id, checkpoint=checkpoint, base_model=base_model, license=license, tags=tags or (),
-        evaluation=evaluation, plot=PLOT_NAME if plot else None,
+        evaluation=evaluation, plot=PLOT_NAME if plot else None, loader=loader, task=task, own_code=own_code,
     )  # fmt: skip
     made[CARD].write_text(text, encoding="utf-8")
     return made

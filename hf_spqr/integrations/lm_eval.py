@@ -11,35 +11,21 @@ from typing import Any
 
 from hf_spqr.errors import ConfigError
 
-__all__ = ["evaluate_tasks", "main_metric"]
+__all__ = ["evaluate_tasks", "find_tasks", "main_metric"]
 
 FIRST = ("acc_norm", "acc", "exact_match", "word_perplexity", "perplexity", "byte_perplexity")
 """Metrics by which a task is usually reported, in the order of choice."""
 
 
-def evaluate_tasks(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    folder: str | os.PathLike[str] | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 1,
-) -> dict[str, Any]:
-    """Run ``tasks`` on ``model``, as ``lm-eval run`` would.
+def find_tasks(tasks: Sequence[str], folder: str | os.PathLike[str] | None = None) -> Any:
+    """lm-eval's ``TaskManager``, which knows ``tasks``; before a model is loaded, for loading may take long.
 
     folder: a folder of task files (YAML) besides lm-eval's own tasks, e.g. with local data for a machine without
     network. Paths of data in them are relative to the working directory, as for lm-eval.
 
-    Returns ``{"lm_eval": version, "tasks": {task: {"version", "num_fewshot", "samples", "metrics": {name: value},
-    "stderr": {name: value}}}}``.
-
     Raises ImportError without lm-eval, ConfigError for an unknown task or a folder that does not exist.
     """
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(f"evaluating on tasks needs lm-eval: pip install hf-spqr[eval] ({error})") from error
@@ -57,9 +43,31 @@ def evaluate_tasks(
         raise ConfigError(
             f"lm-eval knows no task {unknown[0]!r}: `lm-eval ls tasks` lists its own, --task-folder adds."
         )
+    return manager
+
+
+def evaluate_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    manager: Any,
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """Run ``tasks``, which ``manager`` of :func:`find_tasks` knows, on ``model``, as ``lm-eval run`` would.
+
+    Returns ``{"lm_eval": version, "tasks": {task: {"version", "num_fewshot", "samples", "metrics": {name: value},
+    "stderr": {name: value}}}}``.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    names = dict.fromkeys(name for task in tasks for name in manager.match_tasks([task]))  # patterns such as arc_*
     found: Any = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
+        tasks=list(names),
         task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit,

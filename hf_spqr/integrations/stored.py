@@ -16,10 +16,11 @@ from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from hf_spqr.integrations import tensor_parallel
-from hf_spqr.integrations.checkpoint import Renamer, Spec, read_headers
+from hf_spqr.integrations.checkpoint import Spec, read_headers
 from hf_spqr.integrations.transformers import PackedQuantizer, attach
 from hf_spqr.nn import PackedLinear
 from hf_spqr.report import LayerReport, QuantizationReport
+from hf_spqr.report.names import Renamer
 
 __all__ = ["ImportingQuantizer", "StoredLinear", "layer_report"]
 

@@ -68,7 +68,7 @@ class PackedStyle(TensorParallelLayer):
                 module.hold(_share(module, self.style, mesh))
         elif isinstance(module, PackedExperts):
             if param == module.kind.fused:
-                first, last = chunk(module.kind.experts, mesh.get_local_rank(), mesh.size())
+                first, last = chunk(module.kind.experts, mesh.get_local_rank(), mesh.size(), "experts")
                 module.hold(first, last, mesh.get_group())
         else:
             ALL_PARALLEL_STYLES[self.style].shard_param(module, param, mesh)

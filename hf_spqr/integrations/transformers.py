@@ -7,6 +7,7 @@ import re
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -15,7 +16,7 @@ from hf_spqr import quantize
 from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import FORMAT_VERSION, OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
-from hf_spqr.integrations import activations, hub, tensor_parallel
+from hf_spqr.integrations import activations, tensor_parallel
 from hf_spqr.integrations.checkpoint import Contents, check_complete, check_loaded, check_order, read_contents
 from hf_spqr.integrations.experts import (
     JoinExperts,
@@ -173,10 +174,10 @@ class PackedQuantizer(HfQuantizer):
             for key, parameter in module.named_parameters(recurse=False):
                 if key != "bias":
                     parameter.requires_grad_(False)
-            if any(tensor.is_meta for tensor in module.packed_tensors().values()):
-                continue  # offloaded to disk
             try:
-                module.check()
+                with align_module_device(module):  # what is offloaded to disk is mapped for the moment
+                    if not module.packed.is_meta:  # as device_map="meta" leaves it
+                        module.check()
             except CheckpointError as error:
                 raise CheckpointError(f"{name}: {error}") from error
 
@@ -288,7 +289,7 @@ QUANTIZERS: dict[type[PackedConfig], type[PackedQuantizer]] = {
 def register() -> None:
     """Make the quantization methods known to Transformers; called by ``import hf_spqr``, harmless when repeated."""
     activations.register_attention()
-    hub.install()
+    activations.install()
     for config_class, quantizer in QUANTIZERS.items():
         method = config_class.quant_method
         auto.AUTO_QUANTIZER_MAPPING[method] = quantizer

@@ -30,7 +30,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs
 
 from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig
-from hf_spqr.errors import UnsupportedLayerError
+from hf_spqr.errors import ConfigError, UnsupportedLayerError
 from hf_spqr.formats.tokens import fake_quantize_activation
 from hf_spqr.integrations.shards import Part, Shards
 from hf_spqr.integrations.vllm_experts import PackedExpertsMethod, projection_names
@@ -54,8 +54,13 @@ class PackedVllmConfig(QuantizationConfig):
     module_class: ClassVar[type[PackedLinear]]
     grouped_class: ClassVar[type[GroupedLinear]]
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any = None) -> None:
         super().__init__()
+        if config is None:  # what vLLM does with --quantization where the model's config.json has none
+            raise ConfigError(
+                f"This model is not quantized: its config.json has no quantization_config, and {self.get_name()!r}"
+                " does not quantize while loading. Run `hf-spqr quantize` and serve its output, without --quantization."
+            )
         self.config = config
 
     @classmethod
@@ -135,8 +140,9 @@ class OmniQuantVllmConfig(PackedVllmConfig):
     module_class = AffineLinear
     grouped_class = AffineGroupedLinear
 
-    def __init__(self, config: OmniQuantConfig) -> None:
+    def __init__(self, config: OmniQuantConfig | None = None) -> None:
         super().__init__(config)
+        assert config is not None
         if config.act_bits is not None and config.params().quantize_attention:
             warnings.warn(
                 f"Inputs of linear layers are quantized to {config.act_bits} bits; q, k and v inside attention, which"

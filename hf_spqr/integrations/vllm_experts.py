@@ -99,9 +99,9 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         slots = layer.expert_map
         if slots is None:
             try:
-                first, last = chunk(total, rank, size)
+                first, last = chunk(total, rank, size, "experts")
             except ConfigError as error:
-                raise ConfigError(f"{self.prefix}: {error}. Use a smaller tensor parallel size.") from error
+                raise ConfigError(f"{self.prefix}: {error} (tensor_parallel_size).") from error
             slots = torch.full((total,), -1)
             slots[first:last] = torch.arange(last - first)
         held = sorted((expert for expert in range(total) if slots[expert] >= 0), key=slots.tolist().__getitem__)

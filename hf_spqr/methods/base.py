@@ -13,8 +13,6 @@ from hf_spqr.formats.affine import AffineLayout, AffineWeight
 from hf_spqr.formats.panels import GROUP_SIZES
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
 
-_ENERGY_BLOCK = 256
-
 
 @dataclass(frozen=True)
 class SpQRParams:
@@ -26,7 +24,8 @@ class SpQRParams:
     zero_bits           2..8, widths of the codes of the scales and zeros themselves
     second_group        16 or 32 scales share one second level: 16 rows times 1 or 2 neighbouring groups
     outlier_threshold   tau: a weight is kept in 16 bit when that lowers the squared error by more than tau times the
-                        mean over inputs of var(W_j) / [H^-1]_jj; smaller = more outliers, inf = none
+                        mean over inputs of var(W_j) / U_jj^2, with U^T U the inverse of the damped H; smaller = more
+                        outliers, inf = none
     act_order           store the columns in the order of falling activation energy (needs a gather of x at inference)
                         None: the mode's choice, False by default and True in the reference
     percdamp            damping of H as a share of its mean diagonal; None: 0.03, in the reference 1.0

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
 from hf_spqr.methods import spqr_fit, spqr_reference
 from hf_spqr.methods.base import LayerResult, SpQRParams, check_inputs, energy_ratio, output_energy, relative_error
@@ -25,7 +26,7 @@ def quantize(weight: Tensor, hessian: Tensor, params: SpQRParams) -> LayerResult
     """Quantize weight [N, K] (any float dtype) for inputs with Hessian H [K, K] ~ X^T X (any positive scale).
 
     Raises NonFiniteError on NaN or infinity in either, ConfigError on shapes that do not match, CalibrationError when
-    H cannot be damped into a positive definite matrix.
+    H cannot be damped into a positive definite matrix, UnsupportedLayerError when an outlier is beyond float16.
     """
     check_inputs(weight, hessian)
     weight, hessian = weight.float(), hessian.float()
@@ -87,9 +88,14 @@ def assemble(state: State[UnitStatistics], layout: SpQRLayout, plan: Plan, perm:
     """The logical weight in stored column order; outliers become what is to be added to the dense value."""
     rows = layout.out_features
     back = torch.argsort(plan.columns)
-    residual = torch.where(state.outlier, state.value - state.dense, 0.0)[back].T
+    residual = torch.where(state.outlier, state.value - state.dense, 0.0)[back].T.half()
+    if bool(residual.isinf().any()):
+        raise UnsupportedLayerError(
+            "An outlier is larger than float16 can hold (65504). Check the checkpoint, or exclude the layer with"
+            " modules_to_not_convert."
+        )
     # A residual that rounds to 0 in float16 would cost 32 bits for nothing.
-    row, column = (residual.half() != 0).nonzero(as_tuple=True)
+    row, column = (residual != 0).nonzero(as_tuple=True)
     counts = torch.bincount(row, minlength=rows)
     group_order = torch.argsort(torch.tensor([group.index for unit in plan.units for group in unit]))
     unit_order = torch.argsort(torch.tensor([unit[0].index for unit in plan.units]))
@@ -103,6 +109,6 @@ def assemble(state: State[UnitStatistics], layout: SpQRLayout, plan: Plan, perm:
         second=torch.stack([unit.second() for unit in state.grids], dim=1)[:, unit_order].contiguous(),
         outlier_row=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
         outlier_col=column.int(),
-        outlier_value=residual[row, column].half(),
+        outlier_value=residual[row, column],
         perm=None if perm is None else perm.int(),
     )

@@ -129,6 +129,8 @@ class PackedExperts(nn.Module):
     ) -> Tensor:
         """hidden_states [T, hidden] with the experts top_k_index [T, k] of each token and their weights [T, k].
 
+        An index that is no expert's (E and above, as Transformers marks experts of other ranks, or negative, as vLLM
+        does) adds nothing.
         Without an index: hidden_states [E * T, hidden], T rows for each expert, of which zero rows are not computed.
         Returns the sum over the experts of a token, [T, hidden], or [E * T, hidden].
         """
@@ -148,10 +150,9 @@ class PackedExperts(nn.Module):
         return y.view(-1, top_k, self.kind.hidden).sum(1).to(hidden_states.dtype)
 
     def _experts(self, x: Tensor, expert: Tensor) -> Tensor:
-        """Row i of x [S, hidden] through expert ``expert[i]``; rows of expert E and beyond give zeros."""
+        """Row i of x [S, hidden] through expert ``expert[i]``; rows of experts that are not held give zeros."""
         first, last = self.held or (0, self.kind.experts)
-        if self.held is not None:
-            expert = (expert - first).masked_fill((expert < first) | (expert >= last), last - first)
+        expert = (expert - first).masked_fill((expert < first) | (expert >= last), last - first)
         order, ends = by_expert(expert, last - first)
         expert, x = expert[order], x[order]
         y = self._join_gate([self.packed[name](x, ends) for name in list(self.kind.projections)[:-1]])
@@ -210,7 +211,10 @@ class PackedExperts(nn.Module):
 
 
 def by_expert(expert: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The order [S] in which rows are sorted by ``expert`` [S], and where the rows of each of ``experts`` end, [E]."""
+    """The order [S] in which rows are sorted by ``expert`` [S], and where the rows of each of ``experts`` end, [E].
+
+    Rows of nobody have the number E.
+    """
     order = expert.argsort(stable=True)
     return order, torch.searchsorted(expert[order], torch.arange(experts, device=expert.device), right=True)
 

@@ -30,14 +30,16 @@ EXTREMES = 2
 """Columns that carry the smallest and the largest value of a token."""
 
 
-def chunk(total: int, rank: int, size: int) -> tuple[int, int]:
-    """Start and stop of what ``rank`` of ``size`` gets of ``total``, as ``torch.chunk`` divides.
+def chunk(total: int, rank: int, size: int, what: str) -> tuple[int, int]:
+    """Start and stop of what ``rank`` of ``size`` gets of ``total`` (rows, experts, ...), as ``torch.chunk`` divides.
 
     Raises ConfigError where a rank would get nothing.
     """
     width = ceil_div(total, size)
     if (size - 1) * width >= total:
-        raise ConfigError(f"{total} cannot be divided among {size} ranks: at least one would get nothing")
+        raise ConfigError(
+            f"{total} {what} cannot be divided among {size} ranks, at least one would get nothing: use fewer ranks"
+        )
     return rank * width, min(total, (rank + 1) * width)
 
 
@@ -52,9 +54,9 @@ class Share:
     first: int
     last: int
 
-    def __init__(self, whole: Any, total: int, rank: int, size: int, group: Any) -> None:
+    def __init__(self, whole: Any, total: int, what: str, rank: int, size: int, group: Any) -> None:
         self.whole, self.rank, self.size, self.group = whole, rank, size, group
-        self.start, self.stop = chunk(total, rank, size)
+        self.start, self.stop = chunk(total, rank, size, what)
 
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that are held, from those of the whole matrix."""
@@ -88,7 +90,7 @@ class RowShare(Share):
     """Some of the rows: the whole input gives some of the outputs."""
 
     def __init__(self, whole: Any, rank: int, size: int, group: Any) -> None:
-        super().__init__(whole, whole.out_features, rank, size, group)
+        super().__init__(whole, whole.out_features, "rows", rank, size, group)
         self.first = self.start // ROWS * ROWS
         self.last = min(ceil_div(self.stop, ROWS) * ROWS, whole.out_features)
         self.layout = replace(whole, out_features=self.last - self.first)
@@ -133,10 +135,10 @@ class ColumnShare(Share):
     def __init__(
         self, whole: Any, rank: int, size: int, group: Any, *, ordered: bool = False, act_bits: int | None = None
     ) -> None:
-        super().__init__(whole, whole.in_features, rank, size, group)
+        super().__init__(whole, whole.in_features, "columns", rank, size, group)
         shared, columns = shared_columns(whole), whole.in_features
         if ordered:
-            first, last = chunk(ceil_div(columns, shared), rank, size)
+            first, last = chunk(ceil_div(columns, shared), rank, size, "groups of columns")
             self.first, self.last = first * shared, min(last * shared, columns)
         else:
             self.first = self.start // shared * shared

@@ -49,7 +49,10 @@ def spqr_grouped_linear(
     *shape_and_layout: Any,
 ) -> Tensor:
     """x [S, in_features] -> [S, out_features] by ``linear`` and ``dequantize``; other arguments as in the schema."""
+    _check_experts(packed, outlier_row=outlier_row, perm=perm)
     starts = [0, *outlier_row[:, -1].cumsum(0).tolist()]
+    if outlier.shape[0] != starts[-1]:
+        raise ValueError(f"outlier must hold the {starts[-1]} outliers that outlier_row counts, got {len(outlier)}")
 
     def tensors(expert: int) -> tuple[Tensor | None, ...]:
         own = outlier[starts[expert] : starts[expert + 1]]
@@ -68,6 +71,7 @@ def affine_grouped_linear(
     *shape_and_layout: Any,
 ) -> Tensor:
     """x [S, in_features] -> [S, out_features] by ``linear`` and ``dequantize``; other arguments as in the schema."""
+    _check_experts(packed, perm=perm)
 
     def tensors(expert: int) -> tuple[Tensor | None, ...]:
         return packed[expert], None if perm is None else perm[expert]
@@ -87,6 +91,7 @@ def integer_grouped_linear(
     *layout_and_act: Any,
 ) -> Tensor:
     """x [S, in_features] -> [S, out_features], the rows quantized first; other arguments as in the schema."""
+    _check_experts(packed, perm=perm)
     *layout, act_bits, act_sym = layout_and_act
     y = x.new_zeros((x.shape[0], out_features))
     for expert, begin, end in _rows(x, ends, packed.shape[0], in_features):
@@ -118,6 +123,13 @@ def _loop(
         last = end
     y[last:].zero_()
     return y
+
+
+def _check_experts(packed: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless the tensors beside ``packed`` [E, ...] are those of as many experts."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape[:1] != packed.shape[:1]:
+            raise ValueError(f"{name} must be of {packed.shape[0]} experts, got {list(tensor.shape)}")
 
 
 def _rows(x: Tensor, ends: Tensor, experts: int, columns: int) -> Iterator[tuple[int, int, int]]:

@@ -11,8 +11,10 @@ columns, float32 scale and int32 zero [..., 1]. ``dtype`` is that of the result 
 is faster; others compute as without it. The gradient is that of the exact op.
 
 Ops raise on wrong dtypes, shapes and devices. They trust what only reading all of a tensor would show, the columns of
-outliers and of ``perm``: modules check these when they are loaded (:func:`hf_spqr.formats.spqr.check_outliers`,
-:func:`hf_spqr.formats.columns.check_perm`). On GPUs they trust the numbers of ``outlier_row``, too.
+outliers and of ``perm``, and the zero points of whole rows, which have room for more than a code: what comes of wrong
+ones is not defined, and not the same everywhere. Modules check these when they are loaded
+(:func:`hf_spqr.formats.spqr.check_outliers`, :func:`hf_spqr.formats.columns.check_perm`,
+:func:`hf_spqr.formats.affine.check_zeros`). On GPUs ops trust the numbers of ``outlier_row``, too.
 """
 
 import torch

@@ -91,8 +91,7 @@ def survey_layer(
             bins = ((score.log2() - LOWEST) * (BINS / (HIGHEST - LOWEST))).floor_().clamp_(-1, BINS).long() + 1
             histogram += torch.bincount(bins.flatten().cpu(), minlength=BINS + 2)
     above = histogram.flip(0).cumsum(0).flip(0)[1:].tolist()
-    row_blocks, words = layout.packed_shape()
-    fixed_bytes = 4 * row_blocks * words + 4 * (rows + 1) + (4 * columns if params.permutes else 0)
+    fixed_bytes = layout.fixed_bytes + (4 * columns if params.permutes else 0)
     own = params.outlier_threshold if fixed else None
     many = len(weights)
     return LayerScores(name, many * rows * columns, many * fixed_bytes, layout.outlier_dtype.itemsize, above, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_spqr.calibration.blocks import find_stacks, record
+from hf_spqr.calibration.blocks import Block, attending_parts, check_reads_text, find_stacks, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows, check_tokens
-from hf_spqr.config import OmniQuantConfig, SpQRConfig, name_matches
+from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig, name_matches
+from hf_spqr.nn.dense import features, matrix
 from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import ExpertsTarget, find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
@@ -24,7 +26,7 @@ from hf_spqr.quantize.targets import Target, check_weights, find_targets, left_a
 from hf_spqr.report import CalibrationReport, QuantizationReport
 from hf_spqr.report.card import hub_name
 
-__all__ = ["quantize_model", "tokenizer_beside"]
+__all__ = ["least_bytes", "quantize_model", "tokenizer_beside"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +83,9 @@ def _quantize(
     config.settle()
     spqr = isinstance(config, SpQRConfig)
     with ranks.together():
-        stacks = [
-            (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config))
-            for blocks in find_stacks(model)
-        ]
+        stacks = _find_work(model, config)
         targets = [target for _, found, _ in stacks for target in found]
         experts = [target for _, _, found in stacks for target in found]
-        if not targets and not experts:
-            raise nothing_to_quantize(model, [block for blocks, _, _ in stacks for block in blocks])
         chosen = {t.name: t.linear for t in targets} | {t.name: t.module for t in experts}
         check_weights(model, chosen, config)
     windows = ranks.from_first(lambda: _windows(model, config, config.tokenizer if tokenizer is None else tokenizer))
@@ -130,6 +127,41 @@ def _quantize(
     return report
 
 
+def least_bytes(model: nn.Module, config: PackedConfig) -> int:
+    """What the weights of ``model`` take at least once they are quantized and saved, in bytes.
+
+    Outliers are not counted, but where ``config.target_bits`` says how many there are. ``model`` may be on the meta
+    device. Raises UnsupportedLayerError: no blocks, or nothing to quantize in them.
+    """
+    dense = sum(parameter.nbytes for parameter in model.parameters())
+    packed = weights = 0
+    for _, targets, experts in _find_work(model, config):
+        for target in targets:
+            shape = features(target.linear)
+            dense -= matrix(target.linear).nbytes
+            packed += config.layout(*shape, target.name).fixed_bytes
+            weights += math.prod(shape)
+        for fused in experts:
+            for name, shape in fused.projections.items():
+                dense -= fused.kind.view(fused.module, name.rpartition(".")[2]).nbytes
+                packed += fused.kind.experts * config.layout(*shape, name).fixed_bytes
+                weights += fused.kind.experts * math.prod(shape)
+    target_bits = config.target_bits if isinstance(config, SpQRConfig) else None
+    return dense + (packed if target_bits is None else max(packed, int(weights * target_bits / 8)))
+
+
+def _find_work(model: nn.Module, config: PackedConfig) -> list[tuple[list[Block], list[Target], list[ExpertsTarget]]]:
+    """The stacks of blocks of ``model`` with what is quantized in each."""
+    check_reads_text(model)
+    stacks = [
+        (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config))
+        for blocks in find_stacks(model)
+    ]
+    if not any(targets or experts for _, targets, experts in stacks):
+        raise nothing_to_quantize(model, [block for blocks, _, _ in stacks for block in blocks])
+    return stacks
+
+
 def _windows(model: nn.Module, config: SpQRConfig | OmniQuantConfig, tokenizer: Any) -> list[Tensor]:
     """The calibration data as token ids that the model knows."""
     windows = calibration_windows(
@@ -156,22 +188,26 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _settle_attention(model: nn.Module, config: OmniQuantConfig, report: QuantizationReport) -> None:
     """Leave q, k, v alone where inference could not quantize them: what is learned must be what runs."""
-    quantizes = config.act_bits is not None and config.params().quantize_attention
-    if quantizes and not _attends_by_sdpa(model):
+    if config.act_bits is None or not config.params().quantize_attention:
+        return
+    parts = attending_parts(model)
+    if not parts or not all(map(_attends_by_sdpa, parts)):
         config.learning["quantize_attention"] = False
         report.notes.append(
-            f"{type(model).__name__} does not compute attention by scaled_dot_product_attention: q, k and v stay in"
-            " full precision, the inputs of the layers are quantized."
+            f"{type(model).__name__} does not compute attention by scaled_dot_product_attention, or not through"
+            " Transformers' attention interface: q, k and v stay in full precision, the inputs of the layers are"
+            " quantized."
         )
 
 
-def _attends_by_sdpa(model: Any) -> bool:
-    """Whether scaled_dot_product_attention is all of the model's attention: it knows no soft cap (Gemma 2).
+def _attends_by_sdpa(part: Any) -> bool:
+    """Whether scaled_dot_product_attention is all of the attention (it knows no soft cap, Gemma 2) and replaceable.
 
     Transformers 5.17 says that a model with a soft cap supports it, and drops the cap there.
     """
-    config = model.config.get_text_config()
-    return getattr(model, "_supports_sdpa", False) and getattr(config, "attn_logit_softcapping", None) is None
+    config = part.config.get_text_config()
+    without_cap = getattr(config, "attn_logit_softcapping", None) is None
+    return without_cap and part._supports_sdpa and part._can_set_attn_implementation()
 
 
 def _names_in_order(model: nn.Module, targets: Sequence[Target], experts: Sequence[ExpertsTarget]) -> list[str]:

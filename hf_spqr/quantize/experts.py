@@ -143,11 +143,9 @@ def find_experts(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
             target = ExpertsTarget(name, local_name, index, module, kind)
             if any(config.excludes(projection) for projection in target.projections):
                 continue
-            words = 0
-            for projection, (rows, columns) in target.projections.items():
-                words += math.prod(config.layout(rows, columns, projection).packed_shape())
+            layouts = [config.layout(*shape, projection) for projection, shape in target.projections.items()]
             full = sum(kind.view(module, projection)[0].nbytes for projection in kind.projections)
-            if 4 * words < full:
+            if sum(layout.fixed_bytes for layout in layouts) < full:
                 found.append(target)
     return found
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_spqr.calibration.blocks import Block
 from hf_spqr.config import SpQRConfig
+from hf_spqr.errors import ConfigError
 from hf_spqr.formats import spqr as packing
 from hf_spqr.formats.spqr import SpQRWeight
 from hf_spqr.methods import spqr
@@ -69,6 +70,21 @@ class SpQRRun(Run[SpQRConfig]):
         if self.budget is not None:
             self.config.outlier_threshold = self.budget.chosen()
             self.report.notes.append(self.budget.summary(self.report.bits_per_weight))
+
+    def _check_size(self, block: Block, mine: Mapping[str, Target]) -> None:
+        """Raise ConfigError where the layers of the first block are larger than before: so would be all others."""
+        if len(self.report.layers) > len(mine):
+            return
+        before = sum(dense.matrix(target.linear).nbytes for target in mine.values())
+        if self.report.nbytes > before:
+            error = ConfigError(
+                f"outlier_threshold={self.config.outlier_threshold:g} makes the layers of {block.name} larger than"
+                f" they were: {self.report.bits_per_weight:.1f} bits per weight instead of"
+                f" {8 * before / self.report.weights:.0f}. Raise it (0.2 keeps about 1 % of the weights as outliers),"
+                " or set target_bits."
+            )
+            error.everywhere = self.ranks.size > 1
+            raise error
 
     def _survey(self, target_bits: float) -> Budget:
         """A pass through the model as it is that only counts outliers for every threshold."""
@@ -149,6 +165,7 @@ class SpQRRun(Run[SpQRConfig]):
                     packed[name] = done[name].module.to(dense.matrix(layers[name]).device)
                     self.report.notes.extend(done[name].notes)
                     self.done(done[name].report)
+        self._check_size(block, mine)
         return packed
 
     def _owners(self, mine: Mapping[str, Target]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -29,7 +30,11 @@ from hf_spqr.report import LayerReport, QuantizationReport
 
 __all__ = ["Run", "named"]
 
+logger = logging.getLogger(__name__)
+
 ConfigT = TypeVar("ConfigT", bound=PackedConfig)
+PLAIN_BITS = 16
+"""Bits of a weight that is not quantized."""
 
 
 @dataclass
@@ -145,8 +150,16 @@ class Run(Generic[ConfigT]):
         self.bar.update(max(len(self.report.layers) + layers - self.bar.n, 0))
 
     def done(self, layer: LayerReport) -> None:
-        """Note a finished layer."""
+        """Note a finished layer, with a warning where it would have been smaller in bfloat16."""
         self.report.layers.append(layer)
+        if layer.bits_per_weight > PLAIN_BITS:
+            note = (
+                f"{layer.name}: {layer.bits_per_weight:.1f} bits per weight, more than the {PLAIN_BITS} of bfloat16:"
+                f" {layer.outlier_share:.0%} of its weights are outliers. Raise outlier_threshold, or set target_bits."
+            )
+            self.report.notes.append(note)
+            if self.ranks.first:
+                logger.warning(note)
         error = "" if layer.error is None else f" error {layer.error:.4f},"
         self.show(f"{layer.name}{error} {layer.bits_per_weight:.3f} bits")
 

@@ -48,8 +48,7 @@ def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
                 continue
             if any(part in keep for part in name.split(".")):
                 continue
-            rows, words = config.layout(*dense.features(module), name).packed_shape()
-            if 4 * rows * words < dense.matrix(module).nbytes:
+            if config.layout(*dense.features(module), name).fixed_bytes < dense.matrix(module).nbytes:
                 targets.append(Target(name, local_name, index, module))
     return targets
 
@@ -77,20 +76,31 @@ def _is_linear(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear):
         return False
     weight, bias = module.weight, module.bias
-    if weight.is_meta or {name for name, _ in module.named_parameters()} - {"weight", "bias"}:
+    if {name for name, _ in module.named_parameters()} - {"weight", "bias"}:
         return False
+    if weight.is_meta:  # cannot be tried
+        return True
     with torch.no_grad():
         probe = torch.linspace(-1, 1, module.in_features, dtype=weight.dtype, device=weight.device)[None]
-        output = module(probe)
+        try:
+            output = module(probe)
+        except Exception:  # takes something else (DeepSeek-V4's grouped projection)
+            return False
         expected = nn.functional.linear(probe, weight, bias)
         return isinstance(output, Tensor) and torch.allclose(output, expected, rtol=1e-2, atol=1e-2)
 
 
 def left_alone(model: nn.Module, chosen: Collection[str]) -> list[str]:
     """Names of the linear layers and experts of ``model`` that are not among ``chosen``."""
-    kinds = dense.DENSE_CLASSES
-    found = [name for name, m in model.named_modules() if isinstance(m, kinds) or describe(m) is not None]
+    found = [n for n, m in model.named_modules() if isinstance(m, dense.DENSE_CLASSES) or _holds_matrices(m)]
     return [name for name in found if name not in chosen]
+
+
+def _holds_matrices(module: nn.Module) -> bool:
+    """Whether ``module`` has several matrices in one parameter, as experts have, also those of an unknown shape."""
+    if type(module).__module__.startswith("torch.nn."):  # convolutions
+        return False
+    return any(parameter.dim() == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False))
 
 
 def selectable(model: nn.Module) -> list[str]:

@@ -45,6 +45,9 @@ def model_card(
     tags: Sequence[str] = (),
     evaluation: Mapping[str, Any] | None = None,
     plot: str | None = None,
+    loader: str = "AutoModelForCausalLM",
+    task: str | None = "text-generation",
+    own_code: bool = False,
 ) -> str:
     """The text of the card.
 
@@ -57,6 +60,9 @@ def model_card(
         tags: more tags for the metadata.
         evaluation: what ``hf-spqr eval --json`` printed for this model, perhaps with its ``base``.
         plot: name of a picture beside the card, see :data:`PLOT_NAME`.
+        loader: the Auto class of Transformers that loads the model.
+        task: the Hub's name of what it does; None for no name.
+        own_code: whether the repository has Python code that loading runs.
 
     Raises:
         ConfigError: ``evaluation`` is not such a result.
@@ -78,7 +84,7 @@ def model_card(
         keep_trailing_newline=True,
     )
     return environment.get_template("card.md.j2").render(
-        metadata=_metadata(report, base_model, license, tags),
+        metadata=_metadata(report, base_model, license, tags, task),
         title=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         base_model=base_model,
@@ -99,6 +105,9 @@ def model_card(
         hardware=report.hardware,
         evaluation=None if evaluation is None else _public(evaluation),
         plot=plot,
+        loader=loader,
+        own_code=own_code,
+        has_processor=task == "image-text-to-text",
         notes=report.notes,
         skipped=skipped,
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
@@ -114,9 +123,13 @@ def _public(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {"base": None, **evaluation, "dataset": PurePath(dataset).name if is_file else dataset}
 
 
-def _metadata(report: QuantizationReport, base_model: str | None, license: str | None, tags: Sequence[str]) -> str:
+def _metadata(
+    report: QuantizationReport, base_model: str | None, license: str | None, tags: Sequence[str], task: str | None
+) -> str:
     """The YAML block of the Hub."""
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    fields: dict[str, Any] = {"library_name": "transformers"}
+    if task:
+        fields["pipeline_tag"] = task
     if base_model:
         fields |= {"base_model": base_model, "base_model_relation": "quantized"}
     if license:

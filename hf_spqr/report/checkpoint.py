@@ -13,8 +13,13 @@ from hf_spqr.errors import CheckpointError
 from hf_spqr.report.records import QuantizationReport
 from hf_spqr.report.shapes import LayerShapes
 
-__all__ = ["CheckpointReport", "PackedLayer", "TensorInfo", "inspect_checkpoint", "read_headers"]
+__all__ = [
+    "INDEX", "SINGLE", "CheckpointReport", "PackedLayer", "TensorInfo", "inspect_checkpoint", "read_headers",
+    "weight_files",
+]  # fmt: skip
 
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 PACKED = ".packed"
 EXPERT = re.compile(r"^(.+\.experts)\.\d+\.(.+)$")
 PARTS = ("packed", "outlier_row", "outlier", "perm", "weight")
@@ -161,6 +166,31 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a load of ``folder`` reads, in the order of their names.
+
+    They are model.safetensors, else what the index names, else all: variants and names of other programs. Others may
+    lie beside them, left by an earlier save.
+
+    Raises CheckpointError when the index is damaged or a file that it names is not there.
+    """
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        data = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted(set(data["weight_map"].values()))
+        _ = data["metadata"]  # Transformers asks for it
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}: the model is incomplete.")
+    return [folder / name for name in names]
+
+
 def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     """Describe the checkpoint in ``folder``, quantized or not.
 
@@ -170,7 +200,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder} has no *.safetensors files; only safetensors checkpoints can be inspected")
     tensors = {name: info for file in files for name, info in read_headers(file).items()}
@@ -186,7 +216,8 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
         layers.setdefault(EXPERT.sub(r"\1.\2", name), []).append(parts)
     written = QuantizationReport.load(folder)
     shapes = LayerShapes(folder, quantization, written)
-    for name, matrices in layers.items():
+    for stored, matrices in layers.items():
+        name = shapes.in_model(stored)
         entry = written.layer(name) if written else None
         rows, columns = shapes.find(name, {part: info.shape for part, info in matrices[0].items()})
         layout = shapes.layout(name, (rows, columns))

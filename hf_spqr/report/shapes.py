@@ -5,17 +5,60 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_spqr.errors import CheckpointError
+from hf_spqr.errors import CheckpointError, ConfigError
 from hf_spqr.report.records import REPORT_NAME, QuantizationReport
 
-__all__ = ["LayerShapes"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_spqr.config import PackedConfig
+    from hf_spqr.report.names import Renamer
+
+__all__ = ["LayerShapes", "empty_model", "packed_config"]
 
 COLUMNS = 32
 """Columns of a tile of the packed format."""
 ROWS = 16
 MOST_COLUMNS = 1 << 24
+
+
+def packed_config(folder: Path, quantization: Mapping[str, Any]) -> PackedConfig | None:
+    """The object of a ``quantization_config``; None for methods of other packages.
+
+    Raises CheckpointError, naming the file in ``folder``, where a field is out of range or the version is unknown.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    from hf_spqr.config import PackedConfig
+
+    config_class = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(quantization.get("quant_method")))
+    if config_class is None or not issubclass(config_class, PackedConfig):
+        return None
+    try:
+        return config_class.from_dict(dict(quantization))
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model that config.json in ``folder`` describes, not quantized and without memory for weights.
+
+    Raises CheckpointError where it describes none.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    from hf_spqr.report.model_classes import without_weights
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return without_weights(config)
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error
 
 
 class LayerShapes:
@@ -29,6 +72,12 @@ class LayerShapes:
         self.folder = folder
         self.quantization = quantization
         self.report = report
+
+    def in_model(self, name: str) -> str:
+        """What the model calls the layer that a file calls ``name``."""
+        if (self.report and self.report.layer(name)) or ".experts." in name or name in self._model_shapes:
+            return name
+        return self._rename(f"{name}.weight")[0].removesuffix(".weight")
 
     def layout(self, name: str, shape: tuple[int, int]) -> Any:
         """The packed layout of a layer, with its bits and group_size; None for methods of other packages."""
@@ -48,7 +97,7 @@ class LayerShapes:
         if name in self._model_shapes:
             return self._model_shapes[name]
         if ".experts." in name and self._config is not None:
-            shape = self._from_words(name, tensors)
+            shape = _from_words(self._config, name, tensors)
             if shape is not None:
                 return shape
         raise CheckpointError(
@@ -57,51 +106,38 @@ class LayerShapes:
         )
 
     @cached_property
-    def _config(self) -> Any:
-        """The config object; None for methods of other packages."""
-        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+    def _config(self) -> PackedConfig | None:
+        return packed_config(self.folder, self.quantization)
 
-        from hf_spqr.config import PackedConfig
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return empty_model(self.folder)
 
-        config_class = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(self.quantization.get("quant_method")))
-        if config_class is None or not issubclass(config_class, PackedConfig):
-            return None
-        try:
-            return config_class.from_dict(dict(self.quantization))
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.folder / 'config.json'}: {error}") from error
+    @cached_property
+    def _rename(self) -> Renamer:
+        from hf_spqr.report.names import Renamer
+
+        return Renamer(self._model)
 
     @cached_property
     def _model_shapes(self) -> dict[str, tuple[int, int]]:
-        """Shapes of the linear layers of the model that config.json describes, built without memory for weights."""
-        import torch
-        import transformers
+        """Shapes of the linear layers of the model that config.json describes."""
+        from hf_spqr.nn import dense
 
-        config = transformers.AutoConfig.from_pretrained(self.folder)
-        name = (config.architectures or ["AutoModelForCausalLM"])[0]
-        cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
-        shapes = {}
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                shapes[name] = (module.out_features, module.in_features)
-            elif isinstance(module, transformers.pytorch_utils.Conv1D):
-                shapes[name] = (module.weight.shape[1], module.weight.shape[0])
-        return shapes
+        modules = self._model.named_modules()
+        return {name: dense.features(module) for name, module in modules if isinstance(module, dense.DENSE_CLASSES)}
 
-    def _from_words(self, name: str, tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
-        """The smallest multiple of 32 columns whose packed matrix is as wide as this one; None if there is none."""
-        blocks, words = tensors["packed"]
-        rows = tensors["outlier_row"][0] - 1 if "outlier_row" in tensors else blocks * ROWS
-        low, high = 1, MOST_COLUMNS // COLUMNS
-        while low < high:
-            middle = (low + high) // 2
-            if self._config.layout(rows, COLUMNS * middle, name).packed_shape()[1] < words:
-                low = middle + 1
-            else:
-                high = middle
-        columns = COLUMNS * low
-        return (rows, columns) if self._config.layout(rows, columns, name).packed_shape() == (blocks, words) else None
+
+def _from_words(config: PackedConfig, name: str, tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+    """The smallest multiple of 32 columns whose packed matrix is as wide as this one; None if there is none."""
+    blocks, words = tensors["packed"]
+    rows = tensors["outlier_row"][0] - 1 if "outlier_row" in tensors else blocks * ROWS
+    low, high = 1, MOST_COLUMNS // COLUMNS
+    while low < high:
+        middle = (low + high) // 2
+        if config.layout(rows, COLUMNS * middle, name).packed_shape()[1] < words:
+            low = middle + 1
+        else:
+            high = middle
+    columns = COLUMNS * low
+    return (rows, columns) if config.layout(rows, columns, name).packed_shape() == (blocks, words) else None

@@ -69,7 +69,8 @@ CLASSIC = "opt bloom gpt_neox gptj falcon mpt"
 CONV1D = "gpt2"
 MOE = "mixtral qwen3_moe olmoe deepseek_v3 gpt_oss llama4_text"
 MORE_MOE = (
-    "qwen2_moe phimoe granitemoe minimax glm4_moe ernie4_5_moe hunyuan_v1_moe dots1 aria_text flex_olmo minimax_m2"
+    "qwen2_moe phimoe granitemoe minimax glm4_moe ernie4_5_moe hunyuan_v1_moe dots1 aria_text flex_olmo minimax_m2 "
+    "deepseek_v4 hy_v4"
 )
 QWEN2_VL = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
 SIGLIP = {"model_type": "siglip_vision_model", **VISION}

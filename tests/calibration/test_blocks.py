@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from hf_spqr.calibration.blocks import Block, find_blocks, find_stacks, record, replay
+from hf_spqr.calibration.blocks import Block, check_reads_text, find_blocks, find_stacks, record, replay
 from hf_spqr.errors import CalibrationError, UnsupportedLayerError
 from tests.architectures.matrix import ARCHITECTURES as MATRIX
 from tests.tiny_models import ARCHITECTURES, tiny_model
@@ -79,7 +79,7 @@ def test_an_encoder_that_reads_no_tokens_is_refused():
         eos_token_id=2, decoder_start_token_id=2,
     )  # fmt: skip
     with pytest.raises(UnsupportedLayerError, match="input_features"):
-        find_stacks(WhisperForConditionalGeneration(config))
+        check_reads_text(WhisperForConditionalGeneration(config))
 
 
 def test_model_is_left_as_it_was():

@@ -28,6 +28,7 @@ def test_table_for_people(run, quantized: Path, dataset: Path) -> None:
     ("changes", "message"),
     [
         ({"model_type": "zzz"}, "its config.json cannot be read"),
+        ({"hidden_size": "wide"}, "its config.json cannot be read"),
         ({"quantization_config": {"quant_method": "zzz"}}, "its quant_method 'zzz'"),
         ({"quantization_config": {"bits": 3}}, "its quant_method None"),
     ],
@@ -82,3 +83,17 @@ def test_mistakes_are_messages(run, base: Path, dataset: Path, tmp_path: Path) -
         assert "--dataset only" in run("eval", base, "--tasks", "piqa", *option).err
     for option in (("--num-fewshot", 2), ("--task-folder", tmp_path)):
         assert "--tasks only" in run("eval", base, "-d", dataset, *option).err
+
+
+def test_damaged_folders_are_messages(run, base: Path, quantized: Path, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(quantized, tmp_path / "unmarked")
+    config = json.loads((quantized / "config.json").read_text())
+    (tmp_path / "unmarked" / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    shutil.copytree(base, tmp_path / "index")
+    (tmp_path / "index" / "model.safetensors").rename(tmp_path / "index" / "other.safetensors")
+    (tmp_path / "index" / "model.safetensors.index.json").write_text("{")
+    for name, message in [("unmarked", "other shapes than config.json says"), ("index", "index.json is damaged")]:
+        result = run("eval", tmp_path / name, "-d", dataset)
+        assert result.code == 1
+        assert message in " ".join(result.err.split())
+        assert "Traceback" not in result.err

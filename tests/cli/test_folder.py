@@ -1,9 +1,11 @@
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hf_spqr.cli.common import CommandError
-from hf_spqr.cli.folder import check_output, complete_folder
+from hf_spqr.cli.folder import check_output, check_space, complete_folder
 
 
 def test_new_empty_and_old_folders_are_replaced(tmp_path: Path) -> None:
@@ -32,7 +34,21 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_may_be_written(tmp_path: Path) -> None:
+def test_room_for_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=1 << 20))
+    out = tmp_path / "a" / "b"
+    assert check_space(out, 1 << 19) is None
+    assert "1.00 MiB left" in str(check_space(out, 1 << 20))
+    with pytest.raises(CommandError, match=r"at least 1.00 MiB, and .* has 1.00 MiB left"):
+        check_space(out, (1 << 20) + 1)
+    out.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert check_space(tmp_path / "link" / "b" / "c", 0) is None
+    assert asked == [tmp_path] * 3 + [out]
+
+
+def test_what_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_output(tmp_path / "new", overwrite=False)
     out = tmp_path / "out"
     out.mkdir()
@@ -53,6 +69,9 @@ def test_what_may_be_written(tmp_path: Path) -> None:
         check_output(out, overwrite=True, inputs=(tmp_path / "model", out / "letters.txt"))
     with pytest.raises(CommandError, match="is no folder that may be written"):
         check_output(out / "letters.txt" / "new", overwrite=False)
+    with monkeypatch.context() as mounted, pytest.raises(CommandError, match="is a mount point"):
+        mounted.setattr(Path, "is_mount", lambda path: path == out)
+        check_output(out, overwrite=True)
     (tmp_path / "link").symlink_to(out)
     for path in (out / "config.json", tmp_path / "link"):
         with pytest.raises(CommandError, match="not a folder"):

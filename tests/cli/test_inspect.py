@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_spqr.integrations.transformers import quantize_model
 from hf_spqr.report import QuantizationReport
+from tests.architectures.matrix import ARCHITECTURES, METHODS
 
 
 def test_json_agrees_with_the_report(run, quantized: Path) -> None:
@@ -61,3 +63,18 @@ def test_mistakes_are_messages(run, tmp_path: Path) -> None:
     result = run("inspect", tmp_path, "--json")
     assert result.code == 1
     assert "config.json" in result.json["error"]
+
+
+def test_names_are_those_of_the_model_where_the_file_has_others(run, tmp_path: Path) -> None:
+    """Transformers writes a vision-language model under the names of its first version."""
+    model = next(one for one in ARCHITECTURES if one.kind == "llava").build()
+    config = METHODS["SpQR"]()
+    config.overrides = {r"^model\.language_model\.layers\.0": {"bits": 5}}
+    report = quantize_model(model, config, progress=False)
+    model.save_pretrained(tmp_path)
+    for with_report in (False, True):
+        if with_report:
+            report.save(tmp_path)
+        layers = run("inspect", tmp_path, "--json").json["layers"]
+        assert {layer["name"]: layer["bits"] for layer in layers} == {one.name: one.bits for one in report.layers}
+        assert all((layer["error"] is not None) == with_report for layer in layers)

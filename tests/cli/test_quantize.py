@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +204,15 @@ def test_mistakes_are_messages(run, base: Path, dataset: Path, tmp_path: Path, a
     assert result.code == 1
     assert message in result.err
     assert "Traceback" not in result.err
+    assert names(tmp_path) == set()
+
+
+def test_too_little_room_is_seen_before_the_work(run, base: Path, dataset: Path, tmp_path: Path, monkeypatch) -> None:
+    size = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size // 8))
+    monkeypatch.setattr("hf_spqr.cli.quantize.run", lambda *arguments: pytest.fail("the run has begun"))
+    result = run("quantize", base, tmp_path / "q", "-d", dataset, *FAST)
+    assert result.code == 1 and "the model will take at least" in result.err
     assert names(tmp_path) == set()
 
 

@@ -63,6 +63,14 @@ def test_spqr_round_trip(size, bits, group_size, stat_bits, second_group, share,
     assert_same(spqr.unpack(layout, tensors), weight)
 
 
+def test_outliers_of_another_width_are_refused():
+    """Read as the width that they have, they would be other columns."""
+    layout = spqr.SpQRLayout(16, 64)
+    tensors = spqr.pack(random_spqr(layout))
+    with pytest.raises(ValueError, match=r"outlier must be torch.int32, got torch.int64"):
+        spqr.unpack(layout, {**tensors, "outlier": tensors["outlier"].long()})
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     size=SIZES, bits=st.sampled_from(affine.BITS), group_size=st.sampled_from(GROUP_SIZES), symmetric=st.booleans(),

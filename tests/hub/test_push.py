@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_spqr.errors import CheckpointError, ConfigError
 from hf_spqr.integrations.hub import PushError, push_folder, push_to_hub
 from hf_spqr.report.card import PLOT_NAME
+from tests.architectures.matrix import ARCHITECTURES, METHODS, assert_same
 from tests.tiny_models import byte_tokenizer, tiny_model
 
 IDS = torch.arange(40)[None] * 5 % 258
@@ -20,6 +22,17 @@ IDS = torch.arange(40)[None] * 5 % 258
 def logits(model):
     with torch.no_grad():
         return model(IDS).logits
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def remove_tensor(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def test_what_is_pulled_is_what_was_pushed_to_the_bit(hub, model, folder):
@@ -162,6 +175,12 @@ def test_a_pull_request(hub, folder):
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
             "two models",
         ),
+        (lambda f: change_config(f, num_hidden_layers=3), r"lacks model\.layers\.2\."),
+        (lambda f: change_config(f, num_hidden_layers=1), "packed tensors that belong to no packed linear layer"),
+        (lambda f: change_config(f, intermediate_size=128), "'packed' should be"),
+        (lambda f: change_config(f, hidden_size="wide"), "describes no model"),
+        (lambda f: remove_tensor(f, "model.layers.1.mlp.up_proj.outlier"), r"lacks model\.layers\.1\.mlp\.up_proj"),
+        (lambda f: remove_tensor(f, "model.layers.1.input_layernorm.weight"), "lacks model.layers.1.input_layernorm"),
     ],
 )
 def test_an_incomplete_folder_is_not_pushed(hub, folder, damage, message):
@@ -209,3 +228,22 @@ def test_pushing_a_pulled_model_again(hub, folder):
     push_to_hub(pulled, "tester/two")
     assert "tokenizer.json" in hub.repos["tester/two"].files()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("tester/two")), logits(pulled))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loader", "task"),
+    [("t5", "AutoModelForSeq2SeqLM", None), ("llava", "AutoModelForImageTextToText", "image-text-to-text")],
+)
+def test_the_card_of_another_kind_of_model_loads_it(hub, kind, loader, task, tmp_path):
+    base = next(architecture for architecture in ARCHITECTURES if architecture.kind == kind).build()
+    base.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 32}')
+    load = getattr(transformers, loader).from_pretrained
+    model = load(tmp_path, quantization_config=METHODS["SpQR"]())
+    model.push_to_hub(f"tester/{kind}", tokenizer=byte_tokenizer())
+    card = ModelCard.load(f"tester/{kind}")
+    assert card.data.pipeline_tag == task
+    assert f'model = {loader}.from_pretrained("tester/{kind}")' in card.text
+    assert ("AutoProcessor.from_pretrained" in card.text) == (kind == "llava")
+    assert_same(load(f"tester/{kind}"), model)
+    assert hub.repos[f"tester/{kind}"].files()["preprocessor_config.json"].content == b'{"size": 32}'

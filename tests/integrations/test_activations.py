@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_spqr
 from hf_spqr.nn import AffineLinear
+from tests.architectures.matrix import ARCHITECTURES, calibration_ids
 from tests.tiny_models import tiny_model
 
 
@@ -53,12 +55,38 @@ def test_attention_quantizes_its_operands(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "hf_spqr_a4"
     model.save_pretrained(tmp_path)
     with_attention = logits(model)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")  # does not switch it off
+    with pytest.warns(UserWarning, match="'eager' is not used"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(logits(loaded), with_attention)
-    loaded.set_attn_implementation("sdpa")
-    assert not torch.allclose(logits(loaded), with_attention, atol=1e-3)
+    with pytest.warns(UserWarning, match="'sdpa' is not used"):
+        loaded.set_attn_implementation("sdpa")
+    assert torch.equal(logits(loaded), with_attention)
+    with pytest.raises(ValueError, match="not supported"):
+        loaded.set_attn_implementation("nonsense")
     plain = loaded.dequantize()
     assert plain.config._attn_implementation == "sdpa"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.set_attn_implementation("eager")
+    assert plain.config._attn_implementation == "eager"
+
+
+def test_only_calibrated_attention_is_quantized(tmp_path: Path) -> None:
+    """The vision tower of a vision-language model has neither packed layers nor seen calibration data."""
+    model = next(one for one in ARCHITECTURES if one.kind == "llava").build()
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = model.model.vision_tower(image).last_hidden_state
+    config = hf_spqr.OmniQuantConfig.from_preset("W4A4", dataset=calibration_ids(), nsamples=2, seqlen=32, epochs=0)
+    hf_spqr.quantize_model(model, config, progress=False)
+    model.save_pretrained(tmp_path)
+    for one in (model, type(model).from_pretrained(tmp_path)):
+        assert one.config.text_config._attn_implementation == "hf_spqr_a4"
+        with torch.no_grad():
+            assert torch.equal(one.model.vision_tower(image).last_hidden_state, seen)
+        one.set_attn_implementation({"vision_config": "eager"})
+        assert one.config.vision_config._attn_implementation == "eager"
+        assert one.config.text_config._attn_implementation == "hf_spqr_a4"
 
 
 def test_symmetric_activations_stay_symmetric(tmp_path: Path) -> None:
@@ -77,9 +105,10 @@ def test_symmetric_activations_stay_symmetric(tmp_path: Path) -> None:
     assert loaded.dequantize().config._attn_implementation == "sdpa"
 
 
-def test_a_soft_capped_model_keeps_its_attention() -> None:
-    model = quantized("gemma2")
-    assert model.config._attn_implementation == tiny_model("gemma2").config._attn_implementation
+@pytest.mark.parametrize("kind", ["gemma2", "falcon"], ids=["soft cap", "outside of the attention interface"])
+def test_attention_that_cannot_be_replaced_is_not_quantized(kind: str) -> None:
+    model = quantized(kind)
+    assert model.config._attn_implementation == tiny_model(kind).config._attn_implementation
     assert model.config.quantization_config.params().quantize_attention is False
     assert any("q, k and v stay" in note for note in model.quantization_report.notes)
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_spqr import SpQRConfig
+from hf_spqr.integrations.hub import complete_files
 from hf_spqr.nn import SpQRLinear
 from tests.integrations.conftest import IDS
 
@@ -68,3 +69,6 @@ def test_quantize_save_load_without_a_question(base_folder, texts, tmp_path, mon
     assert sum(isinstance(module, SpQRLinear) for module in again.modules()) == 14
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)
+    model.quantization_report.save(tmp_path / "packed")
+    assert tmp_path / "packed" / "modeling_custom.py" in complete_files(tmp_path / "packed")  # what push sends
+    assert not asked

@@ -38,6 +38,18 @@ def fails(path, message):
         AutoModelForCausalLM.from_pretrained(path)
 
 
+def test_indices_of_a_layer_that_is_offloaded_to_disk(damaged, tmp_path):
+    """They are read when the layer runs, by kernels that trust them."""
+
+    def break_it(tensors):
+        tensors["model.layers.1.mlp.up_proj.outlier"] |= 0xFFFF
+
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    device_map |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj: damaged packed layer: an outlier lies"):
+        AutoModelForCausalLM.from_pretrained(damaged(break_it), device_map=device_map, offload_folder=tmp_path / "off")
+
+
 @pytest.mark.parametrize("leaf", ["packed", "outlier_row", "outlier", "weight"])
 def test_missing_tensor(damaged, leaf):
     path = damaged(lambda t: t.pop(f"{UP}.{leaf}"))
@@ -89,7 +101,7 @@ def test_missing_shard(quantized, tmp_path):
     [
         (f"{UP}.scales", "does not know"),
         ("model.layers.0.input_layernorm.packed", "no packed linear layer"),
-        ("model.layers.7.mlp.up_proj.packed", "no packed linear layer"),
+        ("model.layers.1.mlp.side_proj.packed", "no packed linear layer"),
         ("model.norm.outlier", "no packed linear layer"),
         (f"{UP}.bias", "does not know"),
     ],

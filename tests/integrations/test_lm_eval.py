@@ -12,8 +12,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from hf_spqr.cli import main
-from hf_spqr.errors import ConfigError
-from hf_spqr.integrations.lm_eval import evaluate_tasks, main_metric
+from hf_spqr.integrations.lm_eval import main_metric
 from tests.integrations.conftest import quantize_folder
 from tests.tiny_models import byte_tokenizer
 
@@ -137,12 +136,19 @@ def test_mistakes_are_messages(folders, task_folder, tmp_path, capfd):
         assert left == code and message in " ".join(err.split()), err
 
 
-def test_an_unknown_task(folders, task_folder):
-    from transformers import AutoModelForCausalLM
+def test_an_unknown_task_is_refused_before_a_model_is_loaded(folders, task_folder, monkeypatch, capfd):
+    monkeypatch.setattr("hf_spqr.cli.tasks.load_model", lambda *args: pytest.fail("a model was loaded"))
+    left, _, err = command(
+        capfd, "eval", folders[0], "--tasks", "local_choice,no_such_task", "--task-folder", task_folder
+    )
+    assert left == 1 and "knows no task 'no_such_task'" in " ".join(err.split())
 
-    model = AutoModelForCausalLM.from_pretrained(folders[0])
-    with pytest.raises(ConfigError, match="knows no task 'no_such_task'"):
-        evaluate_tasks(model, byte_tokenizer(), ["no_such_task"], folder=task_folder)
+
+def test_patterns_of_tasks(folders, task_folder, capfd):
+    _, text, err = command(
+        capfd, "eval", folders[0], "--tasks", "local_t*,local_*", "--task-folder", task_folder, "--limit", 1, "--json"
+    )
+    assert list(json.loads(text)["tasks"]) == ["local_text", "local_choice"], err
 
 
 def test_the_usual_metric():

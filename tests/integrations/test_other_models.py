@@ -5,16 +5,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
+    ViTForImageClassification,
+    Wav2Vec2ForCTC,
 )
 from transformers.pytorch_utils import Conv1D
 
+from hf_spqr.errors import UnsupportedLayerError
+from hf_spqr.integrations.transformers import quantize_model
 from hf_spqr.nn import PackedLinear
-from tests.architectures.matrix import ARCHITECTURES, METHODS, assert_same, distance, logits
+from tests.architectures.matrix import ARCHITECTURES, IDS, METHODS, assert_same, distance, logits
 from tests.tiny_models import tiny_model
 
 
@@ -68,8 +73,6 @@ def test_layers_that_a_model_keeps_in_float32(method, dtype, kept, tmp_path):
 
 
 def test_both_stacks_are_calibrated_on_the_quantized_encoder():
-    from hf_spqr.integrations.transformers import quantize_model
-
     model = built("t5")
     report = quantize_model(model, METHODS["SpQR"](), progress=False)
     names = [layer.name for layer in report.layers]
@@ -96,3 +99,42 @@ def test_conv1d_on_the_fly(method, tmp_path):
     again.save_pretrained(tmp_path / "plain")
     shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "plain" / "model.safetensors").items()}
     assert shapes["transformer.h.0.attn.c_attn.weight"] == (64, 192)
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_text_encoders(kind, method, tmp_path):
+    """What sentence-transformers loads: no head, no causal mask."""
+    torch.manual_seed(0)
+    more = {"vocab_size": 258, **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)}
+    base = AutoModel.from_config(AutoConfig.for_model(kind, pad_token_id=0, **SMALL, **more)).eval()
+    base.save_pretrained(tmp_path / "base")
+    model = AutoModel.from_pretrained(tmp_path / "base", quantization_config=METHODS[method]())
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == {"bert": 12, "modernbert": 8}[kind]
+    model.save_pretrained(tmp_path / "q")
+    again = AutoModel.from_pretrained(tmp_path / "q")
+    with torch.no_grad():
+        before, quantized, reloaded = (one(IDS).last_hidden_state for one in (base, model, again))
+    assert 0 < distance(quantized, before) < 0.05
+    assert torch.equal(reloaded, quantized)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls", "reads"),
+    [
+        ("vit", ViTForImageClassification, "pixel_values"),
+        ("wav2vec2", Wav2Vec2ForCTC, "input_values"),
+        ("clip", AutoModel, "more than one kind of input"),
+    ],
+)
+def test_models_that_read_no_text_are_refused(kind, cls, reads):
+    config = AutoConfig.for_model(kind, **({} if kind == "clip" else SMALL))
+    if kind == "clip":
+        for part in (config.text_config, config.vision_config):
+            part.update(SMALL)
+    model = cls.from_config(config) if cls is AutoModel else cls(config)
+    with pytest.raises(UnsupportedLayerError, match=f"reads {reads}: models are calibrated on text"):
+        quantize_model(model, METHODS["SpQR"](), progress=False)

@@ -9,13 +9,16 @@ import torch
 
 pytest.importorskip("peft")
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import peft
+from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import model as lora_model
+from peft.tuners.lora.layer import dispatch_default
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import hf_spqr
-from hf_spqr.integrations.peft import LoraPackedLinear
+from hf_spqr.integrations.peft import LoraPackedLinear, install
 from hf_spqr.nn import AffineLinear, SpQRLinear
 from tests.architectures.matrix import METHODS
 from tests.integrations.conftest import IDS, quantize_folder
@@ -165,11 +168,49 @@ def test_adapters_beside_offloaded_layers_are_refused(folder, tmp_path):
         get_peft_model(base, LoraConfig(target_modules=TARGETS))
 
 
-def test_what_packed_layers_cannot_do_is_refused(folder):
-    with pytest.raises(hf_spqr.UnsupportedLayerError, match="use_dora"):
-        adapted(folder, use_dora=True)
-    with pytest.raises(hf_spqr.UnsupportedLayerError, match="init_lora_weights='pissa'"):
-        adapted(folder, init_lora_weights="pissa")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+    ],
+)
+def test_what_packed_layers_cannot_do_is_refused(folder, options, message):
+    """For the first adapter and for one more, which PEFT puts into the layers that are there."""
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match=message):
+        adapted(folder, **options)
+    model = adapted(folder)
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match=message):
+        model.add_adapter("more", LoraConfig(r=4, target_modules=TARGETS, **options))
+
+
+def test_kasa_is_refused(folder):
+    pytest.importorskip("peft", minversion="0.21")
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match="KaSA"):
+        adapted(folder, kasa_config=peft.KasaConfig())
+
+
+@pytest.mark.parametrize("how", ["gaussian", "orthogonal", "eva"])
+def test_initializations_that_leave_the_base_weights_alone(folder, how):
+    start = logits(AutoModelForCausalLM.from_pretrained(folder))
+    model = adapted(folder, init_lora_weights=how)
+    if how == "eva":  # directions of the activations
+        initialize_lora_eva_weights(model, [{"input_ids": IDS, "labels": IDS}] * 2)
+    torch.testing.assert_close(logits(model), start, rtol=1e-4, atol=1e-4)
+    losses = train(model, 6)
+    assert losses[-1] < losses[0]
+
+
+def test_an_older_version_is_named(folder, monkeypatch):
+    """It makes its layers in another way; a TypeError would be all that the user sees."""
+    monkeypatch.setattr(peft, "__version__", "0.18.1")
+    monkeypatch.setattr(lora_model, "dispatch_default", dispatch_default)
+    install()
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match=r"need PEFT 0.20 or newer, this is 0.18.1"):
+        adapted(folder)
+    dense = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=TARGETS))
+    assert dense.active_adapter == "default"
 
 
 def test_hf_spqr_does_not_import_peft_and_finds_it_later():

@@ -245,7 +245,7 @@ SIZES = {
 }  # fmt: skip
 REFUSED = {
     (3, "heads"): "2 heads of keys and values cannot be divided among 3 ranks",
-    (3, "experts"): "4 cannot be divided among 3 ranks: at least one would get nothing",
+    (3, "experts"): "4 experts cannot be divided among 3 ranks, at least one would get nothing",
     (4, "heads"): "2 heads of keys and values cannot be divided among 4 ranks",
 }
 

@@ -11,8 +11,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_spqr import ConfigError, SpQRConfig, UnsupportedLayerError
+from hf_spqr import CheckpointError, ConfigError, SpQRConfig, UnsupportedLayerError
 from hf_spqr.nn import SpQRLinear
+from tests.architectures.matrix import ARCHITECTURES as MATRIX
+from tests.architectures.matrix import METHODS
 from tests.integrations.conftest import IDS, quantize_folder
 from tests.tiny_models import ARCHITECTURES, byte_tokenizer
 
@@ -188,6 +190,12 @@ def test_offload_to_disk(folder, quantized, tmp_path):
     assert_same(quantized, load(tmp_path / "saved"))
 
 
+def test_a_model_without_data(folder):
+    model = load(folder, device_map="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert isinstance(model.model.layers[1].mlp.up_proj, SpQRLinear)
+
+
 def test_quantizing_with_disk_offload_is_refused(base_folder, texts):
     with pytest.raises(ConfigError, match="offloaded to disk"):
         config = SpQRConfig(dataset=texts)
@@ -225,6 +233,24 @@ def test_overrides_with_full_names_survive_the_change(base_folder, texts, tmp_pa
     base = AutoModel.from_pretrained(tmp_path)
     assert base.layers[0].mlp.up_proj.layout.bits == 5 and base.layers[1].mlp.up_proj.layout.bits == 3
     assert_same(model.model, base)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "t5"])
+def test_fewer_blocks_than_the_file_has(kind, tmp_path):
+    """As of any checkpoint the first ones are loaded, for example as a draft model."""
+    from hf_spqr.integrations.transformers import quantize_model
+
+    model = next(one for one in MATRIX if one.kind == kind).build()
+    quantize_model(model, METHODS["SpQR"](), progress=False)
+    model.save_pretrained(tmp_path)
+    fewer = {"num_layers": 1, "num_decoder_layers": 1} if kind == "t5" else {"num_hidden_layers": 1}
+    short, info = type(model).from_pretrained(tmp_path, output_loading_info=True, **fewer)
+    assert not info["missing_keys"] and info["unexpected_keys"]
+    first, whole = short.state_dict(), model.state_dict()
+    assert 0 < len(first) < len(whole)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in first.items())
+    with pytest.raises(CheckpointError, match=r"The checkpoint lacks .* of another model"):
+        type(model).from_pretrained(tmp_path, **{key: 3 for key in fewer})
 
 
 # -- dtypes

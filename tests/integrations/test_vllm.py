@@ -20,7 +20,7 @@ from vllm.model_executor.layers import linear as layers
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.models.utils import WeightsMapper
 
-from hf_spqr import CheckpointError, OmniQuantConfig, SpQRConfig, UnsupportedLayerError
+from hf_spqr import CheckpointError, ConfigError, OmniQuantConfig, SpQRConfig, UnsupportedLayerError
 from hf_spqr.integrations import vllm as plugin
 from tests.tiny_models import byte_tokenizer, tiny_model
 
@@ -319,6 +319,13 @@ def test_a_damaged_file_is_refused(packed, world, kind, name, change, message):
 def test_another_format_version_is_refused(packed):
     with pytest.raises(CheckpointError, match="format_version=2"):
         get_quantization_config("hf_spqr").from_config({**packed["spqr"].json, "format_version": 2})
+
+
+@pytest.mark.parametrize("method", ["hf_spqr", "omniquant"])
+def test_a_model_that_is_not_quantized_is_named(method):
+    """``--quantization hf_spqr`` for it: vLLM makes the config without arguments."""
+    with pytest.raises(ConfigError, match=r"config.json has no quantization_config.*hf-spqr quantize"):
+        get_quantization_config(method)()
 
 
 def test_quantized_attention_is_not_silent(packed):

@@ -176,7 +176,7 @@ def test_ranks_add_up(packed, vllm_config, rank, case, size, expert_parallel):
 
 def test_more_ranks_than_experts(packed, rank):
     rank(0)
-    with pytest.raises(ConfigError, match=r"block_sparse_moe.experts: 4 cannot be divided among 8 ranks"):
+    with pytest.raises(ConfigError, match=r"block_sparse_moe.experts: 4 experts cannot be divided among 8 ranks"):
         packed["spqr"].layer(8)
 
 

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from hf_spqr.errors import ConfigError, NonFiniteError
+from hf_spqr.errors import ConfigError, NonFiniteError, UnsupportedLayerError
 from hf_spqr.formats import spqr as spqr_format
 from hf_spqr.methods import rtn, spqr
 from hf_spqr.methods.base import AffineParams, SpQRParams
+from hf_spqr.methods.loop import propagate
 from tests.methods.layers import output_error, random_layer
 
 MODES = ["default", "reference"]
@@ -76,6 +77,34 @@ def test_default_is_better_than_the_reference_at_no_more_outliers(seed, bits):
     result = spqr.quantize(weight, hessian, SpQRParams(bits=bits, outlier_threshold=high))
     assert result.outliers <= reference.outliers
     assert result.error < 0.9 * reference.error
+
+
+def test_the_default_ends_with_coordinate_descent(monkeypatch):
+    weight, hessian = random_layer(96, 160)
+    error = spqr.quantize(weight, hessian, SpQRParams()).error
+    monkeypatch.setattr(spqr, "descend", lambda *arguments: None)
+    assert error < 0.99 * spqr.quantize(weight, hessian, SpQRParams()).error
+
+
+@pytest.mark.parametrize(
+    ("mode", "act_order", "first"),
+    [("default", False, 40), ("default", True, 0), ("reference", False, 0), ("reference", True, 0)],
+)
+def test_which_stored_column_is_quantized_first(mode, act_order, first, monkeypatch):
+    """That of most energy: where columns are stored in another order it is the first, else the reference waits."""
+    weight, hessian = random_layer(16, 64)
+    hessian[40] *= 30
+    hessian[:, 40] *= 30
+    plans = []
+
+    def spy(work, upper, plan, *rest):
+        plans.append(plan)
+        return propagate(work, upper, plan, *rest)
+
+    monkeypatch.setattr(spqr, "propagate", spy)
+    result = spqr.quantize(weight, hessian, SpQRParams(mode=mode, act_order=act_order))
+    assert plans[0].columns[0] == first
+    assert (result.weight.perm is not None) == act_order and (not act_order or result.weight.perm[0] == 40)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -166,6 +195,16 @@ def test_deterministic_and_inputs_untouched():
     a, b = (spqr.quantize(weight, hessian, SpQRParams()) for _ in range(2))
     assert torch.equal(a.weight.dequantize(), b.weight.dequantize())
     assert torch.equal(weight, kept[0]) and torch.equal(hessian, kept[1])
+
+
+def test_weights_beyond_float16_are_refused():
+    weight, hessian = random_layer(32, 64)
+    weight[3, 5] = 6e4
+    restored = spqr.quantize(weight, hessian, SpQRParams()).weight.dequantize()
+    assert restored[3, 5] == pytest.approx(6e4, rel=1e-2)
+    weight[3, 5] = 2e5
+    with pytest.raises(UnsupportedLayerError, match="larger than float16"):
+        spqr.quantize(weight, hessian, SpQRParams())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -31,6 +31,18 @@ def test_real_grid_never_loses_to_min_max(threshold, size):
     assert (ours <= loss(weight, cost, *simple, 7, threshold) * (1 + 1e-5) + 1e-12).all()
 
 
+@pytest.mark.parametrize("threshold", [float("inf"), 1e-3])
+def test_real_grid_goes_past_every_range_from_weight_to_weight(threshold):
+    """The least-squares step lowers the loss of most groups, the choice between two extremes that of the others."""
+    weight, cost = group(0, 16, 256)
+    ours = loss(weight, cost, *real_grid(weight, cost, 7, threshold), 7, threshold)
+    ordered = weight.sort(0).values
+    ranges = [min_max_grid(ordered[low], ordered[high], 7) for low in (0, 1) for high in (-2, -1)]
+    best = torch.stack([loss(weight, cost, *grid, 7, threshold) for grid in ranges]).amin(0)
+    assert (ours <= best * (1 + 1e-5)).all()
+    assert (ours < 0.99 * best).float().mean() > 0.8
+
+
 @pytest.mark.parametrize("per_unit", [1, 2])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("stat_bits", [2, 3, 5])

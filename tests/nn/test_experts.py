@@ -130,10 +130,12 @@ def test_view_and_join_are_inverse(layout):
         assert torch.equal(kind.view(plain, name), linear.dequantize_weight(torch.float32))
 
 
-def test_rows_of_no_expert_give_zeros():
-    packed, plain = packed_pair("gpt_oss")
+@pytest.mark.parametrize("nobody", [EXPERTS, EXPERTS + 3, -1, -EXPERTS])
+@pytest.mark.parametrize("layout", ["mixtral", "gpt_oss"])
+def test_rows_of_no_expert_give_zeros(layout, nobody):
+    packed, plain = packed_pair(layout)
     hidden, index, weights = routing()
-    index[3, 1] = EXPERTS  # what expert parallelism writes for experts of other ranks
+    index[3, 1] = nobody  # E is what expert parallelism writes for experts of other ranks
     expected = plain(hidden, index, weights)
     close(packed(hidden, index, weights), expected)
 

@@ -96,10 +96,12 @@ def test_a_rank_holds_its_part_only():
 
 
 def test_too_many_ranks():
-    assert [chunk(10, rank, 3) for rank in range(3)] == [(0, 4), (4, 8), (8, 10)]
-    with pytest.raises(ConfigError, match="5 cannot be divided among 4 ranks"):
-        chunk(5, 0, 4)
-    with pytest.raises(ConfigError, match="cannot be divided"):  # two groups of 64 for three ranks
+    assert [chunk(10, rank, 3, "rows") for rank in range(3)] == [(0, 4), (4, 8), (8, 10)]
+    with pytest.raises(ConfigError, match=r"5 experts cannot be divided among 4 ranks, .*: use fewer ranks"):
+        chunk(5, 0, 4, "experts")
+    with pytest.raises(
+        ConfigError, match="2 groups of columns cannot be divided among 3 ranks"
+    ):  # two groups of 64 for three ranks
         ColumnShare(AffineLayout(16, 96, 4, 64), 0, 3, None, ordered=True)
 
 

@@ -1,10 +1,11 @@
-"""The ops of many experts refuse rows and ends that do not fit. What they compute: tests/nn/test_experts.py."""
+"""The ops of many experts refuse arguments that do not fit. What they compute: tests/nn/test_experts.py."""
 
 import pytest
 import torch
 
 from hf_spqr import ops
 from hf_spqr.formats import affine, spqr
+from hf_spqr.ops import grouped
 from tests.weights import random_affine, random_spqr
 
 EXPERTS, ROWS, OUT, IN = 3, 7, 33, 100
@@ -61,3 +62,36 @@ def test_rows_of_the_gradient(op):
     assert OPS[op](torch.randn(0, OUT), ends, True).shape == (0, IN)
     with pytest.raises(ValueError, match=r"x must be \[rows, 33\], got \[0, 100\]"):
         OPS[op](torch.randn(0, IN), ends, True)
+
+
+MORE = [0, 1, 2, 2]
+FEWER = [0, 1]
+SPQR_OPS = {"compiled": ops.spqr_grouped_linear, "reference": grouped.reference_spqr_grouped_linear}
+AFFINE_OPS = {"compiled": ops.affine_grouped_linear, "reference": grouped.reference_affine_grouped_linear}
+INTEGER_OPS = {"compiled": ops.integer_grouped_linear, "reference": grouped.reference_integer_grouped_linear}
+
+
+@pytest.mark.parametrize("kind", SPQR_OPS)
+@pytest.mark.parametrize("experts", [MORE, FEWER])
+def test_tensors_of_another_number_of_experts(kind, experts):
+    x, ends = torch.randn(ROWS, IN), torch.tensor([2, 2, 7])
+    orders = torch.stack([torch.randperm(IN).int() for _ in range(EXPERTS)])
+    packed, outlier_row, outlier, _, *numbers = spqr_arguments()
+    for args in (packed, outlier_row[experts], outlier, None), (packed, outlier_row, outlier, orders[experts]):
+        with pytest.raises(ValueError, match=rf"(outlier_row|perm) must be of 3 experts, got \[{len(experts)}, "):
+            SPQR_OPS[kind](x, ends, *args, *numbers, False, False)
+    packed, _, *numbers = affine_arguments()
+    with pytest.raises(ValueError, match="perm must be of 3 experts"):
+        AFFINE_OPS[kind](x, ends, packed, orders[experts], *numbers, False, False)
+    with pytest.raises(ValueError, match="perm must be of 3 experts"):
+        INTEGER_OPS[kind](x, ends, packed, orders[experts], *numbers, 8, False)
+
+
+@pytest.mark.parametrize("kind", SPQR_OPS)
+@pytest.mark.parametrize("change", [-1, 1])
+def test_more_or_fewer_outliers_than_are_counted(kind, change):
+    packed, outlier_row, outlier, *rest = spqr_arguments()
+    other = torch.cat([outlier, outlier[:1]]) if change > 0 else outlier[:-1]
+    message = f"outlier must hold the {len(outlier)} outliers that outlier_row counts, got {len(outlier) + change}"
+    with pytest.raises(ValueError, match=message):
+        SPQR_OPS[kind](torch.randn(ROWS, IN), torch.tensor([2, 2, 7]), packed, outlier_row, other, *rest, False, False)

@@ -1,14 +1,19 @@
 """The whole-model run on tiny random models of many architectures."""
 
 import copy
+import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from hf_spqr import CalibrationError, NonFiniteError, OmniQuantConfig, SpQRConfig, UnsupportedLayerError
+import hf_spqr
+from hf_spqr import CalibrationError, ConfigError, NonFiniteError, OmniQuantConfig, SpQRConfig, UnsupportedLayerError
 from hf_spqr.nn import SpQRLinear
 from hf_spqr.quantize import quantize_model
+from hf_spqr.quantize.driver import least_bytes
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 IDS = torch.arange(40)[None]
@@ -43,6 +48,49 @@ def test_every_architecture(kind, texts, tokenizer):
     assert 4.6 < report.bits_per_weight < 8
     assert model.quantization_report is report
     assert 0 < distance(logits(model), before) < 0.35
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon", "gpt2", "mixtral"])
+@pytest.mark.parametrize("make", [SpQRConfig, OmniQuantConfig])
+def test_least_bytes_are_those_of_the_files_without_outliers(kind, make, texts, tokenizer, tmp_path):
+    """Known from an empty model: Linear, a subclass of it, Conv1D, experts; embeddings that are tied count once."""
+    fast = {"outlier_threshold": math.inf} if make is SpQRConfig else {"epochs": 0}
+    config = make(dataset=texts, nsamples=8, seqlen=64, modules_to_not_convert=["layers.1"], **fast)
+    model = tiny_model(kind, torch.bfloat16, tie_word_embeddings=True)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+    expected = least_bytes(empty, config)
+    hf_spqr.quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    model.save_pretrained(tmp_path)
+    assert expected == sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+
+
+def test_least_bytes_with_a_target_and_without_work():
+    model = tiny_model("llama", torch.bfloat16)
+    weights = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n)
+    least = {bits: least_bytes(model, SpQRConfig(target_bits=bits)) for bits in (3.1, 8, 12)}
+    assert least[12] - least[8] == weights // 2
+    assert least[3.1] == least_bytes(model, SpQRConfig()) < least[8]  # what cannot be reached is refused later
+    with pytest.raises(UnsupportedLayerError, match="Nothing to quantize"):
+        least_bytes(model, SpQRConfig(modules_to_not_convert=["layers"]))
+
+
+def test_more_bits_than_bfloat16_are_reported(texts, tokenizer, caplog):
+    config = make_config(texts, overrides={"layers.1.mlp.down_proj": {"outlier_threshold": 1e-9}})
+    model = tiny_model("llama", torch.bfloat16)
+    report = quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    large = [layer.name for layer in report.layers if layer.bits_per_weight > 16]
+    assert large == ["model.layers.1.mlp.down_proj"]
+    (note,) = (note for note in report.notes if "more than the 16 of bfloat16" in note)
+    assert note.startswith(large[0]) and "% of its weights are outliers. Raise outlier_threshold" in note
+    assert caplog.messages == [note]
+
+
+def test_a_threshold_that_makes_layers_larger_stops_the_run_at_the_first_block(texts, tokenizer):
+    model = tiny_model("llama", torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"1e-09 makes the layers of model.layers.0 larger .* of 16\."):
+        quantize_model(model, make_config(texts, outlier_threshold=1e-9), tokenizer=tokenizer, progress=False)
+    assert not any(isinstance(module, SpQRLinear) for module in model.modules())
 
 
 def test_packed_model_equals_what_was_simulated(texts, tokenizer):

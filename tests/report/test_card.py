@@ -55,6 +55,12 @@ def test_card_of_a_model_about_which_little_is_known() -> None:
     assert "perplexity" not in text and "Calibration" not in text and "Versions" not in text
 
 
+def test_card_of_a_model_with_code_of_its_own() -> None:
+    text = model_card(make_report(), "me/x", loader="AutoModel", task=None, own_code=True)
+    assert 'model = AutoModel.from_pretrained("me/x", trust_remote_code=True)' in text
+    assert "pipeline_tag" not in ModelCard(text).data.to_dict()
+
+
 def test_one_group_per_row_in_words() -> None:
     report = make_report()
     assert "3-bit codes in groups of\n16, quantized statistics" in model_card(report, "me/x")

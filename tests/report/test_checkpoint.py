@@ -11,7 +11,7 @@ from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.transformers import attach
 from hf_spqr.quantize import quantize_model
 from hf_spqr.report import REPORT_NAME
-from hf_spqr.report.checkpoint import inspect_checkpoint, read_headers
+from hf_spqr.report.checkpoint import inspect_checkpoint, read_headers, weight_files
 from tests.tiny_models import tiny_model
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -53,6 +53,35 @@ def test_without_a_report_the_shape_comes_from_the_config(folder: Path) -> None:
 def test_a_layer_that_the_model_does_not_have(folder: Path) -> None:
     save_file({"other.packed": torch.zeros(1, 1)}, folder / "z.safetensors")
     with pytest.raises(CheckpointError, match=f"shape of other is not known.*{REPORT_NAME}"):
+        inspect_checkpoint(folder)
+
+
+def index(folder: Path, data: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(data))
+
+
+def test_only_what_a_load_reads_is_counted(folder: Path) -> None:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (folder / "model-00001-of-00009.safetensors").write_bytes(b"left by an earlier save")
+    index(folder, {"metadata": {}, "weight_map": dict(zip("ab", names, strict=True))})
+    assert [path.name for path in weight_files(folder)] == names
+    assert inspect_checkpoint(folder).file_bytes == sum((folder / name).stat().st_size for name in names)
+    save_file({"model.norm.weight": torch.zeros(64)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not inspect_checkpoint(folder).layers  # Transformers prefers it to the index
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("text", "is damaged"),
+        ({"metadata": {}}, "is damaged.*weight_map"),
+        ({"weight_map": {}}, "is damaged.*metadata"),
+        ({"metadata": {}, "weight_map": {"a": "gone.safetensors"}}, "lacks gone"),
+    ],
+)
+def test_a_damaged_index(folder: Path, data: object, message: str) -> None:
+    index(folder, data)
+    with pytest.raises(CheckpointError, match=message):
         inspect_checkpoint(folder)
 
 

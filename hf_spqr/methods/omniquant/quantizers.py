@@ -253,5 +253,6 @@ def make_quantizer(weight: Tensor, params: OmniQuantParams, layout: AffineLayout
 
 
 def _range(grouped: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = torch.aminmax(grouped, dim=-1, keepdim=True)
+    # not aminmax: torch 2.10 and 2.11 have no derivative of it
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     return low.clamp(max=0), high.clamp(min=0)

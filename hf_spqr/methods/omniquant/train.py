@@ -111,13 +111,13 @@ def quantize_block(
 
     A layer that is not an ``nn.Linear`` holds its weight as ``[in_features, out_features]`` (GPT-2's Conv1D).
 
-    inputs_fp, inputs_q: hidden states ``[S, T, H]`` that enter the block in the full-precision and in the quantized
-    chain, any float dtype, host or device. kwargs: keyword arguments that the block itself receives, one mapping for
-    all samples or one for each. layouts: how single layers are stored, by name; the others as ``params`` say. probe: a
-    short recorded call ``(hidden [B, T, H], kwargs)`` on which equivalent transforms are verified (default: the first
-    tokens of the first sample). pairs: verified transforms, to skip the search. progress: see :data:`Progress`. team:
-    the processes that call this together, with the same arguments; they divide the samples of each step, and all get
-    the result.
+    inputs_fp, inputs_q: hidden states ``[S, T, H]`` (``[S, T, streams, H]`` with several residual streams)
+    that enter the block in the full-precision and in the quantized chain, any float dtype, host or device. kwargs:
+    keyword arguments that the block itself receives, one mapping for all samples or one for each. layouts: how single
+    layers are stored, by name; the others as ``params`` say. probe: a short recorded call ``(hidden [B, T, H],
+    kwargs)`` on which equivalent transforms are verified (default: the first tokens of the first sample). pairs:
+    verified transforms, to skip the search. progress: see :data:`Progress`. team: the processes that call this
+    together, with the same arguments; they divide the samples of each step, and all get the result.
 
     The block is left as it was. Parameters other than the linears' weights that transforms change are returned, not
     written.
@@ -127,9 +127,9 @@ def quantize_block(
         ConfigError: a layout is not that of its layer.
         NonFiniteError: the block's full-precision output, or its output before training, is not finite.
     """
-    if inputs_fp.shape != inputs_q.shape or inputs_fp.dim() != 3 or not len(inputs_fp):
+    if inputs_fp.shape != inputs_q.shape or inputs_fp.dim() < 3 or not len(inputs_fp):
         raise CalibrationError(
-            f"expected two streams [samples, tokens, hidden] of one shape, got {tuple(inputs_fp.shape)}"
+            f"expected two streams [samples, tokens, ..., hidden] of one shape, got {tuple(inputs_fp.shape)}"
             f" and {tuple(inputs_q.shape)}"
         )
     job = _Job(block, inputs_fp, inputs_q, kwargs, params, linears, layouts or {}, team or Team())

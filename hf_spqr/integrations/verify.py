@@ -1,0 +1,28 @@
+"""Whether a folder on disk would load: the checks of a load, without one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from hf_spqr.integrations.transformers import QUANTIZERS
+from hf_spqr.report.shapes import empty_model, packed_config
+
+__all__ = ["check_folder"]
+
+
+def check_folder(folder: Path, files: Iterable[Path]) -> None:
+    """Check that the weight ``files`` of ``folder`` are those of the model that its config.json describes.
+
+    Only headers are read. A model whose code is in the folder is not checked: that would have to be run.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape, or the config is damaged.
+    """
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = packed_config(folder, stored["quantization_config"])
+    if config is None or "auto_map" in stored:
+        return
+    quantizer = QUANTIZERS[type(config)](config, pre_quantized=True)
+    quantizer.preprocess_model(empty_model(folder), checkpoint_files=[str(file) for file in files])

@@ -1,0 +1,66 @@
+"""Models that are no causal decoder, through the command line: loaded with the class that their config names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from hf_spqr.integrations.processor import PROCESSOR
+from tests.architectures.matrix import ARCHITECTURES
+from tests.tiny_models import byte_tokenizer
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def base_of(kind: str, folder: Path) -> Path:
+    if kind == "bert":
+        config = transformers.AutoConfig.for_model("bert", vocab_size=258, **SMALL)
+        model = transformers.BertModel(config)
+    else:
+        model = next(one for one in ARCHITECTURES if one.kind == kind).build()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    for name in PROCESSOR if kind == "llava" else ():
+        (folder / name).write_text(json.dumps({"name": name}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["t5", "llava", "bert"])
+def test_nothing_is_lost_and_nothing_random(kind: str, run: Callable, dataset: Path, tmp_path: Path) -> None:
+    base, out = base_of(kind, tmp_path / "base"), tmp_path / "out"
+    done = run("quantize", base, out, "-d", dataset, "--nsamples", 4, "--seqlen", 32, "--bits", 4, "--group-size", 16)
+    assert done.code == 0, done.err
+    assert "MISSING" not in done.err and "UNEXPECTED" not in done.err
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, out))
+    assert after["architectures"] == before["architectures"]
+    load = getattr(transformers, before["architectures"][0]).from_pretrained
+    unquantized, quantized = load(base), load(out)
+    kept = quantized.state_dict()
+    packed = {name.removesuffix("packed") for name in kept if name.endswith(".packed")}
+    assert packed
+    for name, tensor in unquantized.state_dict().items():
+        assert name.rpartition(".")[0] + "." in packed or torch.equal(kept[name], tensor), name
+    assert {path.name for path in out.iterdir()} >= ({*PROCESSOR} if kind == "llava" else set())
+
+
+@pytest.mark.parametrize(("kind", "cls"), [("t5", "T5ForConditionalGeneration"), ("bert", "BertModel")])
+def test_a_perplexity_needs_a_causal_model(kind: str, cls: str, run: Callable, dataset: Path, tmp_path: Path) -> None:
+    done = run("eval", base_of(kind, tmp_path), "-d", dataset)
+    assert done.code == 1 and f"is a {cls}, no causal language model" in " ".join(done.err.split())
+
+
+def test_code_of_its_own_is_not_run(run: Callable, base: Path, dataset: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    for file in base.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "configuration_custom.py").write_text("raise SystemError('was run')\n")
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "configuration_custom.CustomConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for command in (("quantize", tmp_path, tmp_path / "out", "-d", dataset), ("eval", tmp_path, "-d", dataset)):
+        done = run(*command)
+        assert done.code == 1 and "has code of its own, which commands do not run" in " ".join(done.err.split())
