@@ -42,7 +42,7 @@ step() {
     [ -z "$copy_to" ] || { mkdir -p "$copy_to"; cp "$logs"/*.log "$logs/summary.txt" benchmarks/results/*.json "$copy_to"; }
 }
 
-few="1 8 16 64 512"
+few="1 8 16 64 128 512"
 mine="torch bf16|spqr 3 bit|affine 4 bit g128, fp16"
 tests="$PYTHON -m pytest -q -p no:cacheprovider tests/gpu"
 # Ragged SpQR and affine matrices, of some hundred rows, with tokens for every kernel.
@@ -50,13 +50,13 @@ one="tests/gpu/test_kernels.py::test_linear"
 short="$one[2-dtype0] $one[4-dtype1] $one[14-dtype0] $one[15-dtype2]"
 
 step tests      150 $tests -x
-step kernels    120 "$PYTHON" benchmarks/kernels_cuda.py --tokens $few --kinds "$mine"
+step kernels    130 "$PYTHON" benchmarks/kernels_cuda.py --tokens $few --kinds "$mine"
 if [ -n "$other" ]; then
-    PYTHONPATH=$other step other 100 "$PYTHON" benchmarks/kernels_cuda.py --tokens $few --kinds "$mine" --ending=-other
+    PYTHONPATH=$other step other 110 "$PYTHON" benchmarks/kernels_cuda.py --tokens $few --kinds "$mine" --ending=-other
 fi
 step racecheck   70 compute-sanitizer --tool racecheck --error-exitcode 9 $PYTHON -m pytest -q -p no:cacheprovider -x $short
-step memcheck    50 compute-sanitizer --tool memcheck --error-exitcode 9 $PYTHON -m pytest -q -p no:cacheprovider -x $short
-step prompt      50 "$PYTHON" benchmarks/prompt_cuda.py --tokens 128 512 --mib 32 64 96 512
+step memcheck    40 compute-sanitizer --tool memcheck --error-exitcode 9 $PYTHON -m pytest -q -p no:cacheprovider -x $short
+step prompt      40 "$PYTHON" benchmarks/prompt_cuda.py --tokens 128 512 --mib 32 64 96 512
 step decode-7b   60 "$PYTHON" benchmarks/generate_cuda.py --models 7b
 # 70B in bf16 takes 140 GB of memory: quantized only, all 80 layers.
 step decode-70b  60 "$PYTHON" benchmarks/generate_cuda.py --models 70b --kinds spqr,affine --ending=-70b

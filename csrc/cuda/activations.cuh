@@ -11,6 +11,7 @@ constexpr int kFinishThreads = 256;
 // One block per token. fp16 is only reordered and padded; bf16 and fp32 are scaled by a power of two so that the
 // largest |x| lands in [16, 32): nothing overflows, and what is 2^19 times smaller still has all its bits.
 static HF_KERNEL(kPrepareThreads, 1) prepare_kernel(const PrepareArgs a) {
+    dev::let_next_kernel_start();
     uint32_t* warp_max = reinterpret_cast<uint32_t*>(dev::shared_memory());
     const int64_t token = dev::block_x(), from = token * a.columns, to = token * a.x_stride;
     float up = 1.f;
@@ -39,18 +40,18 @@ constexpr int kTransposeColumns = 64, kTransposeThreads = 256;
 
 // Grid: x = stretches of 64 columns.
 static HF_KERNEL(kTransposeThreads, 1) transpose_kernel(const TransposeArgs a) {
-    constexpr int kRow = kMaxFusedTokens + 2;  // halves of a column in shared memory: columns meet in no bank
+    constexpr int kRow = kLinearTokens + 2;  // halves of a column in shared memory: columns meet in no bank
     uint16_t* tile = reinterpret_cast<uint16_t*>(dev::shared_memory());
     const int64_t first = dev::block_x() * kTransposeColumns;
-    for (int i = dev::thread(); i < kTransposeColumns * int(a.out_stride); i += kTransposeThreads) {
+    for (int i = dev::thread(); i < kTransposeColumns * kLinearTokens; i += kTransposeThreads) {
         const int column = i % kTransposeColumns, token = i / kTransposeColumns;
         const bool there = token < a.tokens && first + column < a.columns;
         tile[column * kRow + token] = there ? a.x[token * a.x_stride + first + column] : uint16_t(0);
     }
     dev::sync_block();
-    for (int i = dev::thread(); i < kTransposeColumns * int(a.out_stride); i += kTransposeThreads) {
-        const int column = i / int(a.out_stride), token = i % int(a.out_stride);
-        if (first + column < a.columns) a.out[(first + column) * a.out_stride + token] = tile[column * kRow + token];
+    for (int i = dev::thread(); i < kTransposeColumns * kLinearTokens; i += kTransposeThreads) {
+        const int column = i / kLinearTokens, token = i % kLinearTokens;
+        if (first + column < a.columns) a.out[(first + column) * kLinearTokens + token] = tile[column * kRow + token];
     }
 }
 
@@ -58,7 +59,11 @@ static HF_KERNEL(kTransposeThreads, 1) transpose_kernel(const TransposeArgs a) {
 static HF_KERNEL(kFinishThreads, 1) finish_kernel(const FinishArgs a) {
     const int64_t token = dev::block_x(), r = dev::block_y() * kFinishThreads + dev::thread();
     if (r >= a.part_rows) return;
-    float y = read_as(a.product, token * a.part_rows + r, a.product_dtype);
+    dev::wait_for_kernel();
+    float y = read_as(a.product, token * a.product_stride + r, a.product_dtype);
+    for (int64_t part = 1; part < a.parts; ++part) {
+        y = dev::add(y, read_as(a.product, (part * a.tokens + token) * a.product_stride + r, a.product_dtype));
+    }
     if (a.token_scale) y = dev::mul(y, a.token_scale[token]);
     if (a.bias) y = dev::add(y, read_as(a.bias, a.first_row + r, a.dtype));
     write_as(a.y, token * a.rows + a.first_row + r, a.dtype, y);

@@ -272,6 +272,10 @@ HF_DEVICE uint4 load_shared4(uint32_t at) {
                  : "r"(at), "n"(OFFSET));
     return v;
 }
+// The low 16 bits of v.
+HF_DEVICE void store_shared_half(uint32_t at, uint32_t v) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(uint16_t(v)) : "memory");
+}
 HF_DEVICE void store_shared(uint32_t at, uint32_t v) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
 }

@@ -29,12 +29,12 @@ struct Quarter {
 template <int BITS>
 constexpr bool kSubtractFirst = BITS == 8;
 
-template <int BITS, int PAIR>
+template <int BITS, int PAIR, bool SUBTRACT = kSubtractFirst<BITS>>
 HF_DEVICE uint32_t weight_pair(const uint32_t (&w)[BITS], const Quarter& s, int r) {
     constexpr int place = place_of<BITS>(PAIR);
     const uint32_t q = field<BITS, PAIR, place>(w);
-    if constexpr (kSubtractFirst<BITS>) {
-        return dev::hmul2(dev::hfma2(q, half2_power(12), s.shift[r]), s.low[r]);
+    if constexpr (SUBTRACT) {  // with all codes as if they lay at kLow
+        return dev::hmul2(dev::hfma2(q, half2_power(12 + Fields<BITS>::kLow - place), s.shift[r]), s.low[r]);
     } else {
         return dev::hfma2(q, place == Fields<BITS>::kLow ? s.low[r] : s.high[r], s.shift[r]);
     }

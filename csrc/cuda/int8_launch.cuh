@@ -71,7 +71,7 @@ template <int BITS>
 int launch_int8_groups(const Int8Args& a, void* stream) {
     if (a.tokens > 16 && can_slice<4, 4, 2>(a)) return launch_int8_slices<BITS, 4, 4, 2>(a, stream);
     if (a.tokens > 8 && can_slice<2, 2, 4>(a)) return launch_int8_slices<BITS, 2, 2, 4>(a, stream);
-    if (a.tokens <= kMaxFusedTokens && can_slice<1, 1, 8>(a)) return launch_int8_slices<BITS, 1, 1, 8>(a, stream);
+    if (a.tokens <= kFewIntegerTokens && can_slice<1, 1, 8>(a)) return launch_int8_slices<BITS, 1, 1, 8>(a, stream);
     if (a.tokens <= 8) return launch_int8_groups<BITS, 1, 2>(a, stream);
     return launch_int8_groups<BITS, 4, 4>(a, stream);
 }
@@ -97,7 +97,8 @@ int launch_int8_many(const Int8Args& a, const Tiles& tiles, void* stream) {
 template <int BITS>
 int launch_int8(const Int8Args& a, void* stream) {
     const bool channel = a.weight.group == kPerChannel;
-    if (a.tokens > kMaxFusedTokens && (channel ? a.weight.columns <= kInt32Columns : a.weight.group >= kNarrowGroup)) {
+    if (a.tokens > kFewIntegerTokens &&
+        (channel ? a.weight.columns <= kInt32Columns : a.weight.group >= kNarrowGroup)) {
         Tiles tiles{a.weight.rows, a.tokens, {}};
         if (const int status = device_limits(tiles.device)) return status;
         return channel ? launch_int8_many<BITS>(a, tiles, stream) : launch_int8_many_groups<BITS>(a, tiles, stream);

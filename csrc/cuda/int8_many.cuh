@@ -8,6 +8,7 @@
 #pragma once
 #include "cuda/int8_product.cuh"
 #include "cuda/int8_x.cuh"
+#include "cuda/operands.cuh"
 
 namespace hf_spqr {
 
@@ -98,34 +99,6 @@ HF_DEVICE void fetch_set(const Int8Args& a, int64_t first_token, int set, uint32
     }
 }
 
-// Where a lane's operands lie in shared memory.
-template <int NT>
-class Operands {
-  public:
-    // Rows from `weights`, tokens from `x` on, both from a multiple of 16 rows.
-    HF_DEVICE Operands(uint32_t weights, uint32_t x, int lane)
-        : weights_(weights + (2 * (lane & 7) + (lane >> 3 & 1)) * kSetColumns),
-          x_(x + x_row(lane) * kSetColumns),
-          key_(lane & 7),
-          w_chunk_(lane >> 4),
-          x_chunk_(lane >> 3 & 1) {}
-
-    // Row block i of the warp, columns 32 k on.
-    HF_DEVICE void weights(uint32_t (&a)[4], uint32_t buffer, int i, int k) const {
-        dev::load_matrices(a, weights_ + buffer + i * kRows * kSetColumns + (((2 * k + w_chunk_) ^ key_) << 4));
-    }
-    // Token tiles 2 i and 2 i + 1: two words each.
-    HF_DEVICE void x(uint32_t (&b)[4], uint32_t buffer, int i, int k) const {
-        dev::load_matrices(b, x_ + buffer + i * 16 * kSetColumns + (((2 * k + x_chunk_) ^ key_) << 4));
-    }
-
-  private:
-    static HF_DEVICE int x_row(int lane) { return 8 * (lane >> 4) + (lane & 7); }
-
-    uint32_t weights_, x_;
-    int key_, w_chunk_, x_chunk_;
-};
-
 // Adds token tile 2 i + which of b, two words a lane, to a lane's sum of its token.
 HF_DEVICE int add_tile(const uint32_t (&b)[4], int which, int sum) {
     sum = dev::add_signed_bytes(which ? b[2] : b[0], sum);
@@ -192,8 +165,8 @@ int8_many_kernel(const Int8Args a) {
     const uint32_t shared = dev::shared_address();
     Unpacker<BITS, Shape::kItems> unpacker(m, first_row / kRows + warp * Shape::kItems, lane);
     const uint32_t unpack_to = shared + warp * Shape::kItems * kRows * kSetColumns;
-    const Operands<NT> operands(shared + warp_m * MT * kRows * kSetColumns,
-                                shared + Shape::kWeightBytes + warp_n * NT * 8 * kSetColumns, lane);
+    const Operands operands(shared + warp_m * MT * kRows * kSetColumns,
+                            shared + Shape::kWeightBytes + warp_n * NT * 8 * kSetColumns, lane);
     int product[MT][NT][4] = {}, w_sums[Shape::kItems][2] = {}, x_sums[NT / 2] = {};
     unpacker.fetch(0);
     fetch_set<Shape::kThreads, Shape::kTokens>(a, first_token, 0, shared + Shape::kWeightBytes);

@@ -59,8 +59,8 @@ int8_many_groups_kernel(const Int8Args a) {
             }
         }
     };
-    const Operands<NT> operands(shared + warp_m * MT * kRows * kSetColumns,
-                                shared + Shape::kWeightBytes + warp_n * NT * 8 * kSetColumns, lane);
+    const Operands operands(shared + warp_m * MT * kRows * kSetColumns,
+                            shared + Shape::kWeightBytes + warp_n * NT * 8 * kSetColumns, lane);
     int x_zero[NT][2];
 #pragma unroll
     for (int j = 0; j < NT; ++j) {

@@ -7,6 +7,7 @@
 #include "cuda/linear_launch.cuh"
 #include "cuda/quantize.cuh"
 #include "cuda/resident_plan.h"
+#include "cuda/tiled_plan.h"
 
 namespace hf_spqr {
 namespace {
@@ -30,14 +31,17 @@ bool has_usual_statistics(const Matrix& m) {
     return m.group == 16 && m.stat_bits == 3 && m.panels.last_code_words == m.panels.code_words;
 }
 
+bool is_served(const Matrix& m) {
+    if (m.format == Format::affine) return m.bits == 2 || m.bits == 3 || m.bits == 4 || m.bits == 8;
+    return m.bits >= 2 && m.bits <= 4 && m.columns <= 65536;  // beyond, outliers are wide
+}
+
 }  // namespace
 
 extern "C" {
 
 int hf_spqr_cuda_can_fuse(const Matrix* m, int tokens) {
-    if (tokens > kMaxFusedTokens) return 0;
-    if (m->format == Format::affine) return m->bits == 2 || m->bits == 3 || m->bits == 4 || m->bits == 8;
-    return m->bits >= 2 && m->bits <= 4 && m->columns <= 65536;  // beyond, outliers are wide
+    return tokens <= kLinearTokens && is_served(*m);
 }
 
 int hf_spqr_cuda_linear(const LinearArgs* a, void* stream) {
@@ -47,6 +51,24 @@ int hf_spqr_cuda_linear(const LinearArgs* a, void* stream) {
     }
     if (m.group == kPerChannel) return linear_affine_channel(*a, stream);
     return m.group == 128 ? linear_affine128(*a, stream) : linear_affine_any(*a, stream);
+}
+
+int hf_spqr_cuda_tiled_parts(const Matrix* m, int tokens, int* parts) {
+    *parts = 0;
+    if (tokens > kTiledTokens || m->columns > kTiledColumns || !is_served(*m)) return 0;
+    DeviceLimits device{};
+    const int status = device_limits(device);
+    *parts = tiled_parts(*m, tokens, device.multiprocessors);
+    return status;
+}
+
+int hf_spqr_cuda_linear_tiled(const TiledArgs* a, void* stream) {
+    const Matrix& m = a->weight;
+    if (m.format == Format::spqr) {
+        return has_usual_statistics(m) ? tiled_spqr16(*a, stream) : tiled_spqr_any(*a, stream);
+    }
+    if (m.group == kPerChannel) return tiled_affine_channel(*a, stream);
+    return m.group == 128 ? tiled_affine128(*a, stream) : tiled_affine_any(*a, stream);
 }
 
 int hf_spqr_cuda_linear_resident(const ResidentArgs* a, void* stream) {
@@ -62,13 +84,14 @@ int hf_spqr_cuda_prepare(const PrepareArgs* a, void* stream) {
 }
 
 int hf_spqr_cuda_transpose(const TransposeArgs* a, void* stream) {
-    const int shared = kTransposeColumns * (kMaxFusedTokens + 2) * 2;
+    const int shared = kTransposeColumns * (kLinearTokens + 2) * 2;
     return launch<transpose_kernel>({ceil_div(a->columns, kTransposeColumns), 1}, kTransposeThreads, shared, stream,
                                     *a);
 }
 
 int hf_spqr_cuda_finish(const FinishArgs* a, void* stream) {
-    return launch<finish_kernel>({a->tokens, ceil_div(a->part_rows, kFinishThreads)}, kFinishThreads, 0, stream, *a);
+    return launch<finish_kernel, true>({a->tokens, ceil_div(a->part_rows, kFinishThreads)}, kFinishThreads, 0, stream,
+                                       *a);
 }
 
 int hf_spqr_cuda_dequantize(const DequantizeArgs* a, void* stream) {
@@ -87,7 +110,7 @@ int hf_spqr_cuda_quantize(const QuantizeArgs* a, void* stream) {
     if (!aligned || a->perm || a->columns % kQuantizeVector != 0) {
         return launch<quantize_kernel>(grid, kQuantizeThreads, shared, stream, *a);
     }
-    if (a->tokens <= kMaxFusedTokens && a->columns > kQuantizeThreads * kQuantizeVector) {
+    if (a->tokens <= kFewIntegerTokens && a->columns > kQuantizeThreads * kQuantizeVector) {
         return launch<quantize_vectors_kernel<kQuantizeThreadsOfFew>>(grid, kQuantizeThreadsOfFew, shared, stream, *a);
     }
     return launch<quantize_vectors_kernel<kQuantizeThreads>>(grid, kQuantizeThreads, shared, stream, *a);

@@ -5,7 +5,9 @@
 
 namespace hf_spqr {
 
-constexpr int kMaxFusedTokens = 64;
+constexpr int kLinearTokens = 16;      // of linear.cuh
+constexpr int kTiledTokens = 128;      // of tiled.cuh
+constexpr int kFewIntegerTokens = 64;  // from here on w_int8_linear takes larger tiles
 
 // y[tokens, rows] = x W^T + bias, W with outliers. x is what `prepare` writes, or an fp16 matrix like it.
 struct LinearArgs {
@@ -18,7 +20,6 @@ struct LinearArgs {
     void* y;           // [tokens, rows] of dtype
     DType dtype;
     const uint16_t* x_columns;  // x by columns for the outliers, as `transpose` writes it; null without outliers
-    int64_t x_columns_stride;
 };
 
 // How x goes through shared memory in the kernel for few tokens; filled in by its launch.
@@ -39,6 +40,16 @@ struct ResidentArgs {
     ResidentPlan plan;
 };
 
+// sums[part][token][row] of W x, rows padded to a multiple of 16: what `finish` adds up. x as in LinearArgs.
+struct TiledArgs {
+    Matrix weight;
+    const uint16_t* x;
+    int64_t x_stride;
+    int tokens;
+    int parts;  // of the columns, as `tiled_parts` says
+    float* sums;
+};
+
 constexpr int kNoKernel = -1;  // instead of an error: this matrix, number of tokens or device is not served
 
 // x [tokens, columns] of any dtype to fp16 in stored order; rows padded with zeros to x_stride. bf16 and fp32 are
@@ -53,21 +64,20 @@ struct PrepareArgs {
     float* token_scale;  // [tokens]; not written for fp16
 };
 
-constexpr int kTransposedTokens = 32;  // tokens are padded to a multiple of this
-
-// x [tokens, columns] fp16 to out [columns, out_stride], zeros past the tokens. At most kMaxFusedTokens.
+// x [tokens, columns] fp16 to out [columns, kLinearTokens], zeros past the tokens.
 struct TransposeArgs {
     const uint16_t* x;
     int64_t x_stride;
     int tokens, columns;
     uint16_t* out;
-    int64_t out_stride;  // a multiple of kTransposedTokens
 };
 
-// y[token, first_row + r] = product[token, r] * token_scale[token] + bias[first_row + r]
+// y[token, first_row + r] = (sum over parts of product[part, token, r]) * token_scale[token] + bias[first_row + r]
 struct FinishArgs {
-    const void* product;  // [tokens, part_rows] of product_dtype
+    const void* product;  // [parts, tokens, product_stride] of product_dtype
     DType product_dtype;
+    int parts;
+    int64_t product_stride;
     int part_rows, first_row, rows, tokens;
     const float* token_scale;  // or null
     const void* bias;          // [rows] of dtype, or null
@@ -122,6 +132,10 @@ struct PadArgs {
 extern "C" {
 // 1 when `hf_spqr_cuda_linear` has a kernel for this matrix and number of tokens; by shape only.
 int hf_spqr_cuda_can_fuse(const Matrix*, int tokens);
+// Sets *parts to those of `hf_spqr_cuda_linear_tiled` for this matrix and number of tokens on the current device; 0
+// where it has no kernel.
+int hf_spqr_cuda_tiled_parts(const Matrix*, int tokens, int* parts);
+int hf_spqr_cuda_linear_tiled(const TiledArgs*, void* stream);
 int hf_spqr_cuda_linear(const LinearArgs*, void* stream);
 // The fastest way for up to 8 tokens of most matrices; kNoKernel where it is not to be had. Leaves `plan` alone.
 int hf_spqr_cuda_linear_resident(const ResidentArgs*, void* stream);

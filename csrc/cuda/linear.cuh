@@ -1,15 +1,15 @@
-// y = x W^T + bias for few tokens, straight from the packed weights.
+// y = x W^T + bias for up to 16 tokens, straight from the packed weights; where resident.cuh cannot.
 //
 // A block takes WIDTH * R row blocks and 8 * NT tokens. Its warps are WIDTH x SLICES: warp = slice * WIDTH + which;
 // each takes R row blocks, and of their columns every SLICES-th step of 256. The warps of a slice share the step's x
 // in shared memory (fetched a step ahead), and each keeps the words of its next step in flight while it multiplies.
 // Slices are added up in a fixed order at the end, with outliers, bias and rounding.
 #pragma once
-#include <utility>
 #include "cuda/fragment.cuh"
 #include "cuda/integer.cuh"
 #include "cuda/kernels.h"
 #include "cuda/outliers.cuh"
+#include "cuda/row_block.cuh"
 #include "cuda/store.cuh"
 
 namespace hf_spqr {
@@ -71,100 +71,13 @@ class XFetcher {
     uint32_t to_;
 };
 
-// Words of the two sets of a step, two rows at a time. Past the last tile the old words stay: their x is zero.
-template <class Stats, int BITS>
-class WordFetcher {
-  public:
-    HF_DEVICE WordFetcher(const Matrix& m, const uint32_t* stream, int lane) : m_(m) {
-        from_ = dev::keep(stream + 2 * (lane >> 2));
-        tile_words_ = (lane & 3) * (BITS * kRows);
-        left_ = m.panels.tiles - (lane & 3);
-    }
-
-    template <int H>
-    HF_DEVICE void fetch(int step) {
-        // Both sets of a step lie in one panel, unless panels are short.
-        constexpr bool same = Stats::kTileShift >= 3;
-        const int tile = step * kStepTiles + H * kTilesPerSet;
-        if (H == 0 || !same) at_ = dev::keep(from_ + (offset(tile) + tile_words_));
-        if (tile >= left_) return;
-#pragma unroll
-        for (int v = 0; v < BITS; ++v) {
-            constexpr int further = same ? H * kTilesPerSet * BITS * kRows : 0;
-            words_[H][v] = dev::load_stream(reinterpret_cast<const uint2*>(at_ + further + v * kRows));
-        }
-    }
-
-    // The words of set H, row by row.
-    template <int H>
-    HF_DEVICE void split(uint32_t (&w)[2][BITS]) const {
-#pragma unroll
-        for (int v = 0; v < BITS; ++v) {
-            w[0][v] = words_[H][v].x;
-            w[1][v] = words_[H][v].y;
-        }
-    }
-
-  private:
-    // Of a tile that begins a set.
-    HF_DEVICE int offset(int tile) const {
-        const int tile_shift = Stats::kTileShift < 0 ? m_.panels.tile_shift : Stats::kTileShift;
-        const int panel = tile >> tile_shift;
-        const int stats = panel == m_.panels.last_panel ? m_.panels.last_stat_words : m_.panels.stat_words;
-        return panel * m_.panels.panel_words + stats + (tile - (panel << tile_shift)) * (BITS * kRows);
-    }
-
-    const Matrix& m_;
-    const uint32_t* from_;
-    const uint32_t* at_ = nullptr;
-    int tile_words_, left_;
-    uint2 words_[2][BITS] = {};
-};
-
-// A warp's row blocks: statistics and words of each.
-template <class Stats, int BITS>
-struct RowBlock {
-    Stats stats;
-    WordFetcher<Stats, BITS> words;
-
-    HF_DEVICE RowBlock(const Matrix& m, int64_t wanted, int lane, int first_step, int stride, uint32_t shared)
-        : RowBlock(m, stream_of(m, wanted), lane, first_step, stride, shared) {}
-
-    // All that the step needs from memory.
-    HF_DEVICE void fetch(int step) {
-        stats.prefetch(step);
-        words.template fetch<0>(step);
-        words.template fetch<1>(step);
-    }
-
-  private:
-    HF_DEVICE RowBlock(const Matrix& m, const uint32_t* stream, int lane, int first_step, int stride, uint32_t shared)
-        : stats(m, stream, lane, first_step, stride, shared), words(m, stream, lane) {}
-
-    // Row blocks past the end repeat the last one; their rows are not written.
-    static HF_DEVICE const uint32_t* stream_of(const Matrix& m, int64_t wanted) {
-        const int64_t last = (m.rows - 1) / kRows;
-        return m.packed + (wanted < last ? wanted : last) * m.panels.words;
-    }
-};
-
-template <class Stats, int BITS, int R>
-struct RowBlocks {
-    RowBlock<Stats, BITS> each[R];
-
-    template <int... I>
-    HF_DEVICE RowBlocks(std::integer_sequence<int, I...>, const Matrix& m, int64_t wanted, int lane, int first_step,
-                        int stride, uint32_t shared)
-        : each{RowBlock<Stats, BITS>(m, wanted + I, lane, first_step, stride,
-                                     shared + I * Stats::kSharedWords * 4)...} {}
-};
-
 // One set: acc += W x over its 128 columns. x as in multiply_quarter.
 template <class Stats, int BITS, int NT, int H>
 HF_DEVICE void multiply_set(float (&acc)[NT][4], RowBlock<Stats, BITS>& block, uint32_t x) {
     uint32_t w[2][BITS];
     block.words.template split<H>(w);
     Quarter q;
+    block.stats.template load_set<H>();
     block.stats.template quarter<H, 0>(q);
     multiply_quarter<BITS, NT, 0, H>(acc, w, q, x);
     block.stats.template quarter<H, 1>(q);
@@ -266,9 +179,9 @@ linear_kernel(const LinearArgs a) {
     // Shared memory: two buffers of x for each slice, statistics for each warp.
     const uint32_t shared = dev::shared_address(), buffer_bytes = Shape::x_tokens(tokens) * kTokenBytes;
     const uint32_t x_slice = shared + 2 * slice * buffer_bytes;
-    RowBlocks<Stats, BITS, R> mine(std::make_integer_sequence<int, R>{}, m, (dev::block_x() * WIDTH + which) * R, lane,
-                                   slice, SLICES,
-                                   shared + 2 * SLICES * buffer_bytes + warp * (R * Stats::kSharedWords * 4));
+    RowBlocks<Stats, BITS, R> mine(
+        std::make_integer_sequence<int, R>{}, m, (dev::block_x() * WIDTH + which) * R, lane, slice, SLICES,
+        shared + 2 * SLICES * buffer_bytes + warp * (R * Stats::kSharedWords * 4), Stats::kSharedWords * 4);
     XFetcher<NT, WIDTH, SLICES> x(a, first_token, tokens, which, slice, lane, x_slice);
 #pragma unroll
     for (int r = 0; r < R; ++r) {

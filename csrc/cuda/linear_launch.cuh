@@ -8,8 +8,7 @@ namespace hf_spqr {
 template <class Stats, int BITS, int NT, int R, int WIDTH, int SLICES>
 int launch_linear(const LinearArgs& a, void* stream) {
     using Shape = LinearShape<NT, R, WIDTH, SLICES>;
-    constexpr int kBlocksPerSm =
-        NT > 1 && (Stats::kInteger || BITS == 8 || (BITS == 4 && NT == 4)) ? 1 : 2;  // as the registers allow
+    constexpr int kBlocksPerSm = NT > 1 && (Stats::kInteger || BITS == 8) ? 1 : 2;  // as the registers allow
     const Grid grid{ceil_div(a.weight.rows, Shape::kRowBlocks * kRows), ceil_div(a.tokens, Shape::kTokens)};
     const int shared = Shape::shared_bytes(a.tokens, R * Stats::kSharedWords);
     return launch<linear_kernel<Stats, BITS, NT, R, WIDTH, SLICES, kBlocksPerSm>>(grid, Shape::kThreads, shared,
@@ -25,15 +24,10 @@ int launch_linear(const LinearArgs& a, void* stream) {
     if constexpr (Stats::kTileShift >= 0) {
         DeviceLimits device{};
         if (const int status = device_limits(device)) return status;
-        const auto may_be_wide = [&](int row_blocks, int tokens) {
-            const int64_t blocks = int64_t(ceil_div(a.weight.rows, row_blocks * kRows)) * ceil_div(a.tokens, tokens);
-            return 2 * blocks >= 3 * int64_t(device.multiprocessors);
-        };
-        if (a.tokens <= 16 && may_be_wide(4, 16)) return launch_linear<Stats, BITS, 2, 1, 4, 2>(a, stream);
-        if (a.tokens > 16 && may_be_wide(8, 32)) return launch_linear<Stats, BITS, 4, 1, 8, 1>(a, stream);
+        const int blocks = ceil_div(a.weight.rows, 4 * kRows);
+        if (2 * blocks >= 3 * device.multiprocessors) return launch_linear<Stats, BITS, 2, 1, 4, 2>(a, stream);
     }
-    if (a.tokens <= 16) return launch_linear<Stats, BITS, 2, 1, 2, 4>(a, stream);
-    return launch_linear<Stats, BITS, 4, 1, 4, 2>(a, stream);
+    return launch_linear<Stats, BITS, 2, 1, 2, 4>(a, stream);
 }
 
 // One per layout of statistics, each in a file of its own; bits that the layout's files do not hold are an error.

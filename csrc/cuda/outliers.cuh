@@ -48,7 +48,7 @@ HF_DEVICE void multiply_outliers(float (&v)[kLaneTokens], const LinearArgs& a, i
         for (int k = 0; k < kAhead; ++k) {
             of_x[k] = {};
             if (i + k * kTogether < end) {
-                of_x[k] = *reinterpret_cast<const uint2*>(x + int64_t(entries[k] & 0xffffu) * a.x_columns_stride);
+                of_x[k] = *reinterpret_cast<const uint2*>(x + int64_t(entries[k] & 0xffffu) * kLinearTokens);
             }
         }
 #pragma unroll

@@ -22,6 +22,11 @@ inline int64_t padded_stride(int64_t columns) {
     return (columns + 15) / 16 * 16;
 }
 
+// fp32 x becomes fp16 in the tiled kernel. From 65 tokens on, where dense weights take not much longer, it stays.
+inline int most_tiled_tokens(DType dtype) {
+    return dtype == DType::f32 ? 64 : kTiledTokens;
+}
+
 constexpr int64_t kScratchBytes = 96 << 20;  // of dense weights at a time
 constexpr int64_t kProductBlock = 128;       // rows and tokens of a block of a matrix product, about
 

@@ -142,6 +142,7 @@ template <class Stats, int BITS, int NT, int H, int I>
 HF_DEVICE void multiply_resident_quarter(float (&acc)[2][NT][4], Stats& stats, const uint32_t (&w)[2][BITS],
                                          const uint32_t (&x)[NT]) {
     Quarter q;
+    if constexpr (I == 0) stats.template load_set<H>();
     stats.template quarter<H, I>(q);
     uint32_t first[4], second[4];
     weight_operand<BITS, 4 * I>(first, w, q);

@@ -83,32 +83,35 @@ template <Format FORMAT, int BITS>
 class StatsAny {
   public:
     static constexpr bool kInteger = false;
+    static constexpr bool kSubtract = kSubtractFirst<BITS>;
     static constexpr float kFactor = 1.f;   // of the sums, made up for at the end
     static constexpr int kRowBlocks = 1;    // of a warp
     static constexpr int kTileShift = -1;   // as the matrix says
     static constexpr int kGroupBytes = 96;  // 16 rows, and room so that groups do not meet in a bank
     static constexpr int kSharedWords = 32 * kGroupBytes / 4;
+    static HF_CONSTANT int shared_words(const Matrix& m) { return groups_of_step(m) * kGroupBytes / 4; }
 
     HF_DEVICE StatsAny(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t shared)
         : m_(m), reader_(m, stream), lane_(lane), shared_(shared) {}
 
     HF_DEVICE void prefetch(int) {}
 
-    HF_DEVICE void decode(int step) {
+    // Numbers up to `fit` fit fp16 as weights do, divided by factor().
+    HF_DEVICE void decode(int step, float fit = 0.f) {
         const int shift = m_.panels.group_shift, first = step * kStepColumns >> shift;
-        const int full = shift < 8 ? kStepColumns >> shift : 1, left = m_.panels.groups - first;
+        const int full = groups_of_step(m_), left = m_.panels.groups - first;
         const int groups = full < left ? full : left, row = lane_ & 15;
         // Made from the step, so that the places of its quarters are not kept in registers throughout.
         column_ = step * kStepColumns + (lane_ & 3) * kColumns;
         groups_ = shared_ + (lane_ >> 2) * 8 - first * kGroupBytes;
-        float largest = 0.f;
+        float largest = dev::mul(fit, 1.f / float(1 << kPlace));
         if constexpr (FORMAT == Format::spqr) {  // the same for all rows, and at most 32 groups
-            if (lane_ < groups) largest = reader_.bound(first + lane_, row);
+            if (lane_ < groups) largest = fmaxf(largest, reader_.bound(first + lane_, row));
         } else {
             for (int i = lane_ >> 4; i < groups; i += 2) largest = fmaxf(largest, reader_.bound(first + i, row));
         }
         const StepScale scale(dev::max_of_warp(dev::as_bits(largest)));
-        factor_ = scale.back(kSubtractFirst<BITS> ? 12 : 24 - Fields<BITS>::kLow);
+        factor_ = scale.back(kPlace);
         for (int i = lane_ >> 4; i < full; i += 2) {
             uint32_t word = 0;
             if (i < groups) {
@@ -121,6 +124,9 @@ class StatsAny {
         }
     }
 
+    template <int H>
+    HF_DEVICE void load_set() {}
+
     template <int H, int I>
     HF_DEVICE void quarter(Quarter& q) {
         const int group = (column_ + 4 * H * kColumns + 8 * I) >> m_.panels.group_shift;
@@ -131,6 +137,10 @@ class StatsAny {
 
   private:
     static constexpr int kPlace = kSubtractFirst<BITS> ? 12 : 24 - Fields<BITS>::kLow;
+
+    static HF_CONSTANT int groups_of_step(const Matrix& m) {
+        return m.panels.group_shift < 8 ? kStepColumns >> m.panels.group_shift : 1;
+    }
 
     const Matrix& m_;
     StatReader<FORMAT> reader_;

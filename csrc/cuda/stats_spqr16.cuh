@@ -17,11 +17,13 @@ template <int BITS>
 class StatsSpqr16 {
   public:
     static constexpr bool kInteger = false;
+    static constexpr bool kSubtract = kSubtractFirst<BITS>;
     static constexpr float kFactor = 1.f;  // of the sums, made up for at the end
     static constexpr int kRowBlocks = 1;   // of a warp
     static constexpr int kTileShift = 3;   // log2 of the tiles of a panel
     static constexpr int kTileWords = 40;  // 16 rows x 2, and room so that four tiles do not meet in a bank
     static constexpr int kSharedWords = 9 * kTileWords + 2 * 36;
+    static HF_CONSTANT int shared_words(const Matrix&) { return kSharedWords; }
 
     HF_DEVICE StatsSpqr16(const Matrix& m, const uint32_t* stream, int lane, int first_step, int stride,
                           uint32_t shared) {
@@ -57,16 +59,10 @@ class StatsSpqr16 {
         left_ -= step_groups_;
     }
 
-    HF_DEVICE void decode(int) {
-        put_constants();
-        dev::sync_warp();
-        const uint32_t w0 = codes_[0], w1 = codes_[1], w2 = codes_[2];
-        const uint32_t spare = (w0 >> 12 & 0x00080008u) | (w1 >> 11 & 0x00100010u) | (w2 >> 10 & 0x00200020u);
-        slot<0>(w0 >> shift_, w0 >> shift_);
-        slot<1>(w1 >> shift_, w1 >> shift_);
-        slot<2>(w2 >> shift_, w2 >> shift_);
-        const bool upper = shift_ != 0;
-        slot<3>((upper ? w2 : w0) >> 12, upper ? spare : w1 >> 9);
+    HF_DEVICE void decode(int) { decode_for(largest()); }
+    // Likewise, and numbers up to `fit` fit fp16 as weights do, divided by factor().
+    HF_DEVICE void decode(int, float fit) {
+        decode_for(fmaxf(largest(), dev::mul(fit, 1.f / float(1 << (24 - Fields<BITS>::kLow)))));
     }
 
     // --- for resident.cuh: statistics of a step are in a slot ---
@@ -89,14 +85,17 @@ class StatsSpqr16 {
         second_ = dev::load_shared2<12 * kRows>(slot + slot_second_);
     }
 
+    // For the quarters of set H that follow.
+    template <int H>
+    HF_DEVICE void load_set() {
+        words_ = dev::load_shared4<0>(in_[H]);
+        small_[0] = dev::hmul2(words_.x, kSmall);
+        small_[1] = dev::hmul2(words_.z, kSmall);
+    }
+
     // Of the lane's rows 2g, 2g + 1 in its tile 4 H + t.
     template <int H, int I>
     HF_DEVICE void quarter(Quarter& q) {
-        if constexpr (I == 0) {
-            words_ = dev::load_shared4<0>(in_[H]);
-            small_[0] = dev::hmul2(words_.x, kSmall);
-            small_[1] = dev::hmul2(words_.z, kSmall);
-        }
         q.low[0] = pick<I>(words_.x);
         q.low[1] = pick<I>(words_.z);
         q.high[0] = pick<I>(small_[0]);
@@ -121,12 +120,29 @@ class StatsSpqr16 {
         return I < 2 ? dev::low_twice(both) : dev::high_twice(both);
     }
 
+    // At least |s| of group `lane`.
+    HF_DEVICE float largest() const {
+        const float ss = dev::low_float(second_.x), sz = dev::high_float(second_.x);
+        return dev::mul(fabsf(ss), fmaxf(fabsf(sz), fabsf(7.f - sz)));
+    }
+
+    HF_DEVICE void decode_for(float largest) {
+        put_constants(largest);
+        dev::sync_warp();
+        const uint32_t w0 = codes_[0], w1 = codes_[1], w2 = codes_[2];
+        const uint32_t spare = (w0 >> 12 & 0x00080008u) | (w1 >> 11 & 0x00100010u) | (w2 >> 10 & 0x00200020u);
+        slot<0>(w0 >> shift_, w0 >> shift_);
+        slot<1>(w1 >> shift_, w1 >> shift_);
+        slot<2>(w2 >> shift_, w2 >> shift_);
+        const bool upper = shift_ != 0;
+        slot<3>((upper ? w2 : w0) >> 12, upper ? spare : w1 >> 9);
+    }
+
     // The second level of group `lane` for (s, z) = code * first + second, z as -z * 2^kZero, so that s * 2^-16 times
     // it is the shift. The second group of a tile has its codes times 8.
-    HF_DEVICE void put_constants() {
+    HF_DEVICE void put_constants(float largest) {
         const float ss = dev::low_float(second_.x), sz = dev::high_float(second_.x);
         const float zs = dev::low_float(second_.y), zz = dev::high_float(second_.y);
-        const float largest = dev::mul(fabsf(ss), fmaxf(fabsf(sz), fabsf(7.f - sz)));
         const StepScale scale(dev::max_of_warp(dev::as_bits(largest)));
         factor_ = scale.back(24 - Fields<BITS>::kLow);
         const float up = dev::mul(ss, scale.up()), down = dev::mul(zs, -dev::as_float(uint32_t(127 + kZero) << 23));

@@ -286,6 +286,9 @@ template <int OFFSET>
 uint4 load_shared4(uint32_t at) {
     return read_shared<uint4>(at + OFFSET);
 }
+inline void store_shared_half(uint32_t at, uint32_t v) {
+    write_shared(at, uint16_t(v));
+}
 inline void store_shared(uint32_t at, uint32_t v) {
     write_shared(at, v);
 }

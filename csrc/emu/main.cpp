@@ -9,7 +9,29 @@
 namespace hf_spqr {
 namespace {
 
-enum class Job : int64_t { linear = 0, dequantize = 1, finish = 2, quantize = 3, int8_linear = 4, stretch = 5 };
+enum class Job : int64_t {
+    linear = 0,
+    dequantize = 1,
+    finish = 2,
+    quantize = 3,
+    int8_linear = 4,
+    stretch = 5,
+    parts = 6
+};
+
+void run_tiled(const LinearArgs& a) {
+    const Matrix& m = a.weight;
+    int parts = 0;
+    expect(hf_spqr_cuda_tiled_parts(&m, a.tokens, &parts) == 0 && parts > 0, "no kernel for this matrix");
+    const int64_t stride = ceil_div(m.rows, 16) * 16;
+    const Bytes sums(parts * a.tokens * stride * 4);
+    memset(sums.data, 0xFF, size_t(sums.size));
+    const TiledArgs t{m, a.x, a.x_stride, a.tokens, parts, sums.as<float>()};
+    expect(hf_spqr_cuda_linear_tiled(&t, nullptr) == 0, "tiled linear failed");
+    const FinishArgs f{t.sums, DType::f32, parts,         stride, m.rows, 0,
+                       m.rows, a.tokens,   a.token_scale, a.bias, a.y,    a.dtype};
+    expect(hf_spqr_cuda_finish(&f, nullptr) == 0, "finish failed");
+}
 
 void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     const auto perm = read_tensor(in), bias = read_tensor(in), x = read_tensor(in);
@@ -17,7 +39,7 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     const ResidentArgs resident{m, x->data, perm->as<int32_t>(), bias->data, y.data, dtype, int(h.tokens), {}};
     const int status = hf_spqr_cuda_linear_resident(&resident, nullptr);
     if (status != kNoKernel) return expect(status == 0, "resident linear failed");
-    LinearArgs a{m, x->as<uint16_t>(), h.columns, nullptr, int(h.tokens), bias->data, y.data, dtype, nullptr, 0};
+    LinearArgs a{m, x->as<uint16_t>(), h.columns, nullptr, int(h.tokens), bias->data, y.data, dtype, nullptr};
     Bytes half(h.tokens * prepared_stride(h.columns) * 2), scale(h.tokens * 4);
     if (needs_prepare(dtype, perm->data != nullptr, h.columns)) {
         a.x = half.as<uint16_t>();
@@ -33,10 +55,10 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
                             scale.as<float>()};
         expect(hf_spqr_cuda_prepare(&p, nullptr) == 0, "prepare failed");
     }
-    a.x_columns_stride = ceil_div(a.tokens, kTransposedTokens) * kTransposedTokens;
-    const Bytes columns(m.columns * a.x_columns_stride * 2);
+    if (a.tokens > kLinearTokens) return run_tiled(a);
+    const Bytes columns(m.columns * kLinearTokens * 2);
     if (m.outlier) {
-        const TransposeArgs t{a.x, a.x_stride, a.tokens, m.columns, columns.as<uint16_t>(), a.x_columns_stride};
+        const TransposeArgs t{a.x, a.x_stride, a.tokens, m.columns, columns.as<uint16_t>()};
         expect(hf_spqr_cuda_transpose(&t, nullptr) == 0, "transpose failed");
         a.x_columns = columns.as<uint16_t>();
     }
@@ -44,11 +66,12 @@ void run_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     expect(hf_spqr_cuda_linear(&a, nullptr) == 0, "linear failed");
 }
 
-// rows, tokens, first_row, part_rows, dtype; wide = the product's dtype.
+// rows, tokens, first_row, part_rows, dtype; bits = parts, columns = their stride, wide = the product's dtype.
 void run_finish(const Header& h, FILE* in, FILE* out) {
     const auto product = read_tensor(in), scale = read_tensor(in), bias = read_tensor(in), y = read_tensor(in);
-    const FinishArgs a{product->data, DType(h.wide),      int(h.part_rows), int(h.first_row), int(h.rows),
-                       int(h.tokens), scale->as<float>(), bias->data,       y->data,          DType(h.dtype)};
+    const FinishArgs a{product->data,      DType(h.wide),    int(h.bits), h.columns,
+                       int(h.part_rows),   int(h.first_row), int(h.rows), int(h.tokens),
+                       scale->as<float>(), bias->data,       y->data,     DType(h.dtype)};
     expect(hf_spqr_cuda_finish(&a, nullptr) == 0, "finish failed");
     write_result(*y, out);
 }
@@ -89,6 +112,20 @@ void run_stretch(const Header& h, FILE* out) {
     write_result(result, out);
 }
 
+// A matrix without its bytes, tokens, multiprocessors -> parts of the columns.
+void run_parts(const Header& h, FILE* out) {
+    Matrix m{};
+    m.format = Format(h.format);
+    m.bits = int(h.bits);
+    m.rows = int(h.rows);
+    m.columns = int(h.columns);
+    const Bytes result(sizeof(int64_t));
+    int parts = 0;
+    expect(hf_spqr_cuda_tiled_parts(&m, int(h.tokens), &parts) == 0, "tiled_parts failed");
+    *result.as<int64_t>() = parts;
+    write_result(result, out);
+}
+
 void run_case(const Header& h, FILE* in, FILE* out) {
     emu::seed() = unsigned(h.seed);
     emu::limits() = {int(h.multiprocessors), int(h.shared_bytes)};
@@ -96,6 +133,7 @@ void run_case(const Header& h, FILE* in, FILE* out) {
     if (job == Job::finish) return run_finish(h, in, out);
     if (job == Job::quantize) return run_quantize(h, in, out);
     if (job == Job::stretch) return run_stretch(h, out);
+    if (job == Job::parts) return run_parts(h, out);
     const DType dtype = DType(h.dtype);
     const int64_t element = dtype == DType::f32 ? 4 : 2;
     const auto packed = read_tensor(in), outlier_row = read_tensor(in), outlier = read_tensor(in);

@@ -58,37 +58,50 @@ bool aligned(const Tensor& t) {
     return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
+// x as the fused kernels take it.
+PreparedX half_of(const Call& c, const Tensor& x) {
+    const bool as_it_is = !needs_prepare(c.dtype, c.perm != nullptr, c.matrix.columns) && aligned(x);
+    return as_it_is ? PreparedX{x, c.matrix.columns, std::nullopt} : prepare(c, x);
+}
+
 void linear_few(const Call& c, const Tensor& x, Tensor& y) {
     const ResidentArgs resident{c.matrix, x.const_data_ptr(), c.perm, c.bias, y.mutable_data_ptr(),
                                 c.dtype,  c.tokens,           {}};
     const int status = hf_spqr_cuda_linear_resident(&resident, c.stream);
     if (status != kNoKernel) return check_launch(c.op, "resident linear", status);
-    const bool as_it_is = !needs_prepare(c.dtype, c.perm != nullptr, c.matrix.columns) && aligned(x);
-    const PreparedX p = as_it_is ? PreparedX{x, c.matrix.columns, std::nullopt} : prepare(c, x);
+    const PreparedX p = half_of(c, x);
     const auto* half = static_cast<const uint16_t*>(p.x.const_data_ptr());
-    LinearArgs args{c.matrix,
-                    half,
-                    p.stride,
-                    p.scale(),
-                    c.tokens,
-                    c.bias,
-                    y.mutable_data_ptr(),
-                    c.dtype,
-                    nullptr,
-                    ceil_div(c.tokens, kTransposedTokens) * kTransposedTokens};
+    LinearArgs args{c.matrix, half, p.stride, p.scale(), c.tokens, c.bias, y.mutable_data_ptr(), c.dtype, nullptr};
     std::optional<Tensor> columns;
     if (c.matrix.outlier) {
-        columns = stable::new_empty(x, {c.matrix.columns, args.x_columns_stride}, ScalarType::Half);
-        const TransposeArgs transpose{half,
-                                      p.stride,
-                                      c.tokens,
-                                      c.matrix.columns,
-                                      static_cast<uint16_t*>(columns->mutable_data_ptr()),
-                                      args.x_columns_stride};
+        columns = stable::new_empty(x, {c.matrix.columns, kLinearTokens}, ScalarType::Half);
+        const TransposeArgs transpose{half, p.stride, c.tokens, c.matrix.columns,
+                                      static_cast<uint16_t*>(columns->mutable_data_ptr())};
         check_launch(c.op, "transpose", hf_spqr_cuda_transpose(&transpose, c.stream));
         args.x_columns = transpose.out;
     }
     check_launch(c.op, "linear", hf_spqr_cuda_linear(&args, c.stream));
+}
+
+// The sums of parts of the columns, then these added up. False where there is no kernel for it.
+bool linear_tiled(const Call& c, const Tensor& x, Tensor& y) {
+    const Matrix& m = c.matrix;
+    if (c.tokens > most_tiled_tokens(c.dtype)) return false;
+    int parts = 0;
+    check_launch(c.op, "device query", hf_spqr_cuda_tiled_parts(&m, c.tokens, &parts));
+    if (parts == 0) return false;
+    const PreparedX p = half_of(c, x);
+    const int64_t stride = ceil_div(m.rows, 16) * 16;
+    Tensor sums = stable::new_empty(x, {parts, c.tokens, stride}, ScalarType::Float);
+    const TiledArgs args{m,     static_cast<const uint16_t*>(p.x.const_data_ptr()), p.stride, c.tokens,
+                         parts, static_cast<float*>(sums.mutable_data_ptr())};
+    const int status = hf_spqr_cuda_linear_tiled(&args, c.stream);
+    if (status == kNoKernel) return false;
+    check_launch(c.op, "tiled linear", status);
+    const FinishArgs finish{args.sums, DType::f32,           parts,  stride, m.rows, 0, m.rows, c.tokens, p.scale(),
+                            c.bias,    y.mutable_data_ptr(), c.dtype};
+    check_launch(c.op, "finish", hf_spqr_cuda_finish(&finish, c.stream));
+    return true;
 }
 
 // Through dense weights: fp32 for fp32, else fp16 (weights are never rounded to bfloat16).
@@ -113,6 +126,8 @@ void linear_many(const Call& c, const Tensor& x, Tensor& y) {
         STD_TORCH_CHECK(product.is_contiguous(), c.op, ": torch returned a product that is not contiguous");
         const FinishArgs finish{product.const_data_ptr(),
                                 full ? DType::f32 : DType::f16,
+                                1,
+                                rows,
                                 int(rows),
                                 int(first),
                                 m.rows,
@@ -148,7 +163,7 @@ Tensor linear_cuda(const char* op, const Tensor& x, const Matrix& m, const Optio
         const Tensor flat = stable::reshape(stable::contiguous(x), {tokens, m.columns});
         if (hf_spqr_cuda_can_fuse(&m, c.tokens)) {
             linear_few(c, flat, y);
-        } else {
+        } else if (!linear_tiled(c, flat, y)) {
             linear_many(c, flat, y);
         }
     }

@@ -126,7 +126,10 @@ class Case:
 
 @dataclass
 class Finish:
-    """Scale, bias and dtype of a dense product of rows [first_row, + product.shape[1]), written into ``y``."""
+    """Scale, bias and dtype of a dense product, written into ``y``.
+
+    ``product`` is [tokens, rows] of rows from ``first_row`` on, or [parts, tokens, at least all rows].
+    """
 
     product: Tensor
     token_scale: Tensor | None
@@ -139,9 +142,10 @@ class Finish:
         return [(self.y.dtype, self.y.shape)]
 
     def encode(self) -> bytes:
-        (tokens, rows), part = self.y.shape, self.product.shape[1]
+        (tokens, rows), stride = self.y.shape, self.product.shape[-1]
+        parts, part_rows = (len(self.product), rows) if self.product.dim() == 3 else (1, stride)
         header = struct.pack(
-            "18q", 2, 0, 0, 0, rows, 0, 0, 0, 0, 0, tokens, DTYPES[self.y.dtype], self.first_row, part,
+            "18q", 2, 0, parts, 0, rows, stride, 0, 0, 0, 0, tokens, DTYPES[self.y.dtype], self.first_row, part_rows,
             DTYPES[self.product.dtype], 1, *SMALLEST_DEVICE,
         )  # fmt: skip
         return header + b"".join(_bytes(tensor) for tensor in (self.product, self.token_scale, self.bias, self.y))
@@ -215,6 +219,15 @@ class Stretch:
     @property
     def outputs(self) -> list[Output]:
         return [(torch.int64, (1,))]
+
+
+@dataclass
+class Parts(Stretch):
+    """In how many parts the columns of SpQR's usual layout are cut for the tiled kernel."""
+
+    def encode(self) -> bytes:
+        shape = (3, 16, self.rows, self.columns, 3, 1, 0, 0, self.tokens, 0, 0, 0, 0, 1, self.multiprocessors, 0)
+        return struct.pack("18q", 6, 0, *shape)
 
 
 def _bytes(tensor: Tensor | None) -> bytes:

@@ -59,18 +59,35 @@ def until_barrier(code: list[tuple[int, str]]) -> int:
     return next(i for i, (_, text) in enumerate(code) if "BAR.SYNC" in text)
 
 
-def main_loop(code: list[tuple[int, str]]) -> Loop:
-    """The smallest loop that holds all tensor-core instructions of any loop."""
-    best: tuple[int, list[str]] | None = None
+def _loops(code: list[tuple[int, str]]) -> list[list[tuple[int, str]]]:
+    """Every loop, from where a backward branch leads to that branch."""
+    found = []
     for address, instruction in code:
         match = _BACKWARD.search(instruction)
-        if match is None or int(match[1], 16) >= address:
-            continue
-        body = [text for at, text in code if int(match[1], 16) <= at <= address]
-        tensor = sum("HMMA" in text or "IMMA" in text for text in body)
-        if tensor and (best is None or (tensor, -len(body)) > (best[0], -len(best[1]))):
-            best = (tensor, body)
-    assert best is not None, "no loop with tensor-core instructions"
-    names = (re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in best[1])
-    counter = collections.Counter(names)
-    return Loop(len(best[1]), counter)
+        if match and int(match[1], 16) < address:
+            found.append([(at, text) for at, text in code if int(match[1], 16) <= at <= address])
+    return found
+
+
+def _tensor(body: list[tuple[int, str]]) -> int:
+    return sum("HMMA" in text or "IMMA" in text for _, text in body)
+
+
+def _main(code: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    body = max(_loops(code), key=lambda body: (_tensor(body), -len(body)), default=[])
+    assert _tensor(body), "no loop with tensor-core instructions"
+    return body
+
+
+def executed(code: list[tuple[int, str]], turns: int) -> int:
+    """Instructions of a turn of the main loop: loops in it that multiply take ``turns`` turns each, others none."""
+    main = _main(code)
+    inner = [body for body in _loops(main) if body != main]
+    return len(main) + sum((turns - 1 if _tensor(body) else -1) * len(body) for body in inner)
+
+
+def main_loop(code: list[tuple[int, str]]) -> Loop:
+    """The smallest loop that holds all tensor-core instructions of any loop."""
+    body = _main(code)
+    names = (re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for _, text in body)
+    return Loop(len(body), collections.Counter(names))

@@ -12,7 +12,7 @@ from tests.cuda.emulator import CSRC
 
 ARCHS = ("80", "86", "89", "90a", "100f", "120f")
 FILES = sorted(path.stem for path in CSRC.glob("cuda/*.cu"))
-QUICK = {("linear_spqr16", "90a"), ("linear_affine128", "90a")}
+QUICK = {("linear_spqr16", "90a"), ("linear_affine128", "90a"), ("tiled_spqr16", "90a")}
 WEIGHTS_PER_LANE = 16 * 256 // 32  # of a step of one row block; a step is one turn of the main loop
 # Of the kernel for 1 to 8 tokens, with all that its loop holds for 8 of them: (file, bits, most per weight).
 BUDGETS = [
@@ -29,6 +29,14 @@ RESIDENT_BUDGETS = [
     ("resident_spqr16", 4, 2.65),
     ("resident_affine128", 4, 1.8),
     ("resident_affine128", 2, 1.7),
+]
+# Of tiled.cuh for 64 tokens, with all that a step of two row blocks takes, its outliers but for rows of more than six.
+TILED_BUDGETS = [
+    ("tiled_spqr16", 3, 7.1),
+    ("tiled_spqr16", 2, 6.9),
+    ("tiled_spqr16", 4, 6.9),
+    ("tiled_affine128", 4, 5.25),
+    ("tiled_affine128", 2, 5.25),
 ]
 DENSE_WEIGHTS_PER_THREAD = 64
 
@@ -76,6 +84,19 @@ def test_instruction_budget_of_resident(cubin: Callable, name: str, bits: int, m
     per_weight = loop.instructions / WEIGHTS_PER_LANE
     print(f"{name}, {bits} bits: {per_weight:.2f} instructions per weight, {dict(loop.by_name)}")
     assert loop.by_name["HMMA"] >= 16 and not loop.by_name["LDL"] and not loop.by_name["STL"]
+    assert per_weight <= most
+
+
+@pytest.mark.usefixtures("disassembler")
+@pytest.mark.parametrize(("name", "bits", "most"), TILED_BUDGETS)
+def test_instruction_budget_of_tiled(cubin: Callable, name: str, bits: int, most: float) -> None:
+    path, _ = cubin(name, "90a")
+    pattern = rf"tiled_kernel\w+ELi{bits}ELi8ELb"  # bits, token tiles, outliers
+    (code,) = (body for function, body in sass.functions(path).items() if re.search(pattern, function))
+    loop = sass.main_loop(code)
+    per_weight = sass.executed(code, turns=4) / (2 * WEIGHTS_PER_LANE)
+    print(f"{name}, {bits} bits: {per_weight:.2f} instructions per weight of 64 tokens, {dict(loop.by_name)}")
+    assert loop.by_name["HMMA"] == 64 and not loop.by_name["LDL"] and not loop.by_name["STL"]
     assert per_weight <= most
 
 

@@ -12,7 +12,7 @@ from tests.cuda.test_kernels_emulated import ERROR, natural_affine, natural_spqr
 from tests.gpu.on_device import OnDevice
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-TOKENS = (1, 2, 8, 9, 16, 17, 64, 65, 300)
+TOKENS = (1, 2, 8, 9, 16, 17, 32, 64, 65, 128, 300)
 
 SPQR = [  # rows, columns, bits, group, stat bits, second group, perm, outliers
     (4096, 4096, 3, 16, 3, 16, False, 0.01),
@@ -95,7 +95,7 @@ def test_other_stream(matrix: OnDevice) -> None:
     assert torch.equal(y, want)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 100])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 100, 200])
 def test_graph_replay(matrix: OnDevice, tokens: int) -> None:
     """Nothing waits, allocates outside of the graph's pool, or reads results on the host."""
     x = some_x(tokens, matrix.columns, F16)
