@@ -118,13 +118,16 @@ def perplexity(
         on_progress: called with (windows done, windows in all) after each forward pass.
 
     Raises:
-        ConfigError: unknown protocol, or ``seqlen``, ``stride`` or ``batch_size`` out of range.
+        ConfigError: the model has an encoder, unknown protocol, or ``seqlen``, ``stride`` or ``batch_size`` out of
+            range.
         CalibrationError: nothing can be scored, e.g. every document is shorter than two tokens, or the model has no
             embedding for a token.
         NonFiniteError: the model gives NaN or infinity.
     """
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol={protocol!r}: use one of {', '.join(PROTOCOLS)}.")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(f"{type(model).__name__} has an encoder: perplexity is that of a causal language model.")
     seqlen = default_seqlen(model) if seqlen is None else seqlen
     if seqlen < 2:
         raise ConfigError(f"seqlen={seqlen}: use at least 2 tokens.")

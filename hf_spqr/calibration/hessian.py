@@ -51,5 +51,5 @@ class HessianAccumulator:
             raise CalibrationError(
                 "No calibration input has reached this layer: there is no Hessian to quantize with."
             )
-        mean = self.sum.to(torch.float32, copy=True).mul_(2.0 / self.tokens)
+        mean = self.sum.float().mul_(2.0 / self.tokens)
         return (mean + mean.T).mul_(0.5)  # few and narrow temporaries: K x K is the largest thing in memory

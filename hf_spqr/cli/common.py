@@ -26,6 +26,11 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there; messages go to stderr.")
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a Transformers model, or a Hub name.")]
+OutArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder to write. It appears complete or not at all.")
+]
+ShardSizeOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT if it exists.")]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help='Where to run: "cpu", "cuda", "cuda:1". Default: cpu.')
 ]

@@ -12,6 +12,9 @@ from hf_spqr.cli.common import (
     CommandError,
     Dtype,
     JsonOption,
+    OutArgument,
+    OverwriteOption,
+    ShardSizeOption,
     bold,
     check_model,
     check_shard_size,
@@ -31,7 +34,7 @@ def convert_command(
         str,
         typer.Argument(metavar="IN", help="Official SpQR or GPTQ v2 checkpoint; the base model for --omniquant."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It appears complete or not at all.")],
+    out: OutArgument,
     omniquant: Annotated[
         Path | None, typer.Option("--omniquant", help="OmniQuant's .pth file, to be applied to the base model IN.")
     ] = None,
@@ -45,8 +48,8 @@ def convert_command(
         int | None, typer.Option("--act-bits", help="Bits of the activations, for --omniquant (w4a4: 4).")
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type of what is not quantized.")] = Dtype.auto,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")] = "50GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT if it exists.")] = False,
+    max_shard_size: ShardSizeOption = "50GB",
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     """Rewrite a checkpoint that another program quantized in our format: any dtype, CPU and CUDA.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,9 @@ from hf_spqr.cli.common import (
     Dtype,
     JsonOption,
     ModelArgument,
+    OutArgument,
+    OverwriteOption,
+    ShardSizeOption,
     bold,
     check_model,
     check_shard_size,
@@ -36,11 +38,11 @@ class Format(str, Enum):
 
 def export_command(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It appears complete or not at all.")],
+    out: OutArgument,
     format: Annotated[Format, typer.Option("--format", "-f", help="Format to write.")],
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type of what is not quantized.")] = Dtype.auto,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")] = "50GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT if it exists.")] = False,
+    max_shard_size: ShardSizeOption = "50GB",
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a model that hf-spqr quantized in the format of another program.

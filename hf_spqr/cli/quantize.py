@@ -17,6 +17,9 @@ from hf_spqr.cli.common import (
     Dtype,
     JsonOption,
     ModelArgument,
+    OutArgument,
+    OverwriteOption,
+    ShardSizeOption,
     bold,
     check_device,
     check_model,
@@ -58,7 +61,7 @@ class Mode(str, Enum):
 
 def quantize_command(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write. It appears complete or not at all.")],
+    out: OutArgument,
     dataset: Annotated[
         str,
         typer.Option("--dataset", "-d", help="Calibration text: txt, json, jsonl file, or Hub name:config:split."),
@@ -131,8 +134,8 @@ def quantize_command(
     seed: Annotated[int, typer.Option("--seed", help="Order in which calibration texts are drawn.")] = 0,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type to load and save the rest in.")] = Dtype.auto,
     device: DeviceOption = None,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")] = "50GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder OUT if it exists.")] = False,
+    max_shard_size: ShardSizeOption = "50GB",
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     """Quantize MODEL and write OUT: weights, config, tokenizer, generation config and quantization_report.json.

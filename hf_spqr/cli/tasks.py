@@ -42,7 +42,7 @@ def run_tasks(
     results = []
     for name in names:
         err_console().print(f"evaluating {name}", markup=False, soft_wrap=True)
-        model, tokenizer = load_model(name, dtype, device), load_tokenizer(name)
+        tokenizer, model = load_tokenizer(name), load_model(name, dtype, device)
         check_writes_text(name, model)
         found = evaluate_tasks(
             model, tokenizer, wanted, manager, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size

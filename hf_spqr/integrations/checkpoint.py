@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.errors import CheckpointError
-from hf_spqr.integrations.experts import ExpertFinder, check_experts
+from hf_spqr.integrations.experts import check_experts
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
-from hf_spqr.report.names import Renamer
+from hf_spqr.report import checkpoint as report
+from hf_spqr.report.names import ExpertFinder, Renamer
 
 __all__ = [
     "Contents", "Spec", "check_complete", "check_loaded", "check_order", "read_contents", "read_headers",
@@ -45,13 +45,14 @@ class Contents:
 
     ``packed[module][tensor]`` are the tensors of packed layers; ``dense`` all other parameter names; ``modules`` maps
     a packed layer to its name in the file. ``experts[module][projection][expert][tensor]`` are those of packed
-    experts.
+    experts. ``further`` are packed layers of blocks after the model's last one.
     """
 
     packed: dict[str, dict[str, Spec]] = field(default_factory=lambda: defaultdict(dict))
     dense: set[str] = field(default_factory=set)
     modules: dict[str, str] = field(default_factory=dict)
     experts: dict[str, dict[str, dict[int, dict[str, Spec]]]] = field(default_factory=dict)
+    further: set[str] = field(default_factory=set)
 
 
 def read_headers(files: Iterable[str]) -> dict[str, Spec]:
@@ -64,15 +65,8 @@ def read_headers(files: Iterable[str]) -> dict[str, Spec]:
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise CheckpointError(f"{file}: packed checkpoints are read from .safetensors files only.")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
-                    part = opened.get_slice(name)
-                    specs[name] = (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), torch.uint8))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or damaged ({error}). Download or copy the checkpoint again."
-            ) from error
+        for name, info in report.read_headers(file).items():
+            specs[name] = info.shape, DTYPES.get(info.dtype, torch.uint8)
     return specs
 
 
@@ -106,6 +100,7 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
             continue
         target = rename(f"{module}.weight")[0].rpartition(".")[0]
         if module in prefixes and is_further(target):
+            contents.further.add(module)
             continue
         if module not in prefixes or not _is_linear(model, target):
             stray.append(name)

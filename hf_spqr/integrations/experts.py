@@ -7,7 +7,6 @@ former to the latter on load; on save they are taken apart here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,15 +16,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 
 from hf_spqr.errors import CheckpointError
-from hf_spqr.nn.experts import ExpertsKind, PackedExperts, describe
+from hf_spqr.nn.experts import ExpertsKind, PackedExperts
+from hf_spqr.report.names import file_names
 
 __all__ = [
-    "ExpertFinder",
     "JoinExperts",
     "check_experts",
     "default_conversions",
     "experts_converters",
-    "file_names",
     "packed_experts",
     "restore_converters",
     "split_experts",
@@ -51,71 +49,6 @@ class JoinExperts(ConversionOps):
         experts = model.get_submodule(full_layer_name.rsplit(".packed.", 1)[0])
         tensors = input_dict.pop(source_patterns[0])[slice(*experts.held) if experts.held else slice(None)]
         return {target_patterns[0]: torch.cat(tensors) if self.ragged else torch.stack(tensors)}
-
-
-class ExpertFinder:
-    """Finds out to which expert of a model (still unpacked) a packed matrix of a file belongs."""
-
-    def __init__(self, model: nn.Module, rename: Callable[[str], list[str]]) -> None:
-        self.rename = rename
-        kinds = {name: describe(module) for name, module in model.named_modules()}
-        self.kinds: dict[str, ExpertsKind] = {name: kind for name, kind in kinds.items() if kind is not None}
-        self.names = {
-            name: {stored: projection for projection, stored in file_names(model, name, kind).items()}
-            for name, kind in self.kinds.items()
-        }
-        self.modules: dict[str, str] = {}
-
-    def __call__(self, name: str) -> tuple[str, str, int] | None:
-        """Experts module, projection and number of the expert for the module name of a matrix in the file, or None."""
-        match = re.fullmatch(r"(.+)\.(\d+)\.(\w+)", name)
-        if match is None or not self.kinds:
-            return None
-        prefix, expert, stored = match.groups()
-        if prefix not in self.modules:
-            self.modules[prefix] = self.rename(f"{prefix}.down_proj")[0].rpartition(".")[0]
-        module = self.modules[prefix]
-        names = self.names.get(module, {})
-        projection = names.get(stored)
-        if names and projection is None:  # a renaming of Transformers that is not meant for experts hits them too
-            projection = names.get(self.rename(f"{name}.packed")[0].split(".")[-2])
-        if projection is None or int(expert) >= self.kinds[module].experts:
-            return None
-        return module, projection, int(expert)
-
-
-def file_names(model: nn.Module, name: str, kind: ExpertsKind) -> dict[str, str]:
-    """What a file calls the projections of the experts module called ``name``, by projection.
-
-    The original names, where the original checkpoint holds experts one by one; else those of the projections.
-    """
-    found: dict[str, str] = {}
-    projections = list(kind.projections)
-    for parameter, own in ((kind.fused, projections[:-1]), ("down_proj", projections[-1:])):
-        for converter in get_model_conversion_mapping(model):  # type: ignore[arg-type]
-            stored = _stored_names(converter, name, parameter)
-            if len(stored) == len(own):
-                found |= zip(own, stored, strict=True)
-                break
-    if len(found) < len(projections) or len(set(found.values())) < len(projections):
-        return {projection: projection for projection in projections}
-    return found
-
-
-def _stored_names(converter: Any, module: str, parameter: str) -> list[str]:
-    """``["gate_proj", "up_proj"]`` where ``converter`` merges ``<module>.*.gate_proj.weight`` and up into one."""
-    if not isinstance(converter, WeightConverter):
-        return []
-    try:
-        back = converter.reverse_transform()
-    except NotImplementedError:
-        return []
-    renamed, pattern = back.rename_source_key(f"{module}.{parameter}")
-    if pattern is None:
-        return []
-    every = [renamed.replace(back.target_patterns[0], target) for target in back.target_patterns]
-    matches = [re.fullmatch(re.escape(module) + r"\.\*\.(\w+)\.weight", one) for one in every]
-    return [match.group(1) for match in matches if match is not None]
 
 
 def check_experts(

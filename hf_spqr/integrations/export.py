@@ -23,8 +23,8 @@ from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.formats import affine, compressed_tensors, gptq_v2, official_spqr, spqr
 from hf_spqr.formats.affine import AffineLayout, AffineWeight
 from hf_spqr.formats.spqr import SpQRLayout
-from hf_spqr.integrations.experts import file_names
 from hf_spqr.nn import GroupedLinear, PackedExperts, PackedLinear
+from hf_spqr.report.names import file_names
 
 __all__ = ["FORMATS", "export_model"]
 

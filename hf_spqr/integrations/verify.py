@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from hf_spqr.errors import CheckpointError
+from hf_spqr.integrations.checkpoint import read_contents
 from hf_spqr.integrations.transformers import QUANTIZERS
-from hf_spqr.report.shapes import empty_model, packed_config
+from hf_spqr.report.model import empty_model, packed_config
 
 __all__ = ["check_folder"]
 
@@ -24,5 +26,11 @@ def check_folder(folder: Path, files: Iterable[Path]) -> None:
     config = packed_config(folder, stored["quantization_config"])
     if config is None or "auto_map" in stored:
         return
-    quantizer = QUANTIZERS[type(config)](config, pre_quantized=True)
-    quantizer.preprocess_model(empty_model(folder), checkpoint_files=[str(file) for file in files])
+    model, names = empty_model(folder), [str(file) for file in files]
+    further = read_contents(model, names).further  # a load leaves them out, as of any checkpoint
+    if further:
+        raise CheckpointError(
+            f"{folder / 'config.json'} counts fewer blocks than the files hold, for example {min(further)!r}: correct"
+            " num_hidden_layers, or save the model again."
+        )
+    QUANTIZERS[type(config)](config, pre_quantized=True).preprocess_model(model, checkpoint_files=names)

@@ -59,7 +59,7 @@ class PackedVllmConfig(QuantizationConfig):
         if config is None:  # what vLLM does with --quantization where the model's config.json has none
             raise ConfigError(
                 f"This model is not quantized: its config.json has no quantization_config, and {self.get_name()!r}"
-                " does not quantize while loading. Run `hf-spqr quantize` and serve its output, without --quantization."
+                " does not quantize while loading. Run `hf-spqr quantize` and serve its output without --quantization."
             )
         self.config = config
 
@@ -195,6 +195,8 @@ class PackedLinearMethod(LinearMethodBase):
             return
         for name in shards.tensor_names:
             delattr(layer, name)
+        if isinstance(layer, ColumnParallelLinear) and layer.tp_size > 1 and not shards.complete():
+            raise _splits_its_own_way(layer, self.prefix)  # Mamba 2, whose mixer changes the loader of the weight
         if shards.all_dense():
             (linear,) = shards.modules(None)
             layer.weight = linear.weight
@@ -254,9 +256,7 @@ def _parts(layer: Any, prefix: str, names: list[str], sizes: list[int]) -> list[
     else:
         ranks, world = [layer.tp_rank] * len(sizes), [layer.tp_size] * len(sizes)
         if type(layer).weight_loader not in KNOWN_LOADERS:
-            raise UnsupportedLayerError(
-                f"{prefix}: {type(layer).__name__} splits its weights in a way of its own; use tensor_parallel_size=1."
-            )
+            raise _splits_its_own_way(layer, prefix)
     if isinstance(layer, QKVParallelLinear) and layer.tp_size > 1:
         copies = layer.num_kv_head_replicas  # where there are more ranks than heads of k and v
         ranks[1:] = [layer.tp_rank // copies] * 2
@@ -265,6 +265,12 @@ def _parts(layer: Any, prefix: str, names: list[str], sizes: list[int]) -> list[
         Part(name, size * total, size * rank, size * (rank + 1))
         for name, size, rank, total in zip(names, sizes, ranks, world, strict=True)
     ]
+
+
+def _splits_its_own_way(layer: Any, prefix: str) -> UnsupportedLayerError:
+    return UnsupportedLayerError(
+        f"{prefix}: {type(layer).__name__} splits its weights in a way of its own; use tensor_parallel_size=1."
+    )
 
 
 def register() -> None:

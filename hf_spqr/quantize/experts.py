@@ -8,6 +8,7 @@ layer.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -72,12 +73,14 @@ class ProjectionResult:
     linear         the packed matrices
     error          relative output error over all experts, each with its own Hessian
     undersampled   experts that saw fewer tokens than ``in_features``
+    unseen         those of them that saw none
     """
 
     name: str
     linear: GroupedLinear
     error: float
     undersampled: int
+    unseen: int
     damping_raised: int
 
     def report(self, method: str, seconds: float) -> LayerReport:
@@ -101,9 +104,10 @@ class ProjectionResult:
         """What the report should say in words."""
         notes = []
         if self.undersampled:
+            none = f" ({self.unseen} of them none)" if self.unseen else ""
             notes.append(
                 f"{self.name}: {self.undersampled} of {self.linear.experts} experts saw fewer than"
-                f" {self.linear.in_features} tokens; tokens of the whole layer stood in for the rest."
+                f" {self.linear.in_features} tokens{none}; tokens of the whole layer stood in for the rest."
             )
         if self.damping_raised:
             notes.append(f"{self.name}: the damping was raised for {self.damping_raised} experts.")
@@ -130,7 +134,8 @@ class Inputs:
 def find_experts(model: nn.Module, blocks: Sequence[Block], config: PackedConfig) -> list[ExpertsTarget]:
     """The experts modules inside ``blocks`` that ``config`` does not exclude and that packing makes smaller.
 
-    A module is left alone as a whole where the config excludes one of its projections.
+    A module is left alone as a whole where the config excludes one of its projections, and where it computes something
+    else than packed experts do.
     """
     keep = kept_in_float32(model)
     found = []
@@ -145,9 +150,38 @@ def find_experts(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
                 continue
             layouts = [config.layout(*shape, projection) for projection, shape in target.projections.items()]
             full = sum(kind.view(module, projection)[0].nbytes for projection in kind.projections)
-            if sum(layout.fixed_bytes for layout in layouts) < full:
+            smaller = sum(layout.fixed_bytes for layout in layouts) < full
+            if smaller and _computes_as_packed(module, kind):
                 found.append(target)
     return found
+
+
+@torch.no_grad()
+def _computes_as_packed(module: Any, kind: ExpertsKind) -> bool:
+    """Whether the first expert gives for a token what :class:`PackedExperts` would, without rounding.
+
+    A model's own code may have parameters of the known names and shapes, and another order of rows or another gate.
+    """
+    weight = getattr(module, kind.fused)
+    if weight.is_meta:
+        return True  # refused later, with the reason
+    token = torch.linspace(-1, 1, kind.hidden, dtype=weight.dtype, device=weight.device)[None]
+    forward = inspect.unwrap(type(module).forward)  # not another implementation of it, for certain devices and dtypes
+    try:
+        expected = _inner(module, kind, 0, token) @ kind.view(module, "down_proj")[0].T
+        if kind.biased:
+            expected = expected + module.down_proj_bias[0]
+        if getattr(module, "has_post_expert_norm", False):
+            expected = module.post_expert_norm(expected)
+        if len(inspect.signature(forward).parameters) == 2:  # itself and rows sorted by expert
+            got = forward(module, nn.functional.pad(token, (0, 0, 0, kind.experts - 1)))[:1]
+        else:
+            index = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
+            got = forward(module, token, index, torch.ones_like(token[:, :1]))
+        close = (got.reshape(expected.shape) - expected).norm() <= 0.05 * expected.norm() + 1e-6
+    except Exception:  # it is called in another way, or has another gate
+        return False
+    return bool(close | ~expected.isfinite().all())
 
 
 @torch.no_grad()
@@ -239,7 +273,7 @@ class _Matrix:
     tensors: dict[str, Tensor]
     energy: float
     error: float
-    undersampled: bool
+    tokens: int
     damping_raised: bool
 
     def unpack(self) -> SpQRWeight | AffineWeight:
@@ -288,8 +322,7 @@ def _quantize_matrix(name: str, weight: Tensor, hessian: Tensor, tokens: int, qu
     weight.copy_(result.weight.dequantize(weight.dtype))
     packed = spqr.pack(result.weight) if isinstance(result.weight, SpQRWeight) else affine.pack(result.weight)
     tensors = {key: tensor.cpu() for key, tensor in packed.items()}
-    undersampled = tokens < weight.shape[1]
-    return _Matrix(result.weight.layout, tensors, energy, result.error, undersampled, result.damping_raised)
+    return _Matrix(result.weight.layout, tensors, energy, result.error, tokens, result.damping_raised)
 
 
 def _result(name: str, experts: Sequence[_Matrix]) -> ProjectionResult:
@@ -304,7 +337,8 @@ def _result(name: str, experts: Sequence[_Matrix]) -> ProjectionResult:
         name=name,
         linear=kind.join(layout, [matrix.tensors for matrix in experts]),
         error=energy_ratio(spent, total),
-        undersampled=sum(matrix.undersampled for matrix in experts),
+        undersampled=sum(matrix.tokens < layout.in_features for matrix in experts),
+        unseen=sum(not matrix.tokens for matrix in experts),
         damping_raised=sum(matrix.damping_raised for matrix in experts),
     )
 

@@ -77,8 +77,9 @@ class SpQRRun(Run[SpQRConfig]):
             return
         before = sum(dense.matrix(target.linear).nbytes for target in mine.values())
         if self.report.nbytes > before:
+            threshold = min(self.config.params(target.name).outlier_threshold for target in mine.values())
             error = ConfigError(
-                f"outlier_threshold={self.config.outlier_threshold:g} makes the layers of {block.name} larger than"
+                f"outlier_threshold={threshold:g} makes the layers of {block.name} larger than"
                 f" they were: {self.report.bits_per_weight:.1f} bits per weight instead of"
                 f" {8 * before / self.report.weights:.0f}. Raise it (0.2 keeps about 1 % of the weights as outliers),"
                 " or set target_bits."

@@ -69,9 +69,11 @@ class Run(Generic[ConfigT]):
     def on_device(self, block: Block) -> Iterator[None]:
         """The block on the device of the run for a while, then back where it was."""
         home = next(block.module.parameters()).device
-        block.module.to(self.device if self.device is not None else home)
-        yield
-        block.module.to(home)
+        try:
+            block.module.to(self.device if self.device is not None else home)
+            yield
+        finally:
+            block.module.to(home)
 
     @torch.no_grad()
     def outputs(self, block: Block, hidden: list[Tensor], calls: list[Call]) -> list[Tensor]:

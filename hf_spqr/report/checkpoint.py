@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from hf_spqr.errors import CheckpointError
 from hf_spqr.report.records import QuantizationReport
-from hf_spqr.report.shapes import LayerShapes
+from hf_spqr.report.shapes import LayerShapes, without_number
 
 __all__ = [
     "INDEX", "SINGLE", "CheckpointReport", "PackedLayer", "TensorInfo", "inspect_checkpoint", "read_headers",
@@ -21,7 +23,6 @@ __all__ = [
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PACKED = ".packed"
-EXPERT = re.compile(r"^(.+\.experts)\.\d+\.(.+)$")
 PARTS = ("packed", "outlier_row", "outlier", "perm", "weight")
 """Tensors that belong to a packed matrix; ``weight`` is the empty sentinel."""
 
@@ -145,24 +146,19 @@ class CheckpointReport:
         }
 
 
-def read_headers(path: Path) -> dict[str, TensorInfo]:
-    """Names and sizes of the tensors of one safetensors file. Raises CheckpointError when it is not one."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= size - 8:
-            raise CheckpointError(f"{path} is not a safetensors file, or it is cut off; fetch it again")
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} has a damaged header ({error}); fetch it again") from error
-    header.pop("__metadata__", None)
+def read_headers(path: str | Path) -> dict[str, TensorInfo]:
+    """Names and sizes of the tensors of one safetensors file. Raises CheckpointError when it is none or damaged."""
     tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        tensors[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), end - begin)
-    if sum(info.nbytes for info in tensors.values()) + 8 + length != size:
-        raise CheckpointError(f"{path} is cut off or has bytes that belong to no tensor; fetch it again")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():
+                header = opened.get_slice(name)
+                dtype, shape = header.get_dtype(), tuple(header.get_shape())
+                digits = re.search(r"\d+", dtype)  # BF16, I32, F8_E4M3; BOOL has none
+                bits = int(digits.group()) if digits else 8
+                tensors[name] = TensorInfo(dtype, shape, math.prod(shape) * bits // 8)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}). Download or copy it again.") from error
     return tensors
 
 
@@ -210,17 +206,16 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     report.file_bytes = sum(file.stat().st_size for file in files)
 
     names = sorted((name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)), key=_natural)
-    layers: dict[str, list[dict[str, TensorInfo]]] = {}
+    layers: dict[str, dict[str, dict[str, TensorInfo]]] = {}
     for name in names:
         parts = {part: tensors.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors}
-        layers.setdefault(EXPERT.sub(r"\1.\2", name), []).append(parts)
-    written = QuantizationReport.load(folder)
-    shapes = LayerShapes(folder, quantization, written)
-    for stored, matrices in layers.items():
-        name = shapes.in_model(stored)
-        entry = written.layer(name) if written else None
-        rows, columns = shapes.find(name, {part: info.shape for part, info in matrices[0].items()})
-        layout = shapes.layout(name, (rows, columns))
+        layers.setdefault(without_number(name), {})[name] = parts
+    shapes = LayerShapes(folder, quantization, QuantizationReport.load(folder))
+    for found in layers.values():
+        first, matrices = next(iter(found)), list(found.values())
+        name, entry = without_number(shapes.in_model(first)), shapes.entry(first)
+        rows, columns = shapes.find(first)
+        layout = shapes.layout(first, (rows, columns))
         wrong = {parts["packed"].shape for parts in matrices} - {layout.packed_shape()} if layout else None
         if wrong:
             raise CheckpointError(
@@ -236,7 +231,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
                 outliers=sum(math.prod(parts["outlier"].shape) for parts in matrices if "outlier" in parts),
                 reordered="perm" in matrices[0],
                 nbytes=sum(info.nbytes for parts in matrices for info in parts.values()),
-                error=entry.error if entry else None,
+                error=entry.error if entry and max(entry.experts, 1) == len(matrices) else None,
                 experts=len(matrices) if len(matrices) > 1 else 0,
             )
         )

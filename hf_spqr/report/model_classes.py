@@ -8,6 +8,8 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+from hf_spqr.errors import UnsupportedLayerError
+
 __all__ = ["auto_class", "class_of", "without_weights"]
 
 TASKS = {
@@ -29,10 +31,19 @@ def class_of(config: Any) -> Any:
     """The class that ``config`` names as that of the checkpoint, ``AutoModelForCausalLM`` where it names none.
 
     With another class Transformers would fill at random what the checkpoint does not have, and drop what it has.
+
+    Raises UnsupportedLayerError where Transformers has neither.
     """
-    found = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModelForCausalLM
+    name = (getattr(config, "architectures", None) or ["of that name"])[0]
+    found, causal = getattr(transformers, name, None), transformers.AutoModelForCausalLM
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    if type(config) not in causal._model_mapping:  # what from_pretrained looks in
+        raise UnsupportedLayerError(
+            f"this Transformers has no class {name}, and no language model of type {config.model_type}: update it, or"
+            " correct architectures in config.json"
+        )
+    return causal
 
 
 def without_weights(config: Any, dtype: torch.dtype | None = None) -> transformers.PreTrainedModel:

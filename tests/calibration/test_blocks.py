@@ -113,6 +113,24 @@ def test_model_without_blocks():
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 
+def test_block_that_is_called_without_hidden_states():
+    class Block0(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Block0(4, 4)])
+
+        def forward(self, input_ids, use_cache):
+            return self.layers[0](x=input_ids[..., None].expand(-1, -1, 4).float())
+
+    model = Model()
+    with pytest.raises(UnsupportedLayerError, match=r"layers.0 \(Block0\) is not called with hidden states"):
+        record(model, find_blocks(model), [torch.arange(8)[None]])
+
+
 def test_block_that_is_never_called():
     model = tiny_model("llama")
     blocks = [*find_blocks(model), Block("elsewhere", nn.Linear(4, 4))]

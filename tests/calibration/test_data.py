@@ -57,6 +57,8 @@ def test_one_tensor_of_sequences():
     ids = torch.arange(12, dtype=torch.int32).reshape(3, 4)
     windows = calibration_windows(ids, nsamples=2, seqlen=4)
     assert len(windows) == 2 and windows[0].dtype == torch.int64
+    assert all(window.tolist()[0] in ids.tolist() for window in windows)  # each row is a document
+    assert [w.tolist() for w in calibration_windows(ids[0], nsamples=2, seqlen=4)] == [[[0, 1, 2, 3]]]
 
 
 def test_files(tmp_path, tokenizer):

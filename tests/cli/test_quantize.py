@@ -51,6 +51,16 @@ def test_json_is_the_report(run, base: Path, dataset: Path, tmp_path: Path) -> N
     assert result.json["layers"][0]["bits_per_weight"] > 4
 
 
+def test_a_class_that_transformers_does_not_have(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(base, odd)
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "model_type": "clip", "architectures": ["Something"]}))
+    result = run("quantize", odd, tmp_path / "q", "-d", dataset, *FAST)
+    assert result.code == 1
+    assert "this Transformers has no class Something, and no language model of type clip" in result.err
+
+
 def test_summary_for_people(run, base: Path, dataset: Path, tmp_path: Path) -> None:
     result = run("quantize", base, tmp_path / "q", "-d", dataset, *FAST, "--outlier-threshold", "inf")
     assert result.code == 0

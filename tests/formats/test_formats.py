@@ -177,6 +177,8 @@ def test_bad_tensors_are_refused():
         spqr.check_outliers(layout, falling, tensors["outlier"])
     with pytest.raises(ValueError, match=r"outlier_row must be torch.int32 \[33\], got torch.int64 \[33\]"):
         spqr.check_outliers(layout, tensors["outlier_row"].long(), tensors["outlier"])
+    with pytest.raises(ValueError, match=r"outlier must be torch.int32, got torch.int64"):
+        spqr.check_outliers(layout, tensors["outlier_row"], tensors["outlier"].long())
     twice = tensors["outlier"].clone()
     row = int((tensors["outlier_row"].diff() > 1).nonzero()[0])
     twice[tensors["outlier_row"][row] + 1] = twice[tensors["outlier_row"][row]]
@@ -188,6 +190,26 @@ def test_bad_tensors_are_refused():
         columns.check_perm(torch.zeros(64, dtype=torch.int32), 64)
     with pytest.raises(ValueError, match=r"perm must be torch.int32, got torch.int64"):
         columns.check_perm(torch.arange(64), 64)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bad_affine_tensors_are_refused(symmetric):
+    layout = affine.AffineLayout(32, 64, bits=4, group_size=16, symmetric=symmetric)
+    weight = random_affine(layout)
+    for name, change in (("codes", weight.codes + 16), ("zeros", weight.zeros)):
+        if change is None:
+            continue
+        with pytest.raises(ValueError, match=f"{name} hold values that do not fit 4 bits"):
+            affine.pack(dataclasses.replace(weight, **{name: change | 16}))
+    with pytest.raises(ValueError, match="zeros must be None for a symmetric layout"):
+        dataclasses.replace(weight, zeros=weight.codes[:, :4] if symmetric else None)
+    with pytest.raises(ValueError, match=r"scales must be torch.float16 \[32, 4\], got torch.float32"):
+        dataclasses.replace(weight, scales=weight.scales.float())
+    tensors = affine.pack(weight)
+    with pytest.raises(ValueError, match="packed must be int32"):
+        affine.unpack(dataclasses.replace(layout, in_features=96), tensors)
+    with pytest.raises(ValueError, match=r"packed must be int32 .* got torch.int64"):
+        affine.unpack(layout, {"packed": tensors["packed"].long()})
 
 
 @pytest.mark.parametrize("bad", [{"bits": 9}, {"group_size": 17}, {"stat_bits": 1}, {"second_group": 48}])

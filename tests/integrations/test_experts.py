@@ -122,15 +122,26 @@ def test_report_counts_experts_with_too_few_tokens(texts, tokenizer):
     ]
 
 
-def test_an_expert_without_tokens_is_as_good_as_the_others(texts, tokenizer):
+def test_damping_that_had_to_be_raised_is_reported(texts, tokenizer):
+    """With fewer tokens than inputs no Hessian is positive definite by itself."""
     model = tiny_model("mixtral")
+    config = SpQRConfig(bits=4, dataset=texts, nsamples=1, seqlen=16, percdamp=0.0)
+    report = quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    assert "model.layers.0.mlp.experts.down_proj: the damping was raised for 4 experts." in report.notes
+    start = "model.layers.0.self_attn.q_proj: the Hessian was not positive definite, damping was raised to "
+    assert any(note.startswith(start) for note in report.notes)
+
+
+def test_an_expert_without_tokens_is_as_good_as_the_others(texts, tokenizer):
+    model = tiny_model("mixtral", num_experts_per_tok=1)
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate.weight[2:] = -layer.mlp.gate.weight[:2]
-            layer.input_layernorm.weight.fill_(1)
+        for layer in model.model.layers:  # the first or the second, whichever is positive, never the last two
+            layer.mlp.gate.weight[1] = -layer.mlp.gate.weight[0]
+            layer.mlp.gate.weight[2:] = 0
     config = SpQRConfig(bits=4, dataset=texts[:1], nsamples=1, seqlen=16)
     report = quantize_model(model, config, tokenizer=tokenizer, progress=False)
     assert all(layer.error < 0.2 for layer in report.layers)
+    assert any("4 of 4 experts saw fewer than 96 tokens (2 of them none)" in note for note in report.notes)
     for module in model.modules():
         if isinstance(module, PackedExperts):
             module.check()
@@ -187,20 +198,30 @@ def test_device_map_and_offload(saved, tmp_path):
         off.save_pretrained(tmp_path / "again")
 
 
-@pytest.mark.parametrize("damage", ["expert", "tensor", "stray"])
-def test_damaged_experts_are_refused(damage, saved, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("expert", "lacks 'outlier' of up_proj of expert 2|packed tensors that belong to no packed linear layer"),
+        ("tensor", "lacks 'outlier_row' of up_proj of expert 2"),
+        ("stray", "belong to no packed linear layer"),
+        ("more", "has a tensor 'scales' for up_proj of expert 2"),
+    ],
+)
+def test_damaged_experts_are_refused(damage, message, saved, tmp_path):
     folder, _, _ = saved("mixtral")
     tensors = stored(folder / "q")
     name = "model.layers.1.block_sparse_moe.experts.2.w3"
     if damage == "stray":
         tensors["model.layers.1.block_sparse_moe.experts.9.w3.packed"] = tensors[f"{name}.packed"].clone()
+    elif damage == "more":
+        tensors[f"{name}.scales"] = torch.zeros(4)
     else:
         for leaf in ("packed", "outlier_row", "outlier", "perm") if damage == "expert" else ("outlier_row",):
             del tensors[f"{name}.{leaf}"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     for file in ("config.json", "generation_config.json"):
         (tmp_path / file).write_bytes((folder / "q" / file).read_bytes())
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_spqr.config import OmniQuantConfig
+from hf_spqr.config import OmniQuantConfig, SpQRConfig
 from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.integrations.export import export_model
 from hf_spqr.integrations.transformers import attach, quantize_model
@@ -120,6 +120,11 @@ def test_what_a_format_cannot_say_is_refused_and_nothing_is_written(tmp_path):
         export_model(affine_model(bits=6), out, "gptq_v2")
     with pytest.raises(UnsupportedLayerError, match="one width"):
         export_model(affine_model(overrides={"q_proj": 8}), out, "gptq_v2")
+    experts = tiny_model("mixtral", torch.float32)
+    config = SpQRConfig(dataset=[[5, 6, 7, 8] * 8], nsamples=1, seqlen=32)
+    quantize_model(experts, config, progress=False)
+    with pytest.raises(UnsupportedLayerError, match="knows no experts"):
+        export_model(experts, out, "spqr")
     assert not out.exists()
 
 

@@ -347,6 +347,23 @@ def test_unknown_ways_of_splitting_are_refused(packed, world):
         layer.packed.weight_loader(layer.packed, torch.zeros(0), "index_q")
 
 
+def test_a_loader_that_a_model_puts_on_the_weight_is_noticed(packed, world):
+    """Mamba 2 does so where it has heads that must stay together: plain rows would be other ones."""
+    block, names, _ = BLOCKS["o_proj"]
+    for size in (1, 2):
+        world(0, size)
+        layer = layers.ColumnParallelLinear(
+            64, 64, bias=True, quant_config=packed["spqr"].config(), prefix=f"{block}.o_proj", return_bias=False
+        )
+        layer.weight.weight_loader = lambda parameter, loaded: None
+        packed["spqr"].load(layer, block, names)
+        if size == 1:
+            layer.quant_method.process_weights_after_loading(layer)
+            continue
+        with pytest.raises(UnsupportedLayerError, match=r"o_proj: ColumnParallelLinear splits.*way of its own"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
 def test_entry_point():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]

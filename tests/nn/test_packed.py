@@ -99,15 +99,16 @@ def test_a_bias_of_another_dtype_is_cast(make):
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("tokens", [(), (4,), (2, 3)])
 @pytest.mark.parametrize("make", MODULES)
-def test_gradient_reaches_the_input_and_the_bias_but_not_the_weight(make):
+def test_gradient_reaches_the_input_and_the_bias_but_not_the_weight(make, tokens):
     module = make()
     module.bias.requires_grad_(True)
-    x = torch.randn(4, 96, requires_grad=True)
-    seed = torch.randn(4, 48)
+    x = torch.randn(*tokens, 96, requires_grad=True)
+    seed = torch.randn(*tokens, 48)
     (module(x) * seed).sum().backward()
     torch.testing.assert_close(x.grad, seed @ module.dequantize_weight())
-    torch.testing.assert_close(module.bias.grad, seed.sum(0))
+    torch.testing.assert_close(module.bias.grad, seed.reshape(-1, 48).sum(0))
     assert module.packed.grad is None and not module.packed.requires_grad
 
 

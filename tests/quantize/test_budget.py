@@ -6,8 +6,8 @@ import torch
 from hf_spqr import ConfigError, SpQRConfig
 from hf_spqr.methods.base import SpQRParams
 from hf_spqr.nn import SpQRLinear
-from hf_spqr.quantize import quantize_model
-from hf_spqr.quantize.budget import survey_layer
+from hf_spqr.quantize import layerwise, quantize_model
+from hf_spqr.quantize.budget import BINS, HIGHEST, LOWEST, LayerScores, survey_layer
 from tests.tiny_models import tiny_model
 
 
@@ -71,6 +71,25 @@ def test_impossible_targets(texts, tokenizer, target):
     assert not any(isinstance(m, SpQRLinear) for m in model.modules())
 
 
+def test_every_block_is_surveyed_with_what_the_blocks_before_it_give(monkeypatch):
+    model, seen = tiny_model("llama"), {}
+    ids = torch.arange(3, 35).reshape(2, 16)
+    inputs = []
+    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+
+    def spy(name, weights, hessian, params, *, fixed):
+        seen[name] = hessian
+        return survey_layer(name, weights, hessian, params, fixed=fixed)
+
+    monkeypatch.setattr(layerwise, "survey_layer", spy)
+    quantize_model(model, SpQRConfig(dataset=ids.tolist(), nsamples=2, seqlen=16, target_bits=6), progress=False)
+    x = inputs[0].flatten(0, 1)
+    torch.testing.assert_close(seen["model.layers.1.mlp.down_proj"], 2 / 32 * x.T @ x, rtol=1e-4, atol=1e-6)
+
+
 def test_histogram_counts_fall_with_the_threshold():
     torch.manual_seed(0)
     x = torch.randn(300, 64)
@@ -78,3 +97,12 @@ def test_histogram_counts_fall_with_the_threshold():
     counts = [scores.count(t) for t in (1e-9, 0.01, 0.1, 1.0, 100.0, float("inf"))]
     assert counts == sorted(counts, reverse=True) and counts[-1] == 0 and counts[0] > 0.5 * 32 * 64
     assert scores.fixed_bytes == 4 * 2 * 16 * 8 + 4 * 33  # 1 vector of codes, 1 of second level, 6 of weights
+
+
+def test_counts_between_two_thresholds_of_the_grid():
+    scores = LayerScores("a.b", 100, 0, 4, [BINS - i for i in range(BINS + 1)])
+    step = (HIGHEST - LOWEST) / BINS
+    for position in (0, 1.25, 300.5, BINS):
+        assert scores.count(2 ** (LOWEST + step * position)) == pytest.approx(BINS - position, abs=1e-3)
+    assert scores.count(2.0 ** (LOWEST - 5)) == BINS
+    assert scores.count(2.0 ** (HIGHEST + 5)) == pytest.approx(0, abs=1e-3)

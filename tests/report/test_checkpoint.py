@@ -50,6 +50,15 @@ def test_without_a_report_the_shape_comes_from_the_config(folder: Path) -> None:
     assert report.file_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("field", ["bits", "format_version"])
+def test_a_config_that_cannot_be_is_named(folder: Path, field: str) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    data["quantization_config"][field] = 99
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=f"config.json: {field}=99"):
+        inspect_checkpoint(folder)
+
+
 def test_a_layer_that_the_model_does_not_have(folder: Path) -> None:
     save_file({"other.packed": torch.zeros(1, 1)}, folder / "z.safetensors")
     with pytest.raises(CheckpointError, match=f"shape of other is not known.*{REPORT_NAME}"):
@@ -92,8 +101,15 @@ def test_damaged_files_are_refused(folder: Path, damage: str) -> None:
     path.write_bytes(
         {"short": data[:-4], "long": data + b"1234", "header": data[:8] + b"{" * (len(data) - 8), "empty": b""}[damage]
     )
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=f"{path.name} is truncated or damaged"):
         inspect_checkpoint(folder)
+
+
+def test_bytes_of_every_dtype(tmp_path: Path) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn]
+    save_file({str(dtype): torch.zeros(3, 5, dtype=dtype) for dtype in dtypes}, tmp_path / "model.safetensors")
+    headers = read_headers(tmp_path / "model.safetensors")
+    assert {name: info.nbytes for name, info in headers.items()} == {str(d): 15 * d.itemsize for d in dtypes}
 
 
 def test_headers_have_no_metadata(folder: Path) -> None:
@@ -140,3 +156,21 @@ def test_experts_are_one_layer(tmp_path: Path, texts: list[str], tokenizer, repo
     assert {layer.experts for layer in found.layers} == {0, 4}
     assert found.bits_per_weight == pytest.approx(expected.bits_per_weight, rel=1e-6)
     assert sum(layer.outliers for layer in found.layers) == expected.outliers
+
+
+def test_experts_under_the_names_of_the_original_file(tmp_path: Path, texts: list[str], tokenizer) -> None:
+    """Mixtral's file says w1, w2 and w3; patterns of the config and the report say what the model does."""
+    model = tiny_model("mixtral")
+    overrides = {"experts.gate_proj": {"bits": 5}, "layers.1.mlp.experts.down_proj": {"bits": 2}}
+    config = SpQRConfig(dataset=texts, tokenizer=tokenizer, nsamples=8, seqlen=32, overrides=overrides)
+    expected = quantize_model(model, config, progress=False)
+    attach(model, config)
+    model.save_pretrained(tmp_path)
+    without = {layer.name: layer for layer in inspect_checkpoint(tmp_path).layers}
+    expected.save(tmp_path)
+    found = {layer.name: layer for layer in inspect_checkpoint(tmp_path).layers}
+    assert found.keys() == without.keys() == {layer.name for layer in expected.layers}
+    for layer in expected.layers:
+        one, other = found[layer.name], without[layer.name]
+        assert (one.shape, one.bits, one.experts, one.error) == (layer.shape, layer.bits, layer.experts, layer.error)
+        assert (other.shape, other.bits, other.experts, other.error) == (layer.shape, layer.bits, layer.experts, None)

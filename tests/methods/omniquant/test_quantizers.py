@@ -84,6 +84,16 @@ def test_groups_of_one_sign_keep_their_zero_point_in_range() -> None:
         assert (quantizer(sign * weight) - sign * weight).abs().max() < 1.5
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("kind", [{"rounding": False, "lwc": False}, {"rounding": True}])
+def test_symmetric_grids_reach_the_largest_weight_of_either_sign(kind: dict[str, bool], sign: int) -> None:
+    weight = sign * torch.tensor([[1.4, -0.05, 0.2, 0.6] * 8])
+    quantizer = make_quantizer(weight, OmniQuantParams(bits=4, group_size=32, sym=True, **kind))
+    codes, scales, zeros = quantizer.export(weight)
+    assert zeros is None and scales.item() == pytest.approx(0.2, rel=1e-3)
+    assert (codes[0, :4].int() - 8).tolist() == [sign * 7, 0, sign, sign * 3]
+
+
 def test_nothing_overflows_on_extreme_weights() -> None:
     weight = torch.zeros(16, 64)
     weight[0, 0], weight[1, 1], weight[2] = 3e5, -1e-12, 0

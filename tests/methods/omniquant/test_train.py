@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from hf_spqr.calibration.blocks import find_blocks, record
 from hf_spqr.errors import CalibrationError, ConfigError, NonFiniteError, UnsupportedLayerError
 from hf_spqr.formats.affine import AffineLayout
-from hf_spqr.methods.omniquant import BlockResult, OmniQuantParams, preset, quantize_block
+from hf_spqr.methods.omniquant import BlockResult, OmniQuantParams, preset, quantize_block, train
 from hf_spqr.methods.omniquant.runner import BlockRunner
 
 FAST = {"epochs": 6, "batch_size": 2}
@@ -99,6 +99,22 @@ def test_learning_helps_and_never_touches_the_block() -> None:
     result = quantize_block(block, hidden, hidden, kwargs, params, linears_of(block))
     assert result.loss_final < 0.5 * result.loss_nearest
     assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
+
+
+def test_the_best_state_on_the_samples_kept_out_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the last one, where it is judged to be worse."""
+    scores: list[float] = []
+    judge = train._Job._judge
+
+    def worse_from_the_fifth_on(job: Any, student: nn.Module) -> float:
+        scores.append(judge(job, student))
+        return scores[-1] if len(scores) <= 2 + 4 else 1e9  # two are of the start
+
+    monkeypatch.setattr(train._Job, "_judge", worse_from_the_fifth_on)
+    result = quantize(replace(preset("W3A16g32"), epochs=10, batch_size=2))[3]
+    best = min(scores[:6])
+    assert len(scores) == 2 + 10 and best < scores[1] and scores[-1] < 0.99 * best
+    assert result.loss_final == pytest.approx(best, rel=1e-5)
 
 
 def test_same_seed_same_weights() -> None:
