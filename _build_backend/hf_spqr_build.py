@@ -30,10 +30,19 @@ def _candidates():
         yield explicit
     yield sysconfig.get_path("purelib")
     yield sysconfig.get_path("platlib")
-    venv = os.environ.get("VIRTUAL_ENV")
-    if venv:
+    for venv in _environments():
         yield os.path.join(venv, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
         yield os.path.join(venv, "Lib", "site-packages")
+
+
+def _environments():
+    """The active one (uv hides its name, but not its place on the PATH), and .venv, which uv uses unasked."""
+    if os.environ.get("VIRTUAL_ENV"):
+        yield os.environ["VIRTUAL_ENV"]
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        if os.path.exists(os.path.join(os.path.dirname(folder), "pyvenv.cfg")):
+            yield os.path.dirname(folder)
+    yield os.path.join(os.path.dirname(os.path.dirname(__file__)), ".venv")
 
 
 def _expose_torch():

@@ -160,3 +160,15 @@ def test_in_place_kernels_of_an_earlier_build_go_too(tree: Path, compiler: Stand
     compiler.breaks()
     _, said = build(tree, "build_editable", **compiler.environment)
     assert "could not be built" in said and not kernels.exists()
+
+
+def test_torch_is_found_in_the_environment_that_uv_hides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """uv builds with VIRTUAL_ENV set to an environment of its own; the active one is still on the PATH."""
+    (tmp_path / "pyvenv.cfg").touch()
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    monkeypatch.setenv("PATH", os.pathsep.join(["/usr/bin", str(tmp_path / "bin")]))
+    monkeypatch.syspath_prepend(ROOT / "_build_backend")
+    backend = pytest.importorskip("hf_spqr_build")
+    folder = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    assert str(tmp_path / "lib" / folder / "site-packages") in list(backend._candidates())
+    assert str(ROOT / ".venv" / "lib" / folder / "site-packages") in list(backend._candidates())

@@ -139,7 +139,7 @@ def advice(data: dict[str, Any]) -> list[str]:
     if not data["kernels"]["compiled"]:
         hints.append(
             "models run through the PyTorch reference, which is slow. Install a C++20 compiler (g++ 11 or clang 14) "
-            "and torch, then: pip install --force-reinstall --no-deps hf-spqr (or -e .)"
+            "and torch, then: pip install --force-reinstall --no-deps --no-cache-dir hf-spqr (or -e .)"
         )
     level = data["kernels"]["level"]
     if level not in (None, "amx") and set(AMX_FLAGS) <= set(data["cpu"]["isa"]):

@@ -37,7 +37,7 @@ def inspect_command(
 ) -> None:
     """Show every packed layer of a checkpoint: shape, bits, outliers, error, bytes; and the totals.
 
-    Reads only the headers of the safetensors files: no weights, no model, a second at most for any size. Bits per
+    Reads only the headers of the safetensors files: no weights, no model, whatever its size. Bits per
     weight are counted from bytes. Errors are there when the checkpoint has its quantization_report.json.
 
     [bold]Examples[/bold]

@@ -204,7 +204,8 @@ class ColumnShare(Share):
 
     def _extremes(self, x: Tensor) -> list[Tensor]:
         """The smallest and the largest value of each token [..., 1] over all ranks."""
-        low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
+        wide = x.float()  # not aminmax: torch 2.10 and 2.11 have no derivative of it
+        low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
         both = torch.cat([-low, high], dim=-1)
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
         return [-both[..., :1].to(x.dtype), both[..., 1:].to(x.dtype)]
