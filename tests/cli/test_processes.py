@@ -21,15 +21,16 @@ DATA = ("--nsamples", "24", "--seqlen", "256")
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
+    """Output as it was written: with ``text=True`` a bar that is drawn again, after ``\\r``, would be a new line."""
+    done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
-        text=True,
         timeout=170,
         check=False,
     )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 @pytest.fixture(scope="module")
