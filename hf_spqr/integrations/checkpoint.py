@@ -19,11 +19,11 @@ from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.experts import check_experts
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
-from hf_spqr.report import checkpoint as report
+from hf_spqr.report.checkpoint import read_headers
 from hf_spqr.report.names import ExpertFinder, Renamer
 
 __all__ = [
-    "Contents", "Spec", "check_complete", "check_loaded", "check_order", "read_contents", "read_headers",
+    "Contents", "Spec", "check_complete", "check_loaded", "check_order", "read_contents", "read_specs",
 ]  # fmt: skip
 
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -55,7 +55,7 @@ class Contents:
     further: set[str] = field(default_factory=set)
 
 
-def read_headers(files: Iterable[str]) -> dict[str, Spec]:
+def read_specs(files: Iterable[str]) -> dict[str, Spec]:
     """Shape and dtype of every tensor in ``files`` by name.
 
     Raises:
@@ -65,7 +65,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Spec]:
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise CheckpointError(f"{file}: packed checkpoints are read from .safetensors files only.")
-        for name, info in report.read_headers(file).items():
+        for name, info in read_headers(file).items():
             specs[name] = info.shape, DTYPES.get(info.dtype, torch.uint8)
     return specs
 
@@ -79,7 +79,7 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
         CheckpointError: a damaged file, a packed tensor that belongs to no linear layer of the model, or a packed
             layer with a tensor too many.
     """
-    specs = read_headers(files)
+    specs = read_specs(files)
     rename = Renamer(model)
     prefixes = {name.rpartition(".")[0] for name in specs if name.rpartition(".")[2] == PACKED}
     find_expert = ExpertFinder(model, rename)

@@ -161,7 +161,7 @@ class Shards:
             raise CheckpointError(f"{self.name}: damaged packed layer: {error}") from error
         return orders[0][slice(*self.columns)].to(self.device, torch.int64)
 
-    def complete(self) -> bool:
+    def has_sentinels(self) -> bool:
         """Whether the empty ``weight`` beside each packed matrix came too.
 
         An engine that has put a loader of its own on it cuts this layer in a way that is not known here.

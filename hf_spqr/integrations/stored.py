@@ -16,7 +16,7 @@ from hf_spqr.calibration.blocks import find_blocks
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from hf_spqr.integrations import tensor_parallel
-from hf_spqr.integrations.checkpoint import Spec, read_headers
+from hf_spqr.integrations.checkpoint import Spec, read_specs
 from hf_spqr.integrations.transformers import PackedQuantizer, attach
 from hf_spqr.nn import PackedLinear
 from hf_spqr.report import LayerReport, QuantizationReport
@@ -84,7 +84,7 @@ class ImportingQuantizer(PackedQuantizer):
             raise CheckpointError(f"{self.title} are loaded from .safetensors files: give their folder.")
         rename = Renamer(model)
         starts = tuple(f"{block.name}." for block in find_blocks(model))
-        headers = read_headers(checkpoint_files)
+        headers = read_specs(checkpoint_files)
         packed = {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in self.needed}
         dense: set[str] = set()
         stored: dict[str, dict[str, Spec]] = {}

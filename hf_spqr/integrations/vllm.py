@@ -195,7 +195,7 @@ class PackedLinearMethod(LinearMethodBase):
             return
         for name in shards.tensor_names:
             delattr(layer, name)
-        if isinstance(layer, ColumnParallelLinear) and layer.tp_size > 1 and not shards.complete():
+        if isinstance(layer, ColumnParallelLinear) and layer.tp_size > 1 and not shards.has_sentinels():
             raise _splits_its_own_way(layer, self.prefix)  # Mamba 2, whose mixer changes the loader of the weight
         if shards.all_dense():
             (linear,) = shards.modules(None)

@@ -29,7 +29,7 @@ from hf_spqr.methods.base import LayerResult, energy_ratio, output_energy
 from hf_spqr.nn.experts import ExpertsKind, PackedExperts, activate, describe, pack_experts
 from hf_spqr.nn.grouped import AffineGroupedLinear, GroupedLinear, SpQRGroupedLinear
 from hf_spqr.quantize.ranks import Ranks
-from hf_spqr.quantize.targets import kept_in_float32
+from hf_spqr.quantize.targets import MISFITS, kept_in_float32
 from hf_spqr.report import LayerReport
 
 __all__ = [
@@ -163,8 +163,8 @@ def _computes_as_packed(module: Any, kind: ExpertsKind) -> bool:
     A model's own code may have parameters of the known names and shapes, and another order of rows or another gate.
     """
     weight = getattr(module, kind.fused)
-    if weight.is_meta:
-        return True  # refused later, with the reason
+    if weight.is_meta:  # cannot be tried
+        return True
     token = torch.linspace(-1, 1, kind.hidden, dtype=weight.dtype, device=weight.device)[None]
     forward = inspect.unwrap(type(module).forward)  # not another implementation of it, for certain devices and dtypes
     try:
@@ -179,7 +179,7 @@ def _computes_as_packed(module: Any, kind: ExpertsKind) -> bool:
             index = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
             got = forward(module, token, index, torch.ones_like(token[:, :1]))
         close = (got.reshape(expected.shape) - expected).norm() <= 0.05 * expected.norm() + 1e-6
-    except Exception:  # it is called in another way, or has another gate
+    except MISFITS:  # it is called in another way, or has another gate
         return False
     return bool(close | ~expected.isfinite().all())
 

@@ -78,14 +78,12 @@ class SpQRRun(Run[SpQRConfig]):
         before = sum(dense.matrix(target.linear).nbytes for target in mine.values())
         if self.report.nbytes > before:
             threshold = min(self.config.params(target.name).outlier_threshold for target in mine.values())
-            error = ConfigError(
+            raise ConfigError(
                 f"outlier_threshold={threshold:g} makes the layers of {block.name} larger than"
                 f" they were: {self.report.bits_per_weight:.1f} bits per weight instead of"
                 f" {8 * before / self.report.weights:.0f}. Raise it (0.2 keeps about 1 % of the weights as outliers),"
                 " or set target_bits."
             )
-            error.everywhere = self.ranks.size > 1
-            raise error
 
     def _survey(self, target_bits: float) -> Budget:
         """A pass through the model as it is that only counts outliers for every threshold."""
@@ -166,7 +164,8 @@ class SpQRRun(Run[SpQRConfig]):
                     packed[name] = done[name].module.to(dense.matrix(layers[name]).device)
                     self.report.notes.extend(done[name].notes)
                     self.done(done[name].report)
-        self._check_size(block, mine)
+        with self.ranks.together():
+            self._check_size(block, mine)
         return packed
 
     def _owners(self, mine: Mapping[str, Target]) -> dict[str, int]:

@@ -155,10 +155,14 @@ class Run(Generic[ConfigT]):
         """Note a finished layer, with a warning where it would have been smaller in bfloat16."""
         self.report.layers.append(layer)
         if layer.bits_per_weight > PLAIN_BITS:
-            note = (
-                f"{layer.name}: {layer.bits_per_weight:.1f} bits per weight, more than the {PLAIN_BITS} of bfloat16:"
-                f" {layer.outlier_share:.0%} of its weights are outliers. Raise outlier_threshold, or set target_bits."
-            )
+            note = f"{layer.name}: {layer.bits_per_weight:.1f} bits per weight, more than the {PLAIN_BITS} of bfloat16"
+            if layer.outliers:
+                note += (
+                    f": {layer.outlier_share:.0%} of its weights are outliers. Raise outlier_threshold, or set a lower"
+                    " target_bits."
+                )
+            else:
+                note += ", for it is narrow. modules_to_not_convert leaves it as it is."
             self.report.notes.append(note)
             if self.ranks.first:
                 logger.warning(note)

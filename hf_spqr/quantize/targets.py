@@ -14,11 +14,14 @@ from hf_spqr.errors import NonFiniteError, UnsupportedLayerError
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
 
-__all__ = ["Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize", "selectable"]
+__all__ = ["MISFITS", "Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize", "selectable"]
 
 
 PIECE = 1 << 22
 """Numbers that are looked at together."""
+
+MISFITS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model's own code raises when it is called with a token of another shape, or in another way."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def _is_linear(module: nn.Module) -> bool:
         probe = torch.linspace(-1, 1, module.in_features, dtype=weight.dtype, device=weight.device)[None]
         try:
             output = module(probe)
-        except Exception:  # takes something else (DeepSeek-V4's grouped projection)
+        except MISFITS:  # it takes something else (DeepSeek-V4's grouped projection)
             return False
         expected = nn.functional.linear(probe, weight, bias)
         return isinstance(output, Tensor) and torch.allclose(output, expected, rtol=1e-2, atol=1e-2)

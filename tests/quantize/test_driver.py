@@ -86,6 +86,15 @@ def test_more_bits_than_bfloat16_are_reported(texts, tokenizer, caplog):
     assert caplog.messages == [note]
 
 
+def test_narrow_layers_of_more_bits_have_no_outliers_to_blame(texts, tokenizer):
+    model = tiny_model("llama", hidden_size=16, intermediate_size=64)
+    config = make_config(texts, bits=8, outlier_threshold="inf")
+    report = quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    notes = [note for note in report.notes if "more than the 16 of bfloat16" in note]
+    assert len(notes) == sum(layer.bits_per_weight > 16 for layer in report.layers) > 0
+    assert all(note.endswith("for it is narrow. modules_to_not_convert leaves it as it is.") for note in notes)
+
+
 def test_a_threshold_that_makes_layers_larger_stops_the_run_at_the_first_block(texts, tokenizer):
     model = tiny_model("llama", torch.bfloat16)
     with pytest.raises(ConfigError, match=r"1e-09 makes the layers of model.layers.0 larger .* of 16\."):
