@@ -140,15 +140,15 @@ def check_model(model: str) -> None:
 
 def read_config(model: str) -> Any:
     """The Transformers config of ``model``; CommandError when it cannot be read or its quant_method is unknown."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     import hf_spqr  # noqa: F401  (registers the quantization methods)
+    from hf_spqr.report.model import BAD_CONFIG
 
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except BAD_CONFIG as error:
         if "trust_remote_code" in str(error):
             raise CommandError(
                 f"{model} has code of its own, which commands do not run: use from_pretrained(...,"
@@ -244,7 +244,14 @@ def load_model(
     return loaded
 
 
-def check_writes_text(model: str, loaded: Any) -> None:
-    """Raise CommandError unless the next token can be asked of ``loaded``."""
-    if not loaded.can_generate() or loaded.config.is_encoder_decoder:
-        raise CommandError(f"{model} is a {type(loaded).__name__}, no causal language model: eval cannot score it")
+def check_writes_text(model: str) -> None:
+    """Raise CommandError unless ``model`` is one that continues a text, as its config.json says."""
+    from transformers import PreTrainedModel
+
+    from hf_spqr.report.model_classes import class_of
+
+    config = read_config(model)
+    found = class_of(config)
+    continues = not issubclass(found, PreTrainedModel) or found.can_generate()  # AutoModelForCausalLM is none
+    if not continues or config.is_encoder_decoder:
+        raise CommandError(f"{model} is a {found.__name__}, no causal language model: eval cannot score it")

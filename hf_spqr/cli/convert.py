@@ -79,7 +79,7 @@ def convert_command(
     with complete_folder(out) as partial:
         loaded.save_pretrained(partial, max_shard_size=max_shard_size)
         loaded.quantization_report.save(partial)
-        if not copy_tokenizer(model, partial):
+        if not copy_preprocessing(model, partial):
             notes.append(f"{model} has no tokenizer; copy the one of the base model beside the weights.")
     totals = loaded.quantization_report.totals()
     if json:
@@ -127,8 +127,8 @@ def read(
     )
 
 
-def copy_tokenizer(model: str, folder: Path) -> bool:
-    """Save the tokenizer of ``model``, and its processor, into ``folder``; False when it has no tokenizer."""
+def copy_preprocessing(model: str, folder: Path) -> bool:
+    """Copy the processor of ``model`` and save its tokenizer into ``folder``; False when it has no tokenizer."""
     from transformers import AutoTokenizer
 
     from hf_spqr.integrations.processor import copy_processor

@@ -118,6 +118,8 @@ def eval_command(
     assert dataset is not None
     if task_folder is not None or num_fewshot is not None:
         raise typer.BadParameter("--task-folder and --num-fewshot go with --tasks only")
+    for name in names:
+        check_writes_text(name)
     documents = list(islice(iter_documents(dataset), limit))
     if not documents:
         raise CommandError(f"{dataset} has no documents")
@@ -152,7 +154,6 @@ def measure(
     from hf_spqr.evaluate import perplexity
 
     tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device, backend)
-    check_writes_text(model, loaded)
     with progress(f"evaluating {model}") as advance:
         result = perplexity(loaded, tokenizer, texts, on_progress=advance, **settings)
     return {

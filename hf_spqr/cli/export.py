@@ -24,7 +24,7 @@ from hf_spqr.cli.common import (
     size_of,
     stored_method,
 )
-from hf_spqr.cli.convert import copy_tokenizer
+from hf_spqr.cli.convert import copy_preprocessing
 from hf_spqr.cli.folder import check_output, complete_folder
 
 
@@ -67,7 +67,7 @@ def export_command(
     loaded: Any = load_model(model, dtype, None)
     with complete_folder(out) as partial:
         export_model(loaded, partial, format.value, max_shard_size=max_shard_size)
-        tokenizer = copy_tokenizer(model, partial)
+        tokenizer = copy_preprocessing(model, partial)
         nbytes = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     if json:
         print_json({"out": str(out), "format": format.value, "weight_file_bytes": nbytes, "tokenizer": tokenizer})

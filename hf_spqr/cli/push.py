@@ -34,7 +34,8 @@ def push_command(
     """Upload a quantized model in one commit, with a model card made from its report.
 
     The token is that of `hf auth login` or HF_TOKEN. When something fails nothing is published, and the same command
-    goes on where it stopped. A README.md in FOLDER is taken as it is; without one the card is made.
+    goes on where it stopped. A README.md in FOLDER is taken as it is; without one the card is made, unless the
+    repository has a README.md of your own words.
 
     [bold]Examples[/bold]
 

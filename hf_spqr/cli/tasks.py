@@ -38,12 +38,13 @@ def run_tasks(
     wanted = [task.strip() for task in tasks.split(",") if task.strip()]
     if not wanted:
         raise CommandError("--tasks: give names of lm-eval tasks with commas between them")
+    for name in names:
+        check_writes_text(name)
     manager = find_tasks(wanted, folder)
     results = []
     for name in names:
         err_console().print(f"evaluating {name}", markup=False, soft_wrap=True)
         tokenizer, model = load_tokenizer(name), load_model(name, dtype, device)
-        check_writes_text(name, model)
         found = evaluate_tasks(
             model, tokenizer, wanted, manager, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
         )

@@ -14,7 +14,10 @@ from hf_spqr.config import PackedConfig
 from hf_spqr.errors import CheckpointError, ConfigError
 from hf_spqr.report.model_classes import without_weights
 
-__all__ = ["empty_model", "packed_config"]
+__all__ = ["BAD_CONFIG", "empty_model", "packed_config"]
+
+BAD_CONFIG = (ValueError, TypeError, AttributeError, StrictDataclassError)
+"""What Transformers raises for a config.json that it cannot read."""
 
 
 def packed_config(folder: Path, quantization: Mapping[str, Any]) -> PackedConfig | None:
@@ -41,5 +44,5 @@ def empty_model(folder: Path) -> transformers.PreTrainedModel:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return without_weights(config)
-    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except BAD_CONFIG as error:
         raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error

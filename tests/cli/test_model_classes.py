@@ -49,8 +49,14 @@ def test_nothing_is_lost_and_nothing_random(kind: str, run: Callable, dataset: P
 
 
 @pytest.mark.parametrize(("kind", "cls"), [("t5", "T5ForConditionalGeneration"), ("bert", "BertModel")])
-def test_a_perplexity_needs_a_causal_model(kind: str, cls: str, run: Callable, dataset: Path, tmp_path: Path) -> None:
-    done = run("eval", base_of(kind, tmp_path), "-d", dataset)
+@pytest.mark.parametrize("how", ["dataset", "tasks"])
+def test_eval_needs_a_causal_model(
+    kind: str, cls: str, how: str, run: Callable, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is seen before one is loaded."""
+    for module in ("eval", "tasks"):
+        monkeypatch.setattr(f"hf_spqr.cli.{module}.load_model", lambda *arguments: pytest.fail("was loaded"))
+    done = run("eval", base_of(kind, tmp_path), *(("-d", dataset) if how == "dataset" else ("--tasks", "arc_easy")))
     assert done.code == 1 and f"is a {cls}, no causal language model" in " ".join(done.err.split())
 
 
