@@ -10,7 +10,17 @@ import torch
 pytest.importorskip("peft")
 
 import peft
-from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    prepare_model_for_kbit_training,
+)
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import dispatch_default
 from torch import nn
@@ -200,6 +210,59 @@ def test_initializations_that_leave_the_base_weights_alone(folder, how):
     torch.testing.assert_close(logits(model), start, rtol=1e-4, atol=1e-4)
     losses = train(model, 6)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (LoraConfig, {"r": 4, "target_modules": TARGETS, "use_rslora": True}),
+        (PromptTuningConfig, {"num_virtual_tokens": 4}),
+        (PrefixTuningConfig, {"num_virtual_tokens": 4}),
+        (PromptEncoderConfig, {"num_virtual_tokens": 4, "encoder_hidden_size": 32}),
+        (LNTuningConfig, {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
+    ],
+)
+def test_what_else_can_be_trained(folder, kind, fields):
+    torch.manual_seed(0)
+    config = kind(task_type="CAUSAL_LM", **fields)
+    losses = train(get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config))
+    assert losses[-1] < losses[0]
+
+
+def test_several_adapters_in_a_batch(folder):
+    model = adapted(folder)
+    model.add_adapter("other", LoraConfig(r=8, target_modules=TARGETS))
+    alone = {"__base__": logits(AutoModelForCausalLM.from_pretrained(folder))}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        train(model, 3)
+    model.eval()
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = logits(model)
+    assert not torch.allclose(alone["default"], alone["other"], atol=1e-2)
+    names = ["other", "__base__", "default"]
+    with torch.no_grad():
+        mixed = model(IDS[:1].expand(3, -1), adapter_names=names).logits
+    for row, name in zip(mixed, names, strict=True):
+        torch.testing.assert_close(row, alone[name][0], rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_do_not_depend_on_checkpointing(folder):
+    def gradients(model):
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+        model.train()
+        model(IDS, labels=IDS).loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    plain = gradients(AutoModelForCausalLM.from_pretrained(folder))
+    model = prepare_model_for_kbit_training(AutoModelForCausalLM.from_pretrained(folder))
+    assert not model.model.gradient_checkpointing  # it is turned on for the quantizers that PEFT knows
+    model.gradient_checkpointing_enable()
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    for one, other in zip(gradients(model), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_an_older_version_is_named(folder, monkeypatch):
