@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hf_spqr.calibration.blocks import attending_parts
 from hf_spqr.config import OmniQuantConfig
+from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.formats.tokens import fake_quantize_activation
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear
 
@@ -36,7 +37,14 @@ def _attention(
     symmetric: bool,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """sdpa attention on q, k, v [batch, heads, tokens, size] quantized per token and head, after rotary embeddings."""
+    """sdpa attention on q, k, v [batch, heads, tokens, size] quantized per token and head, after rotary embeddings.
+
+    Raises UnsupportedLayerError for the paged cache of continuous batching, whose tokens are of several texts.
+    """
+    if kwargs.get("cache") is not None:
+        raise UnsupportedLayerError(
+            "Continuous batching does not run models with quantized attention: use generate() with a padded batch."
+        )
     q, k, v = (fake_quantize_activation(x, bits, symmetric) for x in (query, key, value))
     return sdpa_attention_forward(module, q, k, v, *args, **kwargs)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig
 
 import hf_spqr
 from hf_spqr.nn import AffineLinear
@@ -69,6 +69,16 @@ def test_attention_quantizes_its_operands(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         plain.set_attn_implementation("eager")
     assert plain.config._attn_implementation == "eager"
+
+
+def test_continuous_batching_is_refused() -> None:
+    """It knows its own attention functions; on a GPU it asks for another one, and finds this one kept."""
+    model = quantized("llama", "W4A4")
+    with pytest.raises(ValueError, match="hf_spqr_a4"):
+        model.generate_batch([[1, 2, 3]], generation_config=GenerationConfig(max_new_tokens=2))
+    states, attention = torch.zeros(1, 4, 3, 16), model.model.layers[0].self_attn
+    with pytest.raises(hf_spqr.UnsupportedLayerError, match="Continuous batching"):
+        AttentionInterface()["hf_spqr_a4"](attention, states, states, states, None, cache=object())
 
 
 def test_only_calibrated_attention_is_quantized(tmp_path: Path) -> None:
