@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import wraps
@@ -81,54 +82,73 @@ def push_folder(
             Nothing was published.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RevisionNotFoundError
 
     folder = Path(folder)
     files = complete_files(folder)
     check_evaluation(evaluation)
     api = HfApi(token=token)
-    try:
+    with _failures_named(repo_id), tempfile.TemporaryDirectory() as staging:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as staging:
-            try:
-                head = api.model_info(repo_id, revision=revision)
-            except RevisionNotFoundError:
-                head = None
-            there = [s.rfilename for s in (head.siblings or [])] if head is not None else []
-            extra: dict[str, Path] = {}
-            if CARD not in there or not _is_foreign(api.hf_hub_download(repo_id, CARD, revision=revision)):
-                extra = _card_files(folder, Path(staging), repo_id, api, base_model, license, tags, evaluation)
-            names = sorted({*(path.relative_to(folder).as_posix() for path in files), *extra})
-            removed = [n for n in there if n not in names and any(fnmatch(n, pattern) for pattern in WEIGHTS)]
-            operations: list[Any] = [
-                *(CommitOperationAdd(name, extra.get(name, folder / name)) for name in names),
-                *(CommitOperationDelete(name) for name in removed),
-            ]
-            done = api.create_commit(
-                repo_id,
-                operations,
-                commit_message=commit_message or "Upload quantized model",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=head.sha if head is not None else None,
-            )
+        head, there = _newest(api, repo_id, revision)
+        extra: dict[str, Path] = {}
+        if CARD not in there or not _is_foreign(api.hf_hub_download(repo_id, CARD, revision=revision)):
+            extra = _card_files(folder, Path(staging), repo_id, api, base_model, license, tags, evaluation)
+        names = sorted({*(path.relative_to(folder).as_posix() for path in files), *extra})
+        removed = [n for n in there if n not in names and any(fnmatch(n, pattern) for pattern in WEIGHTS)]
+        operations: list[Any] = [
+            *(CommitOperationAdd(name, extra.get(name, folder / name)) for name in names),
+            *(CommitOperationDelete(name) for name in removed),
+        ]
+        done = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload quantized model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head,
+        )
+    return Pushed(repo_id, done.oid, done.commit_url, names, removed)
+
+
+def _newest(api: Any, repo_id: str, revision: str | None) -> tuple[str | None, list[str]]:
+    """The newest commit of a branch and its files; None and no files where there is no such branch."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        head = api.model_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        return None, []
+    return head.sha, [sibling.rfilename for sibling in head.siblings or []]
+
+
+@contextmanager
+def _failures_named(repo_id: str) -> Iterator[None]:
+    """Raise PushError, which says what to do, for what the server and the network do."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    failed = (
+        f"The upload to {repo_id} failed and nothing was published. Push again: files that the server already has are"
+        " not sent twice."
+    )
+    try:
+        yield
     except HFValidationError as error:
         raise PushError(f"{repo_id!r} cannot be the name of a repository: {error}") from error
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code == 412:
+        status = None if error.response is None else error.response.status_code
+        if status == 412:
             raise PushError(f"{repo_id} was changed by somebody else during the upload. Push again.") from error
-        if error.response is not None and error.response.status_code == 401:
+        if status == 401:
             raise PushError(
                 f"There is no token that may write to {repo_id}, so nothing was published: `hf auth login`, HF_TOKEN"
                 f" or token= gives one. ({error})"
             ) from error
-        raise PushError(f"{_failed(repo_id)} ({error})") from error
+        raise PushError(f"{failed} ({error})") from error
     except (HTTPError, OSError, RuntimeError) as error:  # HTTPError is also what no connection raises
-        raise PushError(f"{_failed(repo_id)} ({type(error).__name__}: {error})") from error
-    return Pushed(repo_id, done.oid, done.commit_url, names, removed)
+        raise PushError(f"{failed} ({type(error).__name__}: {error})") from error
 
 
 def push_to_hub(
@@ -282,10 +302,3 @@ def _license_of(base_model: str, api: Any) -> str | None:
     except (HTTPError, OSError):
         return None
     return None if data is None else data.get("license")
-
-
-def _failed(repo_id: str) -> str:
-    return (
-        f"The upload to {repo_id} failed and nothing was published. Push again: files that the server already has are"
-        " not sent twice."
-    )
