@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,15 +22,30 @@ def process_group() -> Iterator[Ranks]:
     from hf_spqr.quantize.ranks import Ranks
 
     starts = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()
-    if starts:
-        dist.init_process_group("gloo")
-    ranks = Ranks()
-    try:
-        yield ranks
-    finally:
-        ranks.close()
+    with _stdout_kept_clear() if starts else nullcontext():
         if starts:
-            dist.destroy_process_group()
+            dist.init_process_group("gloo")
+        ranks = Ranks()
+        try:
+            yield ranks
+        finally:
+            ranks.close()
+            if starts:
+                dist.destroy_process_group()
+
+
+@contextmanager
+def _stdout_kept_clear() -> Iterator[None]:
+    """What is printed meanwhile goes to stderr: gloo of torch 2.10 says on stdout who is connected."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def local_device(device: str | None) -> str | None:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_spqr.cli.processes import _stdout_kept_clear
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +61,14 @@ def test_as_one_process(run, base: Path, texts_file: Path, tmp_path: Path) -> No
     # one bar that is left behind; it may have been drawn again and again before
     assert len(re.findall(r"Quantizing: 100%[^\r\n]*\n", together.stderr)) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"alone", "together"}
+
+
+def test_what_libraries_print_meanwhile_is_no_result(capfd) -> None:
+    """Gloo of torch 2.10 says on stdout who is connected, also beside ``--json``."""
+    with _stdout_kept_clear():
+        os.write(1, b"connected")
+    os.write(1, b"{}")
+    assert capfd.readouterr() == ("{}", "connected")
 
 
 def test_a_mistake_is_shown_once(base: Path, tmp_path: Path) -> None:
