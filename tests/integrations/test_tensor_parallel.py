@@ -239,7 +239,7 @@ SIZES = {
     },
     4: {
         "even": ("llama", {"vocab_size": 260, "num_key_value_heads": 4, "intermediate_size": 104}),
-        "heads": ("llama", {}),
+        "heads": ("llama", {"vocab_size": 260}),
         "experts": ("mixtral", {"vocab_size": 260, "num_key_value_heads": 4}),
     },
 }  # fmt: skip
