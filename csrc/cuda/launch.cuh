@@ -2,6 +2,10 @@
 #pragma once
 #include "cuda/dev.cuh"
 
+namespace hf_spqr {
+constexpr int kMaxGridY = 65535;
+}  // namespace hf_spqr
+
 #ifdef HF_SPQR_EMU
 namespace hf_spqr {
 using emu::device_limits;
@@ -18,7 +22,6 @@ struct Grid {
 };
 
 constexpr int kPlainShared = 48 * 1024;  // more than this must be asked for, once per kernel and device
-constexpr int kMaxGridY = 65535;
 
 struct DeviceLimits {
     int multiprocessors, shared_bytes;  // of a block

@@ -32,7 +32,8 @@ class StepOutliers {
         for (int k = 0; k < kTogether; ++k) held_[k] = next_ + k < end_ ? entries_[next_ + k] : kNone;
     }
 
-    // Begins the step whose columns end at `end`. Returns the largest magnitude of its outliers.
+    // Begins the step whose columns end at `end`. Returns the largest magnitude of its outliers, as if infinite ones
+    // were the largest of fp16: they shall spoil no other row.
     HF_DEVICE float begin(int end) {
         rest_ = column_of(held_[kTogether - 1]) < end ? next_ + kTogether : end_;
         float largest = 0.f;
@@ -44,7 +45,7 @@ class StepOutliers {
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) take(held_[k]);
         rest(end, take);
-        return largest;
+        return fminf(largest, 65504.f);
     }
 
     // Weights are given divided by a power of two, 1 / up; outliers then fit fp16, too.
