@@ -1,6 +1,7 @@
 // What happens to activations before and after the multiplication.
 #pragma once
 #include "cuda/kernels.h"
+#include "cuda/launch.cuh"
 #include "cuda/store.cuh"
 
 namespace hf_spqr {
@@ -55,11 +56,7 @@ static HF_KERNEL(kTransposeThreads, 1) transpose_kernel(const TransposeArgs a) {
     }
 }
 
-// Grid: x = tokens, y = stretches of kFinishThreads rows of the part.
-static HF_KERNEL(kFinishThreads, 1) finish_kernel(const FinishArgs a) {
-    const int64_t token = dev::block_x(), r = dev::block_y() * kFinishThreads + dev::thread();
-    if (r >= a.part_rows) return;
-    dev::wait_for_kernel();
+HF_DEVICE void finish_row(const FinishArgs& a, int64_t token, int64_t r) {
     float y = read_as(a.product, token * a.product_stride + r, a.product_dtype);
     for (int64_t part = 1; part < a.parts; ++part) {
         y = dev::add(y, read_as(a.product, (part * a.tokens + token) * a.product_stride + r, a.product_dtype));
@@ -67,6 +64,15 @@ static HF_KERNEL(kFinishThreads, 1) finish_kernel(const FinishArgs a) {
     if (a.token_scale) y = dev::mul(y, a.token_scale[token]);
     if (a.bias) y = dev::add(y, read_as(a.bias, a.first_row + r, a.dtype));
     write_as(a.y, token * a.rows + a.first_row + r, a.dtype, y);
+}
+
+// Grid: x = tokens, y = stretches of kFinishThreads rows of the part, or as many of them as a grid can have.
+static HF_KERNEL(kFinishThreads, 1) finish_kernel(const FinishArgs a) {
+    dev::wait_for_kernel();
+    for (int64_t r = dev::block_y() * kFinishThreads + dev::thread(); r < a.part_rows;
+         r += int64_t(kMaxGridY) * kFinishThreads) {
+        finish_row(a, dev::block_x(), r);
+    }
 }
 
 }  // namespace hf_spqr

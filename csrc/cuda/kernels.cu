@@ -57,9 +57,9 @@ int hf_spqr_cuda_tiled_parts(const Matrix* m, int tokens, int* parts) {
     *parts = 0;
     if (tokens > kTiledTokens || m->columns > kTiledColumns || !is_served(*m)) return 0;
     DeviceLimits device{};
-    const int status = device_limits(device);
-    *parts = tiled_parts(*m, tokens, device.multiprocessors);
-    return status;
+    if (const int status = device_limits(device)) return status;
+    *parts = tiled_parts(*m, tokens, device.multiprocessors, device.shared_bytes);
+    return 0;
 }
 
 int hf_spqr_cuda_linear_tiled(const TiledArgs* a, void* stream) {
@@ -90,8 +90,9 @@ int hf_spqr_cuda_transpose(const TransposeArgs* a, void* stream) {
 }
 
 int hf_spqr_cuda_finish(const FinishArgs* a, void* stream) {
-    return launch<finish_kernel, true>({a->tokens, ceil_div(a->part_rows, kFinishThreads)}, kFinishThreads, 0, stream,
-                                       *a);
+    const int stretches = ceil_div(a->part_rows, kFinishThreads);
+    const Grid grid{a->tokens, stretches < kMaxGridY ? stretches : kMaxGridY};
+    return launch<finish_kernel, true>(grid, kFinishThreads, 0, stream, *a);
 }
 
 int hf_spqr_cuda_dequantize(const DequantizeArgs* a, void* stream) {

@@ -137,7 +137,7 @@ int hf_spqr_cuda_can_fuse(const Matrix*, int tokens);
 int hf_spqr_cuda_tiled_parts(const Matrix*, int tokens, int* parts);
 int hf_spqr_cuda_linear_tiled(const TiledArgs*, void* stream);
 int hf_spqr_cuda_linear(const LinearArgs*, void* stream);
-// The fastest way for up to 8 tokens of most matrices; kNoKernel where it is not to be had. Leaves `plan` alone.
+// The fastest way for up to 16 tokens of most matrices; kNoKernel where it is not to be had. Leaves `plan` alone.
 int hf_spqr_cuda_linear_resident(const ResidentArgs*, void* stream);
 int hf_spqr_cuda_prepare(const PrepareArgs*, void* stream);
 int hf_spqr_cuda_transpose(const TransposeArgs*, void* stream);

@@ -2,6 +2,10 @@
 #pragma once
 #include "cuda/dev.cuh"
 
+namespace hf_spqr {
+constexpr int kMaxGridY = 65535;
+}  // namespace hf_spqr
+
 #ifdef HF_SPQR_EMU
 namespace hf_spqr {
 using emu::device_limits;
@@ -18,17 +22,26 @@ struct Grid {
 };
 
 constexpr int kPlainShared = 48 * 1024;  // more than this must be asked for, once per kernel and device
-constexpr int kMaxGridY = 65535;
 
 struct DeviceLimits {
     int multiprocessors, shared_bytes;  // of a block
 };
 
-// Whether kernels can overlap (dev::wait_for_kernel).
-inline bool can_overlap() {
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+// Whether KERNEL waits for the one before it (dev::wait_for_kernel): as the code says that this device runs, which may
+// have been translated from PTX of an older generation.
+template <auto KERNEL>
+bool can_overlap() {
+    static std::atomic<uint64_t> known{0}, waits{0};  // a bit per device; further devices ask every time
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return false;
+    const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+    if (known.load() & bit) return waits.load() & bit;
+    cudaFuncAttributes attributes{};
+    if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(KERNEL)) != cudaSuccess) return false;
+    const bool yes = attributes.ptxVersion >= 90;
+    if (yes) waits.fetch_or(bit);
+    known.fetch_or(bit);
+    return yes;
 }
 
 inline int device_limits(DeviceLimits& limits) {
@@ -73,7 +86,7 @@ int launch(Grid grid, int threads, int shared_bytes, void* stream, const Args& a
     config.dynamicSmemBytes = size_t(shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &overlap;
-    config.numAttrs = OVERLAP && can_overlap() ? 1 : 0;
+    config.numAttrs = OVERLAP && can_overlap<KERNEL>() ? 1 : 0;
     return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(KERNEL), arguments);
 }
 

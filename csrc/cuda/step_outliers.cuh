@@ -30,11 +30,13 @@ class StepOutliers {
     HF_DEVICE void fetch() {
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) held_[k] = next_ + k < end_ ? entries_[next_ + k] : kNone;
+        after_ = next_ + kTogether < end_ ? entries_[next_ + kTogether] : kNone;
     }
 
-    // Begins the step whose columns end at `end`. Returns the largest magnitude of its outliers.
+    // Begins the step whose columns end at `end`. Returns the largest magnitude of its outliers, as if infinite ones
+    // were the largest of fp16: they shall spoil no other row.
     HF_DEVICE float begin(int end) {
-        rest_ = column_of(held_[kTogether - 1]) < end ? next_ + kTogether : end_;
+        rest_ = column_of(after_) < end ? next_ + kTogether : end_;
         float largest = 0.f;
         const auto take = [&](uint32_t entry) {
             const bool belongs = column_of(entry) < end;
@@ -44,7 +46,7 @@ class StepOutliers {
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) take(held_[k]);
         rest(end, take);
-        return largest;
+        return fminf(largest, 65504.f);
     }
 
     // Weights are given divided by a power of two, 1 / up; outliers then fit fp16, too.
@@ -67,7 +69,7 @@ class StepOutliers {
 
     static HF_DEVICE int column_of(uint32_t entry) { return int(entry & 0xffffu); }
 
-    // What the step has beyond the entries that are held: few rows have, so one by one; and maybe one after it.
+    // What the step has beyond the entries that are held: few rows have, so one by one, and the one after it.
     template <class F>
     HF_DEVICE void rest(int end, const F& f) const {
         uint32_t entry = 0;
@@ -99,6 +101,7 @@ class StepOutliers {
     int key_, next_ = 0, end_ = 0;
     int rest_ = 0;  // where those of the step lie that are not held, or the row's end
     uint32_t held_[kTogether] = {};
+    uint32_t after_ = kNone;  // the entry after those, which tells whether the step has more
 };
 
 }  // namespace hf_spqr

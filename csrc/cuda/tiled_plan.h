@@ -8,8 +8,9 @@ namespace hf_spqr {
 constexpr int kTiledWarps = 6, kTiledThreads = 32 * kTiledWarps;
 constexpr int kTiledRowBlocks = 2;  // of a warp
 constexpr int kTiledRows = kTiledWarps * kTiledRowBlocks * kRows;
-constexpr int kTiledBlocksPerSm = 2;
-constexpr int kTiledColumns = 1 << 20;  // at most
+constexpr int kTiledBlocksPerSm = 2;          // as the registers allow
+constexpr int kTiledSharedBytes = 77 * 1024;  // of a block of SpQR's usual layout, about
+constexpr int kTiledColumns = 1 << 20;        // at most
 
 // Token tiles of a block: 64 tokens; or 32 where there are no more, and of 8-bit codes, whose words take the
 // registers.
@@ -22,9 +23,11 @@ HF_CONSTANT int tiled_row_tiles(const Matrix& m) {
 }
 
 // In how many parts the columns are cut, whose sums are added up afterwards: so many that the blocks fill the device
-// with as little as possible left over. A block takes about two steps' time to begin and to end.
-inline int tiled_parts(const Matrix& m, int tokens, int multiprocessors) {
-    const int steps = ceil_div(m.columns, kStepColumns), slots = kTiledBlocksPerSm * multiprocessors;
+// with as little as possible left over. A block takes about two steps' time to begin and to end. Of generations whose
+// blocks have at most 99 KB of shared memory, a multiprocessor holds one.
+inline int tiled_parts(const Matrix& m, int tokens, int multiprocessors, int shared_bytes) {
+    const int blocks = shared_bytes < kTiledBlocksPerSm * kTiledSharedBytes ? 1 : kTiledBlocksPerSm;
+    const int steps = ceil_div(m.columns, kStepColumns), slots = blocks * multiprocessors;
     const int tiles = tiled_row_tiles(m) * ceil_div(tokens, 8 * tiled_token_tiles(m.bits, tokens));
     int best = 1, least = 0;
     for (int parts = 1; parts == 1 || 2 * parts <= steps; ++parts) {

@@ -225,9 +225,11 @@ class Stretch:
 class Parts(Stretch):
     """In how many parts the columns of SpQR's usual layout are cut for the tiled kernel."""
 
+    shared_bytes: int = 227 << 10
+
     def encode(self) -> bytes:
-        shape = (3, 16, self.rows, self.columns, 3, 1, 0, 0, self.tokens, 0, 0, 0, 0, 1, self.multiprocessors, 0)
-        return struct.pack("18q", 6, 0, *shape)
+        shape = (3, 16, self.rows, self.columns, 3, 1, 0, 0, self.tokens, 0, 0, 0, 0, 1)
+        return struct.pack("18q", 6, 0, *shape, self.multiprocessors, self.shared_bytes)
 
 
 def _bytes(tensor: Tensor | None) -> bytes:

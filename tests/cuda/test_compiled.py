@@ -57,6 +57,26 @@ def test_compiles_without_spills(cubin: Callable, name: str, arch: str) -> None:
 
 
 @pytest.mark.usefixtures("disassembler")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("kernels", "resident_spqr16", "tiled_spqr16") else [pytest.mark.slow])
+        for name in FILES
+        if name.startswith(("kernels", "resident", "tiled"))
+    ],
+)
+def test_memory_waits_for_the_kernel_before(cubin: Callable, name: str) -> None:
+    """Kernels that start while another one ends touch global memory only when it has ended."""
+    waiting = 0
+    for function, code in sass.functions(cubin(name, "90a")[0]).items():
+        waits = [i for i, (_, text) in enumerate(code) if "ACQBULK" in text]
+        touches = [i for i, (_, text) in enumerate(code) if re.search(r"\b(LDG|LDGSTS|STG|ATOMG|REDG?)\b", text)]
+        assert not waits or waits[0] < touches[0], function
+        waiting += len(waits)
+    assert waiting
+
+
+@pytest.mark.usefixtures("disassembler")
 @pytest.mark.parametrize(("name", "bits", "most"), BUDGETS)
 def test_instruction_budget(cubin: Callable, name: str, bits: int, most: float) -> None:
     path, _ = cubin(name, "90a")

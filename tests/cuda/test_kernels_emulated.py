@@ -13,7 +13,7 @@ from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 from hf_spqr.ops import reference
-from tests.cuda.emulator import Case, Finish, Parts, Stretch
+from tests.cuda.emulator import Case, Finish, Stretch
 from tests.weights import random_affine, random_spqr
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -184,74 +184,6 @@ def test_many_rows_share_x(run_emulated: Callable, tokens: int) -> None:
     check(run_emulated, [Case(weight, x, bias, seed=tokens, device=device) for weight in weights])
 
 
-TILED = [
-    # rows, columns, bits, group, stat bits, second group, tokens, dtype, perm, outliers, multiprocessors
-    (200, 1100, 3, 16, 3, 16, 64, F16, False, 0.02, 3),  # two tiles of rows, columns in parts
-    (60, 776, 4, 16, 3, 32, 33, BF16, True, 0.2, 2),  # more outliers than are held
-    (17, 520, 2, 16, 3, 16, 128, F16, False, 0.01, 1),
-    (193, 300, 3, 16, 3, 16, 17, F32, False, 0.0, 8),  # parts are at least two steps
-    (40, 1024, 3, 8, 4, 16, 65, F16, False, 0.05, 1),
-    (40, 1030, 4, 64, 8, 32, 100, BF16, False, 0.05, 2),
-]
-
-
-def test_tiles_of_tokens(run_emulated: Callable) -> None:
-    """17 to 128 tokens: parts of the columns, tiles that are not full, in SpQR's layouts and affine ones."""
-    cases = []
-    for seed, args in enumerate(TILED):
-        device = (args[-1], 99 << 10)
-        cases.append(replace(spqr_case(args[:-1], seed), device=device))
-        rows, columns, _, _, _, _, tokens, dtype, perm, *_ = args
-        for bits, group in (((4, 128), (8, -1)), ((3, -1), (2, 16)), ((8, 128), (4, 32)))[seed % 3]:
-            a = (rows, columns, bits, group, seed == 1, BF16 if seed % 2 else F16, tokens, dtype, perm)
-            cases.append(replace(affine_case(a, seed), device=device))
-    check(run_emulated, cases)
-
-
-def test_tiles_in_every_order_of_threads(run_emulated: Callable) -> None:
-    case = replace(spqr_case((40, 1100, 3, 16, 3, 16, 18, BF16, False, 0.05), 1), device=(2, 99 << 10))
-    first, *others = run_emulated([replace(case, seed=seed) for seed in range(3)])
-    assert all(torch.equal(first, other) for other in others)
-
-
-def test_tiles_with_statistics_of_very_different_size(run_emulated: Callable) -> None:
-    """Each step has its power of two; sums keep up with it, down to steps of zeros and up to outliers of 60,000."""
-    layout, tokens = SpQRLayout(32, 1536), 20
-    weight = natural_spqr(layout, 0.0, False, 3)
-    size = torch.tensor([1.0, 1e-3, 0.0, 100.0, 1e-5, 1.0]).repeat_interleave(16)  # of the groups of each step
-    second = weight.second * torch.stack([size] + [torch.ones(96)] * 3, dim=-1)[None]
-    outliers = {"outlier_row": torch.tensor([0] + [1] * 16 + [2] * 16, dtype=torch.int32),
-                "outlier_col": torch.tensor([600, 5], dtype=torch.int32),  # in the step of zeros, and in the first
-                "outlier_value": torch.tensor([60000.0, -60000.0]).half()}  # fmt: skip
-    plain = replace(weight, second=second.half())
-    x = inputs(tokens, 1536, 32, F32, 3)[0]
-    case = Case(replace(plain, **outliers), x)
-    y, want = run_emulated([case])[0], expected(case)
-    for rows in (torch.tensor([0, 16]), torch.arange(1, 16), torch.arange(17, 32)):
-        assert (y - want)[:, rows].norm() <= ERROR[F32] * want[:, rows].norm()
-    affine_weight = natural_affine(AffineLayout(200, 1024, 4, 128, False, BF16), False, 3)  # in one part
-    size = torch.tensor([2.0**90, 1.0, 2.0**-90, 0.0]).repeat_interleave(2)
-    affine_weight = replace(affine_weight, scales=(affine_weight.scales * size).bfloat16())
-    case = Case(affine_weight, x[:, :1024] / 2.0**60, device=(1, 99 << 10))
-    y, want = run_emulated([case])[0], expected(case)
-    assert (y - want).norm() <= ERROR[F32] * want.norm()
-    steps = [torch.zeros_like(x).index_fill_(1, torch.arange(256 * i, 256 * i + 256), 1.0) * x for i in range(6)]
-    for i, of_step in enumerate(steps):  # nothing is lost because another step is larger
-        case = Case(plain, of_step)
-        y, want = run_emulated([case])[0], expected(case)
-        assert (y - want).norm() <= ERROR[F32] * want.norm(), f"step {i}"
-
-
-def test_parts_of_the_columns(run_emulated: Callable) -> None:
-    """So many that blocks fill the device in few rounds, and none without work."""
-    wanted = {
-        (4096, 4096, 64): 8, (28672, 8192, 64): 3, (11008, 4096, 32): 4, (4096, 11008, 128): 6, (100, 300, 20): 1,
-        (192, 65536, 17): 128, (50000, 512, 128): 1,
-    }  # fmt: skip
-    got = run_emulated([Parts(*shape, 132) for shape in wanted])
-    assert [int(parts) for parts in got] == list(wanted.values())
-
-
 def test_statistics_of_any_size(run_emulated: Callable) -> None:
     """Scales of both signs and very different sizes: the power of two that fits them into fp16 is found per step."""
     layout = SpQRLayout(32, 600)
@@ -370,6 +302,14 @@ def test_finish(run_emulated: Callable) -> None:
     parts = torch.randn(3, 2, 48)
     (got,) = run_emulated([Finish(parts, torch.tensor([2.0, 0.5]), None, torch.zeros(2, 40))])
     assert torch.equal(got, (parts[0] + parts[1] + parts[2])[:, :40] * torch.tensor([[2.0], [0.5]]))
+
+
+@pytest.mark.slow
+def test_finish_of_more_rows_than_a_grid_has_blocks(run_emulated: Callable) -> None:
+    rows = 65535 * 256 + 3
+    product = torch.arange(rows)[None].half()
+    (y,) = run_emulated([Finish(product, None, None, torch.zeros(1, rows, dtype=F16))])
+    assert torch.equal(y, product)
 
 
 @pytest.mark.slow
