@@ -37,9 +37,8 @@ constexpr uint32_t kOnes = half2_power(0);
 template <int NT, int WIDTH, int SLICES>
 class XFetcher {
   public:
-    HF_DEVICE XFetcher(const LinearArgs& a, int64_t first_token, int tokens, int which, int first_step, int lane,
-                       uint32_t to) {
-        from_ = dev::keep(a.x + (first_token + which) * a.x_stride + first_step * kStepColumns + 8 * lane);
+    HF_DEVICE XFetcher(const LinearArgs& a, int tokens, int which, int first_step, int lane, uint32_t to) {
+        from_ = dev::keep(a.x + which * a.x_stride + first_step * kStepColumns + 8 * lane);
         stride_ = int(a.x_stride);
         left_ = int(a.x_stride) - 8 * lane - first_step * kStepColumns;
         count_ = (tokens - which + WIDTH - 1) / WIDTH;
@@ -127,8 +126,7 @@ HF_DEVICE void multiply_integer_set(float (&total)[R][NT][4], RowBlock<Stats, BI
 
 // Adds up the slices, adds outliers and bias, scales and writes. One warp per row.
 template <int NT, int R, int WIDTH, int SLICES>
-HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[R][NT][4], float factor, float* sums,
-                           int64_t first_token) {
+HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[R][NT][4], float factor, float* sums) {
     using Shape = LinearShape<NT, R, WIDTH, SLICES>;
     constexpr int kBlockRows = Shape::kRowBlocks * kRows;
     const int lane = dev::thread() & 31, warp = dev::thread() >> 5, g = lane >> 2, t = lane & 3;
@@ -145,12 +143,12 @@ HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[R][NT][4], 
     }
     dev::sync_block();
     constexpr int kLanes = Shape::kTokens / kLaneTokens;
-    const int64_t first = first_token + lane % kLanes * kLaneTokens;
+    const int first = lane % kLanes * kLaneTokens;
     for (int r = warp; r < kBlockRows; r += Shape::kWarps) {
         const int64_t row = dev::block_x() * kBlockRows + r;
         if (row >= a.weight.rows) break;
         float v[kLaneTokens] = {};
-        if (a.weight.outlier) multiply_outliers<Shape::kTokens>(v, a, int(row), first_token, lane);
+        if (a.weight.outlier) multiply_outliers<Shape::kTokens>(v, a, int(row), lane);
         if (lane >= kLanes) continue;
         const float bias = a.bias ? read_as(a.bias, row, a.dtype) : 0.f;
         for (int b = 0; b < kLaneTokens && first + b < a.tokens; ++b) {
@@ -160,7 +158,7 @@ HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[R][NT][4], 
                 y = dev::fma(sums[(s * kBlockRows + r) * Shape::kTokens + lane * kLaneTokens + b], factor, y);
             }
             if (a.token_scale) y = dev::mul(y, a.token_scale[first + b]);
-            write_as(a.y, (first + b) * a.weight.rows + row, a.dtype, dev::add(y, bias));
+            write_as(a.y, int64_t(first + b) * a.weight.rows + row, a.dtype, dev::add(y, bias));
         }
     }
 }
@@ -172,8 +170,7 @@ linear_kernel(const LinearArgs a) {
     const Matrix& m = a.weight;
     const int lane = dev::thread() & 31, warp = dev::uniform(dev::thread() >> 5), g = lane >> 2, t = lane & 3;
     const int slice = warp / WIDTH, which = warp % WIDTH;
-    const int64_t first_token = dev::block_y() * Shape::kTokens;
-    const int tokens = int(a.tokens - first_token < Shape::kTokens ? a.tokens - first_token : Shape::kTokens);
+    const int tokens = a.tokens;  // at most Shape::kTokens
     const int steps = int(dev::keep(uint32_t(m.panels.tiles + kStepTiles - 1) / kStepTiles));
 
     // Shared memory: two buffers of x for each slice, statistics for each warp.
@@ -182,7 +179,7 @@ linear_kernel(const LinearArgs a) {
     RowBlocks<Stats, BITS, R> mine(
         std::make_integer_sequence<int, R>{}, m, (dev::block_x() * WIDTH + which) * R, lane, slice, SLICES,
         shared + 2 * SLICES * buffer_bytes + warp * (R * Stats::kSharedWords * 4), Stats::kSharedWords * 4);
-    XFetcher<NT, WIDTH, SLICES> x(a, first_token, tokens, which, slice, lane, x_slice);
+    XFetcher<NT, WIDTH, SLICES> x(a, tokens, which, slice, lane, x_slice);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         if (slice < steps) mine.each[r].fetch(slice);
@@ -228,8 +225,7 @@ linear_kernel(const LinearArgs a) {
         other = 0 - other;
     }
     dev::sync_block();
-    finish_rows<NT, R, WIDTH, SLICES>(a, total, Stats::kFactor, reinterpret_cast<float*>(dev::shared_memory()),
-                                      first_token);
+    finish_rows<NT, R, WIDTH, SLICES>(a, total, Stats::kFactor, reinterpret_cast<float*>(dev::shared_memory()));
 }
 
 }  // namespace hf_spqr

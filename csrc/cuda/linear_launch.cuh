@@ -9,7 +9,7 @@ template <class Stats, int BITS, int NT, int R, int WIDTH, int SLICES>
 int launch_linear(const LinearArgs& a, void* stream) {
     using Shape = LinearShape<NT, R, WIDTH, SLICES>;
     constexpr int kBlocksPerSm = NT > 1 && (Stats::kInteger || BITS == 8) ? 1 : 2;  // as the registers allow
-    const Grid grid{ceil_div(a.weight.rows, Shape::kRowBlocks * kRows), ceil_div(a.tokens, Shape::kTokens)};
+    const Grid grid{ceil_div(a.weight.rows, Shape::kRowBlocks * kRows)};
     const int shared = Shape::shared_bytes(a.tokens, R * Stats::kSharedWords);
     return launch<linear_kernel<Stats, BITS, NT, R, WIDTH, SLICES, kBlocksPerSm>>(grid, Shape::kThreads, shared,
                                                                                   stream, a);

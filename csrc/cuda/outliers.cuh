@@ -28,13 +28,12 @@ HF_DEVICE float sum_each(const float (&v)[COUNT], int lane) {
 
 constexpr int kLaneTokens = 4;  // tokens of a lane
 
-// v[b] = sum over the row's outliers of value * x[first_token + 4 * (lane % (TOKENS / 4)) + b][column], from x column
+// v[b] = sum over the row's outliers of value * x[4 * (lane % (TOKENS / 4)) + b][column], from x column
 // by column, so that all tokens of an outlier lie side by side. TOKENS / 4 lanes share an outlier.
 template <int TOKENS>
-HF_DEVICE void multiply_outliers(float (&v)[kLaneTokens], const LinearArgs& a, int row, int64_t first_token,
-                                 int lane) {
+HF_DEVICE void multiply_outliers(float (&v)[kLaneTokens], const LinearArgs& a, int row, int lane) {
     constexpr int kLanes = TOKENS / kLaneTokens, kTogether = 32 / kLanes, kAhead = 4;
-    const uint16_t* x = a.x_columns + first_token + lane % kLanes * kLaneTokens;
+    const uint16_t* x = a.x_columns + lane % kLanes * kLaneTokens;
     const int begin = a.weight.outlier_row[row] + lane / kLanes, end = a.weight.outlier_row[row + 1];
     for (int i = begin; i < end; i += kAhead * kTogether) {
         uint32_t entries[kAhead];
