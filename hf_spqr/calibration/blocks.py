@@ -24,6 +24,8 @@ __all__ = [
 
 BLOCK_LISTS = ("layers", "h", "blocks", "layer", "block")
 HIDDEN = "hidden_states"
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What blocks call the keys and values of earlier tokens: the name since Transformers 5.24, and before."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _recorder(
             extras[key] = tuple(output[1:]) if isinstance(output, tuple | list) else None
         if index == 0:
             recording.hidden.append(hidden.to("cpu"))
-        given = {k: v for k, v in kwargs.items() if k != HIDDEN and k != "past_key_values"}
+        given = {k: None if k in CACHES else v for k, v in kwargs.items() if k != HIDDEN}
         calls = recording.calls[index]
         call = Call(tuple(args[1:]), given, positional)
         calls.append(_share(call, calls[-1]) if calls else call)
