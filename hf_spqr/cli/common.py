@@ -143,7 +143,7 @@ def read_config(model: str) -> Any:
     from transformers import AutoConfig
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    import hf_spqr  # noqa: F401  (registers the quantization methods)
+    import hf_spqr.integrations  # noqa: F401  (registers the quantization methods)
     from hf_spqr.report.model import BAD_CONFIG
 
     try:
