@@ -125,8 +125,11 @@ def read(
             raise CommandError(f"{model} is official SpQR, 3 bit in groups of 16: leave out --bits and --group-size")
         return load_model(model, dtype, None, trust_remote_code=trust_remote_code)
     if method == "gptq" or (method is None and bits is not None):
+        import transformers
+
         from hf_spqr.integrations.gptq import load_gptq_v2
 
+        transformers.utils.logging.disable_progress_bar()
         return load_gptq_v2(model, bits, group_size, dtype=dtype.value, trust_remote_code=trust_remote_code)
     found = f'its quant_method is "{method}"' if method else "it is not quantized"
     raise CommandError(
