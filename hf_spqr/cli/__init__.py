@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from safetensors import SafetensorError
 
+from hf_spqr import __version__
 from hf_spqr.cli.bench import bench_command
 from hf_spqr.cli.common import err_console, print_json
 from hf_spqr.cli.convert import convert_command
@@ -34,6 +35,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf-spqr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("quantize")(quantize_command)
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)

@@ -129,7 +129,7 @@ def tried(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def registration() -> dict[str, Any]:
     """Whether ``import hf_spqr`` registers the methods with Transformers."""
     try:
-        importlib.import_module("hf_spqr")
+        importlib.import_module("hf_spqr.integrations")
         from transformers.quantizers import auto
 
         methods = [name for name in ("hf_spqr", "omniquant") if name in auto.AUTO_QUANTIZER_MAPPING]

@@ -362,10 +362,11 @@ def _place(model: Any, device_map: Any, quantizer: HfQuantizer) -> None:
     """Send a quantized model from the CPU to the devices that ``from_pretrained`` was asked for."""
     if device_map is None:
         return
-    from accelerate import dispatch_model
-    from transformers.integrations.accelerate import _get_device_map
+    from transformers.integrations.accelerate import _get_device_map, accelerate_dispatch
 
     device_map = _get_device_map(model, device_map, None, quantizer)
-    if set(map(str, device_map.values())) != {"cpu"}:
-        dispatch_model(model, device_map)
-    model.hf_device_map = device_map
+    devices = set(device_map.values())
+    if len(devices) == 1:  # as after a load: no hooks, and no note that Transformers would take for offload
+        model.to(devices.pop())
+    else:
+        accelerate_dispatch(model, quantizer, device_map, None, None, False)
