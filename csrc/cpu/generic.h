@@ -57,6 +57,19 @@ inline void multiply_outliers(const LinearArgs& a, int64_t block, float* sum) {
     }
 }
 
+// What is left to do with the sums of a block of rows.
+inline void finish_rows(const LinearArgs& a, int64_t block, float* sum) {
+    multiply_outliers(a, block, sum);
+    const int64_t row = block * kRows;
+    const int rows = a.weight.rows - row < kRows ? int(a.weight.rows - row) : kRows;
+    for (int t = 0; t < a.tokens; ++t) {
+        for (int r = 0; r < rows; ++r) {
+            const float bias = a.bias ? load_one(a.bias, row + r, a.dtype) : 0.f;
+            store_one(a.y, t * a.y_stride + row + r, sum[t * kRows + r] + bias, a.dtype);
+        }
+    }
+}
+
 void linear_generic(const LinearArgs& a, int64_t first_block, int64_t last_block) {
     alignas(64) float sum[kMaxTokens * kRows];
     const DotTile dot = dot_tile_of(a.weight.bits);
@@ -73,15 +86,7 @@ void linear_generic(const LinearArgs& a, int64_t first_block, int64_t last_block
                 multiply_tile_any(w, a.x + first, a.x_stride, a.tokens, sum);
             });
         }
-        multiply_outliers(a, block, sum);
-        const int64_t row = block * kRows;
-        const int rows = a.weight.rows - row < kRows ? int(a.weight.rows - row) : kRows;
-        for (int t = 0; t < a.tokens; ++t) {
-            for (int r = 0; r < rows; ++r) {
-                const float bias = a.bias ? load_one(a.bias, row + r, a.dtype) : 0.f;
-                store_one(a.y, t * a.y_stride + row + r, sum[t * kRows + r] + bias, a.dtype);
-            }
-        }
+        finish_rows(a, block, sum);
     }
 }
 

@@ -16,6 +16,8 @@ inline VecU f16_bits(VecF v) {
     return (VecU)_mm512_cvtepu16_epi32(_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
     return (VecU)_mm256_cvtepu16_epi32(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__)
+    return (VecU)vmovl_u16(vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
     VecU bits;
     for (int i = 0; i < kLanes; ++i) bits[i] = to_f16(v[i]);
