@@ -26,10 +26,9 @@ void run_tiled(const LinearArgs& a) {
     const int64_t stride = ceil_div(m.rows, 16) * 16;
     const Bytes sums(parts * a.tokens * stride * 4);
     memset(sums.data, 0xFF, size_t(sums.size));
-    const TiledArgs t{m, a.x, a.x_stride, a.tokens, parts, sums.as<float>()};
+    const TiledArgs t{m, a.x, a.x_stride, a.token_scale, a.tokens, parts, sums.as<float>()};
     expect(hf_spqr_cuda_linear_tiled(&t, nullptr) == 0, "tiled linear failed");
-    const FinishArgs f{t.sums, DType::f32, parts,         stride, m.rows, 0,
-                       m.rows, a.tokens,   a.token_scale, a.bias, a.y,    a.dtype};
+    const FinishArgs f{t.sums, DType::f32, parts, stride, m.rows, 0, m.rows, a.tokens, nullptr, a.bias, a.y, a.dtype};
     expect(hf_spqr_cuda_finish(&f, nullptr) == 0, "finish failed");
 }
 

@@ -93,12 +93,12 @@ bool linear_tiled(const Call& c, const Tensor& x, Tensor& y) {
     const PreparedX p = half_of(c, x);
     const int64_t stride = ceil_div(m.rows, 16) * 16;
     Tensor sums = stable::new_empty(x, {parts, c.tokens, stride}, ScalarType::Float);
-    const TiledArgs args{m,     static_cast<const uint16_t*>(p.x.const_data_ptr()), p.stride, c.tokens,
-                         parts, static_cast<float*>(sums.mutable_data_ptr())};
+    const auto* half = static_cast<const uint16_t*>(p.x.const_data_ptr());
+    const TiledArgs args{m, half, p.stride, p.scale(), c.tokens, parts, static_cast<float*>(sums.mutable_data_ptr())};
     const int status = hf_spqr_cuda_linear_tiled(&args, c.stream);
     if (status == kNoKernel) return false;
     check_launch(c.op, "tiled linear", status);
-    const FinishArgs finish{args.sums, DType::f32,           parts,  stride, m.rows, 0, m.rows, c.tokens, p.scale(),
+    const FinishArgs finish{args.sums, DType::f32,           parts,  stride, m.rows, 0, m.rows, c.tokens, nullptr,
                             c.bias,    y.mutable_data_ptr(), c.dtype};
     check_launch(c.op, "finish", hf_spqr_cuda_finish(&finish, c.stream));
     return true;
