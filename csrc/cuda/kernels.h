@@ -96,6 +96,7 @@ struct DequantizeArgs {
     void* out;
     int64_t out_stride;
     DType dtype;
+    int first_stretch;  // of columns; filled in by the launch
 };
 
 // Codes of x [tokens, columns], one grid per token: x ~ scale * (code - zero).

@@ -119,8 +119,8 @@ void linear_many(const Call& c, const Tensor& x, Tensor& y) {
         const int64_t rows = std::min<int64_t>(part_rows, m.rows - first);
         Tensor weight = stable::new_empty(x, {rows, m.columns}, kind);
         const DequantizeArgs dequantize{
-            m,         full ? c.perm : nullptr,       int(first), int(rows), weight.mutable_data_ptr(),
-            m.columns, full ? DType::f32 : DType::f16};
+            m,         full ? c.perm : nullptr,        int(first), int(rows), weight.mutable_data_ptr(),
+            m.columns, full ? DType::f32 : DType::f16, 0};
         check_launch(c.op, "dequantize", hf_spqr_cuda_dequantize(&dequantize, c.stream));
         const Tensor product = stable::matmul(left, stable::transpose(weight, 0, 1));
         STD_TORCH_CHECK(product.is_contiguous(), c.op, ": torch returned a product that is not contiguous");
@@ -177,7 +177,7 @@ Tensor dequantize_cuda(const char* op, const Tensor& like, const Matrix& m, cons
     const DType kind = float_dtype(op, "dtype", dtype);
     Tensor out = stable::new_empty(like, {m.rows, m.columns}, dtype);
     const DequantizeArgs args{
-        m, permutation(op, device, perm, m.columns), 0, m.rows, out.mutable_data_ptr(), m.columns, kind};
+        m, permutation(op, device, perm, m.columns), 0, m.rows, out.mutable_data_ptr(), m.columns, kind, 0};
     check_launch(op, "dequantize", hf_spqr_cuda_dequantize(&args, current_stream(device)));
     return out;
 }
