@@ -137,6 +137,9 @@ HF_DEVICE int shuffle_xor(int v, int mask) {
 HF_DEVICE int shuffle(int v, int from) {
     return __shfl_sync(0xffffffffu, v, from);
 }
+HF_DEVICE float shuffle(float v, int from) {
+    return __shfl_sync(0xffffffffu, v, from);
+}
 // The lanes that say yes, as bits; and how many.
 HF_DEVICE uint32_t ballot(bool yes) {
     return __ballot_sync(0xffffffffu, yes);

@@ -1,5 +1,6 @@
 // The C interface of kernels.h, apart from the linear kernels' own files.
 #include "cuda/kernels.h"
+#include <algorithm>
 #include "cuda/activations.cuh"
 #include "cuda/dequantize.cuh"
 #include "cuda/int8_files.h"
@@ -12,10 +13,17 @@
 namespace hf_spqr {
 namespace {
 
+// In several launches where a grid does not have so many blocks, from 33.5 million columns on.
 template <class Stats, int BITS>
-int dequantize_bits(const DequantizeArgs& a, void* stream) {
-    const Grid grid{ceil_div(a.part_rows, kRows), ceil_div(a.weight.panels.tiles, kDequantizeTiles)};
-    return launch<dequantize_kernel<Stats, BITS>>(grid, kDequantizeThreads, kDequantizeShared, stream, a);
+int dequantize_bits(DequantizeArgs a, void* stream) {
+    const int stretches = ceil_div(a.weight.panels.tiles, kDequantizeTiles);
+    for (a.first_stretch = 0; a.first_stretch < stretches; a.first_stretch += kMaxGridY) {
+        const Grid grid{ceil_div(a.part_rows, kRows), std::min(stretches - a.first_stretch, kMaxGridY)};
+        const int status =
+            launch<dequantize_kernel<Stats, BITS>>(grid, kDequantizeThreads, kDequantizeShared, stream, a);
+        if (status) return status;
+    }
+    return 0;
 }
 
 template <class Stats, int FIRST = 1, int LAST = 8>
@@ -34,6 +42,15 @@ bool has_usual_statistics(const Matrix& m) {
 bool is_served(const Matrix& m) {
     if (m.format == Format::affine) return m.bits == 2 || m.bits == 3 || m.bits == 4 || m.bits == 8;
     return m.bits >= 2 && m.bits <= 4 && m.columns <= 65536;  // beyond, outliers are wide
+}
+
+int int8_linear(const Int8Args& a, void* stream) {
+    if (a.weight.group == kPerChannel && a.weight.columns > kTermColumns) {
+        const Grid grid{ceil_div(a.weight.rows, kRows), ceil_div(a.tokens, kWideTokens)};
+        return launch<int8_wide_kernel>(grid, kRows * kWideTokens, 0, stream, a);
+    }
+    if (a.weight.bits < 5) return int8_few_bits(a, stream);
+    return a.weight.bits < 8 ? int8_planes(a, stream) : int8_bytes(a, stream);
 }
 
 }  // namespace
@@ -121,13 +138,18 @@ int hf_spqr_cuda_pad(const PadArgs* a, void* stream) {
     return launch<pad_kernel>({a->tokens, 1}, kPadThreads, 0, stream, *a);
 }
 
-int hf_spqr_cuda_int8_linear(const Int8Args* a, void* stream) {
-    if (a->weight.group == kPerChannel && a->weight.columns > kTermColumns) {
-        const Grid grid{ceil_div(a->weight.rows, kRows), ceil_div(a->tokens, kWideTokens)};
-        return launch<int8_wide_kernel>(grid, kRows * kWideTokens, 0, stream, *a);
+int hf_spqr_cuda_int8_linear(const Int8Args* whole, void* stream) {
+    constexpr int kMost = kMaxGridY * kWideTokens;  // the least that a grid of any of the kernels has
+    Int8Args a = *whole;
+    for (int first = 0; first < whole->tokens; first += kMost) {
+        a.tokens = std::min(whole->tokens - first, kMost);
+        if (const int status = int8_linear(a, stream)) return status;
+        a.x += kMost * a.x_stride;
+        a.scale += kMost;
+        a.zero += kMost;
+        a.y = static_cast<char*>(a.y) + int64_t(kMost) * a.weight.rows * (a.dtype == DType::f32 ? 4 : 2);
     }
-    if (a->weight.bits < 5) return int8_few_bits(*a, stream);
-    return a->weight.bits < 8 ? int8_planes(*a, stream) : int8_bytes(*a, stream);
+    return 0;
 }
 
 int hf_spqr_cuda_multiprocessors(int* count) {

@@ -170,12 +170,11 @@ HF_DEVICE void multiply_resident_step(float (&total)[NT][4], Stats& stats, uint3
     multiply_resident_quarter<Stats, BITS, NT, 1, 1>(acc, stats, v, x);
     multiply_resident_quarter<Stats, BITS, NT, 1, 2>(acc, stats, v, x);
     multiply_resident_quarter<Stats, BITS, NT, 1, 3>(acc, stats, v, x);
-    const float factor = stats.factor();
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            total[j][e] = dev::fma(dev::add(acc[0][j][e], acc[1][j][e]), factor, total[j][e]);
+            total[j][e] = dev::fma(dev::add(acc[0][j][e], acc[1][j][e]), stats.factor(e >> 1), total[j][e]);
         }
     }
 }

@@ -5,15 +5,18 @@
 
 namespace hf_spqr {
 
-// The power of two that brings the largest scale of a step into [2^14, 2^15), from that scale's fp32 bits.
+// The power of two that brings the largest scale of a step into [2^14, 2^15), from that scale's fp32 bits. Scales
+// below 2^-113 remain smaller: up() would not be finite.
 class StepScale {
   public:
+    static constexpr int kMostBack = 13;
+
     HF_DEVICE explicit StepScale(uint32_t largest) {
         const int e = int(largest >> 23);
-        exponent_ = e < 20 ? 20 : e;  // zero and what is far too small for fp16
+        exponent_ = e < 14 ? 14 : e;
     }
     HF_DEVICE float up() const { return dev::as_float(uint32_t(268 - exponent_) << 23); }
-    // 1 / up() * 2^more
+    // 1 / up() * 2^more; finite for scales of any size where `more` is at most kMostBack.
     HF_DEVICE float back(int more) const { return dev::as_float(uint32_t(exponent_ - 14 + more) << 23); }
 
   private:

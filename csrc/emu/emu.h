@@ -137,6 +137,9 @@ HF_EMU_CALL int shuffle_xor(int v, int mask) {
 HF_EMU_CALL int shuffle(int v, int from) {
     return int(emu::show({uint32_t(v)})[from][0]);
 }
+HF_EMU_CALL float shuffle(float v, int from) {
+    return as_float(emu::show({as_bits(v)})[from][0]);
+}
 HF_EMU_CALL uint32_t ballot(bool yes) {
     const auto shown = emu::show({uint32_t(yes)});
     uint32_t lanes = 0;

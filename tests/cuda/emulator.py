@@ -232,6 +232,15 @@ class Parts(Stretch):
         return struct.pack("18q", 6, 0, *shape, self.multiprocessors, self.shared_bytes)
 
 
+@dataclass
+class Refused(Parts):
+    """Whether affine weights of 4 bits and one scale per row go another way than through the kernel for few tokens."""
+
+    def encode(self) -> bytes:
+        shape = (4, -1, self.rows, self.columns, 0, 0, 0, 0, self.tokens, 0, 0, 0, 0, 1)
+        return struct.pack("18q", 7, 1, *shape, self.multiprocessors, self.shared_bytes)
+
+
 def _bytes(tensor: Tensor | None) -> bytes:
     raw = b"" if tensor is None else tensor.contiguous().view(torch.uint8).numpy().tobytes()
     return struct.pack("q", len(raw)) + raw

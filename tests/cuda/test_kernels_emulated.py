@@ -305,14 +305,6 @@ def test_finish(run_emulated: Callable) -> None:
 
 
 @pytest.mark.slow
-def test_finish_of_more_rows_than_a_grid_has_blocks(run_emulated: Callable) -> None:
-    rows = 65535 * 256 + 3
-    product = torch.arange(rows)[None].half()
-    (y,) = run_emulated([Finish(product, None, None, torch.zeros(1, rows, dtype=F16))])
-    assert torch.equal(y, product)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_random_shapes(run_emulated: Callable, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)

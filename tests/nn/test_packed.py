@@ -175,6 +175,14 @@ def test_check_finds_zero_points_that_no_code_has(bits):
             damaged.check()
 
 
+@pytest.mark.parametrize("make", [spqr_module, affine_module])
+def test_check_finds_statistics_that_are_not_finite(make):
+    module = make()
+    module.packed.data.fill_(-1)  # NaN in every dtype
+    with pytest.raises(CheckpointError, match="damaged packed layer: .* infinite or NaN"):
+        module.check()
+
+
 def test_repr_tells_the_bits_that_the_bytes_take():
     module = spqr_module(256, 256, perm=False, share=0.0)
     assert f"bits_per_weight={8 * module.nbytes() / 65536:.3f}" in repr(module)
