@@ -10,18 +10,15 @@ from torch import Tensor, nn
 
 from hf_spqr.calibration.blocks import Block
 from hf_spqr.config import PackedConfig
-from hf_spqr.errors import NonFiniteError, UnsupportedLayerError
+from hf_spqr.errors import MISFITS, NonFiniteError, UnsupportedLayerError
 from hf_spqr.nn import dense
 from hf_spqr.nn.experts import describe
 
-__all__ = ["MISFITS", "Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize", "selectable"]
+__all__ = ["Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize", "selectable"]
 
 
 PIECE = 1 << 22
 """Numbers that are looked at together."""
-
-MISFITS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model's own code raises when it is called with a token of another shape, or in another way."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
     targets = []
     for index, block in enumerate(blocks):
         for local_name, module in block.module.named_modules():
-            name = f"{block.name}.{local_name}"
+            name = block.inside(local_name)
             if not _is_linear(module) or config.excludes(name) or f"{name}.weight" in tied_names:
                 continue
             if any(part in keep for part in name.split(".")):
