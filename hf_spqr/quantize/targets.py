@@ -34,19 +34,20 @@ class Target:
 def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig) -> list[Target]:
     """The linear layers inside ``blocks`` that ``config`` does not exclude, in the model's order.
 
-    Left out are layers whose weight is tied to another parameter, layers that must stay in float32 for the model, and
-    layers that are so narrow that packing would not make them smaller.
+    Left out are layers whose weight is tied to another parameter, layers that must stay in float32 for the model,
+    layers that score experts, and layers that are so narrow that packing would not make them smaller.
     """
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     tied_names = {*tied, *tied.values()}
     keep = kept_in_float32(model)
     targets = []
     for index, block in enumerate(blocks):
+        experts = _experts_beside(block.module)
         for local_name, module in block.module.named_modules():
             name = block.inside(local_name)
             if not _is_linear(module) or config.excludes(name) or f"{name}.weight" in tied_names:
                 continue
-            if any(part in keep for part in name.split(".")):
+            if any(part in keep for part in name.split(".")) or _scores(local_name, module, experts):
                 continue
             if config.layout(*dense.features(module), name).fixed_bytes < dense.matrix(module).nbytes:
                 targets.append(Target(name, local_name, index, module))
@@ -67,6 +68,24 @@ def nothing_to_quantize(model: nn.Module, blocks: Sequence[Block]) -> Unsupporte
         f" that the config allows and that packing makes smaller (they hold {', '.join(kinds)}). Check"
         " modules_to_not_convert and group_size."
     )
+
+
+def _experts_beside(block: nn.Module) -> dict[str, set[int]]:
+    """How many experts there are, or other modules in a list, by the name of the module that has them."""
+    found: dict[str, set[int]] = {}
+    for name, module in block.named_modules():
+        if isinstance(module, nn.ModuleList):
+            found.setdefault(name.rpartition(".")[0], set()).add(len(module))
+        elif _holds_matrices(module):
+            sizes = {len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3}
+            found.setdefault(name.rpartition(".")[0], set()).update(sizes)
+    return found
+
+
+def _scores(name: str, layer: nn.Module, experts: Mapping[str, set[int]]) -> bool:
+    """Whether ``layer`` is the one of a router that has an output for every expert beside it."""
+    outputs = dense.features(layer)[0]
+    return any(outputs in sizes and (not owner or name.startswith(f"{owner}.")) for owner, sizes in experts.items())
 
 
 def _is_linear(module: nn.Module) -> bool:

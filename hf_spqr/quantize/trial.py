@@ -89,7 +89,7 @@ def try_out(model: nn.Module, config: PackedConfig, ids: Tensor) -> Trial:
         if isinstance(config, OmniQuantConfig):
             raise UnsupportedLayerError(
                 f"OmniQuant learns one block after the other, which {type(model).__name__} does not allow: {whole}"
-                " SpQR can quantize such a model (SpQRConfig, --method spqr)."
+                " Try SpQR (SpQRConfig, --method spqr), which takes other models too."
             ) from error
         stacks = find_wholes(model)
         recordings = _record_wholes(model, stacks, ids)
