@@ -209,21 +209,22 @@ def _parts(model: nn.Module) -> list[nn.Module]:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    found = []
-    for getter in ("get_decoder", "base_model"):
-        part = getattr(model, getter, None)
-        part = part() if getter == "get_decoder" and callable(part) else part
-        if isinstance(part, nn.Module):
-            found.append(part)
+    found = [part for part in (_innermost(model, "get_decoder"), getattr(model, "base_model", model)) if part]
     # what a head for masked words calls its decoder is a linear layer
-    return next((part for part in found if _lists_of(part)), (found or [model])[-1])
+    return next((part for part in found if _lists_of(part)), found[-1])
+
+
+def _innermost(model: Any, getter: str) -> Any:
+    """What ``getter`` gives, asked again of that: the language model of Florence 2 has an encoder and a decoder."""
+    part = getattr(model, getter, lambda: model)()
+    return part if part is model or not isinstance(part, nn.Module) else _innermost(part, getter)
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
     """The text encoder of an encoder-decoder model, else None."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    return model.get_encoder()  # type: ignore[operator]
+    return _innermost(model, "get_encoder")
 
 
 def _runner(model: nn.Module, blocks: Sequence[Block]) -> Callable[[Tensor], Any]:
