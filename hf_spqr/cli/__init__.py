@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -22,6 +21,7 @@ from hf_spqr.cli.inspect import inspect_command
 from hf_spqr.cli.processes import is_shown_elsewhere
 from hf_spqr.cli.push import push_command
 from hf_spqr.cli.quantize import quantize_command
+from hf_spqr.cli.stop import ends_on_signals
 from hf_spqr.errors import HfSpqrError
 
 __all__ = ["app", "main"]
@@ -67,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     What a user can mend (a missing or damaged file, a full disk, a field out of range, a missing optional package) is
     one message without a traceback; with ``--json`` it is also ``{"error": ...}`` on stdout. Anything else is a bug
-    and shows its traceback. SIGTERM (``kill``, torchrun, batch systems) is an exit like any other, so that unfinished
-    folders are removed.
+    and shows its traceback. Ctrl-C gives 130, SIGTERM (``kill``, torchrun, batch systems) 143; unfinished folders are
+    removed.
     """
-    signal.signal(signal.SIGTERM, _stop)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(arguments, prog_name="hf-spqr")
+        with ends_on_signals():
+            app(arguments, prog_name="hf-spqr")
     except (HfSpqrError, OSError, ImportError, SafetensorError) as error:
         if is_shown_elsewhere(error):
             raise SystemExit(1) from None
@@ -81,7 +81,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_json({"error": str(error), "type": type(error).__name__})
         err_console().print("[red]error:[/red]", escape(str(error)), soft_wrap=True)
         raise SystemExit(1) from None
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise SystemExit(128 + number)

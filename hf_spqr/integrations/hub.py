@@ -105,15 +105,16 @@ def push_folder(
             *(CommitOperationAdd(name, extra.get(name, folder / name)) for name in names),
             *(CommitOperationDelete(name) for name in removed),
         ]
-        done = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message or "Upload quantized model",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=head,
-        )
+        with _doubts_named(api, repo_id, revision, head):
+            done = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=commit_message or "Upload quantized model",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head,
+            )
     return Pushed(repo_id, done.oid, done.commit_url, names, removed)
 
 
@@ -126,6 +127,29 @@ def _newest(api: Any, repo_id: str, revision: str | None) -> tuple[str | None, l
     except RevisionNotFoundError:
         return None, []
     return head.sha, [sibling.rfilename for sibling in head.siblings or []]
+
+
+@contextmanager
+def _doubts_named(api: Any, repo_id: str, revision: str | None, head: str | None) -> Iterator[None]:
+    """Raise PushError where the connection broke and the repository has another commit than ``head`` now."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except (HTTPError, OSError) as error:
+        answer = getattr(error, "response", None)
+        if answer is not None and answer.status_code < 500:
+            raise
+        try:
+            if _newest(api, repo_id, revision)[0] == head:
+                raise error
+        except (HTTPError, OSError) as again:
+            if again is error:
+                raise
+        raise PushError(
+            f"The connection to {repo_id} broke at the end: the model may have been published. Push again to be sure;"
+            f" that does no harm. ({type(error).__name__}: {error})"
+        ) from error
 
 
 @contextmanager
