@@ -35,7 +35,7 @@ void few_of(const uint32_t* codes, int tiles, const int8_t* x, int64_t x_stride,
 struct Dots {
     using Element = int8_t;
     static constexpr bool kTokenTiles = false, kArranged = true;
-    static constexpr int kTileBytes = 512, kSteps = kWords, kBlocks = 1, kTogether = 6, kFew = 4, kFewBlocks = 1;
+    static constexpr int kTileBytes = 512, kSteps = kWords, kBlocks = 1, kTogether = 5, kFew = 4, kFewBlocks = 1;
 
     static constexpr int offset(int bits) { return code_offset(bits); }
     static int column(int bits, int i) { return column_at(bits, i); }

@@ -25,5 +25,29 @@ inline VecU f16_bits(VecF v) {
 #endif
 }
 
+// Two vectors, in the low and in the high halves of the words.
+inline VecU bf16_pairs(VecF low, VecF high) {
+#if defined(__aarch64__)
+    const auto rounded = [](VecF v) {
+        const uint32x4_t u = (uint32x4_t)v, odd = vandq_u32(u, vdupq_n_u32(0x10000));
+        const uint32x4_t up = vsraq_n_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), odd, 16);
+        return vbslq_u32(vceqq_f32((float32x4_t)v, (float32x4_t)v), up, vdupq_n_u32(0x7fc00000));
+    };
+    const uint32x4_t above = rounded(high), below = rounded(low);
+    return (VecU)vsriq_n_u32(above, below, 16);
+#else
+    return bf16_bits(low) | bf16_bits(high) << 16;
+#endif
+}
+
+inline VecU f16_pairs(VecF low, VecF high) {
+#if defined(__aarch64__)
+    const float16x4_t below = vcvt_f16_f32((float32x4_t)low), above = vcvt_f16_f32((float32x4_t)high);
+    return (VecU)vzip1q_f16(vcombine_f16(below, below), vcombine_f16(above, above));
+#else
+    return f16_bits(low) | f16_bits(high) << 16;
+#endif
+}
+
 }  // namespace
 }  // namespace hf_spqr
