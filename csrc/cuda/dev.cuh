@@ -180,6 +180,10 @@ template <uint32_t SELECT>
 HF_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b) {
     return __byte_perm(a, b, SELECT);
 }
+// The bytes of a that `selector` says, a hexadecimal digit for each, lowest first; 4 is a byte of zeros.
+HF_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t selector) {
+    return __byte_perm(a, 0, selector);
+}
 // Of floats: a / b, rounded; the nearest integer, ties to even, as float; and the float nearest to an integer.
 HF_DEVICE float div(float a, float b) {
     return __fdiv_rn(a, b);

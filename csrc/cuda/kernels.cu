@@ -8,6 +8,8 @@
 #include "cuda/linear_launch.cuh"
 #include "cuda/quantize.cuh"
 #include "cuda/resident_plan.h"
+#include "cuda/stats_affine_half.cuh"
+#include "cuda/stats_spqr16.cuh"
 #include "cuda/tiled_plan.h"
 
 namespace hf_spqr {
@@ -39,6 +41,17 @@ bool has_usual_statistics(const Matrix& m) {
     return m.group == 16 && m.stat_bits == 3 && m.panels.last_code_words == m.panels.code_words;
 }
 
+// Shared memory of a block of the kernel for 17 to 128 tokens. That of statistics is the same for all widths of codes.
+int tiled_block_bytes(const Matrix& m, int tokens) {
+    if (m.format == Format::affine) {
+        const bool wide = m.group == kPerChannel || m.group >= 32;  // nothing goes through shared memory
+        return wide ? tiled_bytes<StatsAffineHalf<StatsAffine128<4>, 4>>(m, tokens)
+                    : tiled_bytes<StatsAny<Format::affine, 4>>(m, tokens);
+    }
+    return has_usual_statistics(m) ? tiled_bytes<StatsSpqr16<3>>(m, tokens)
+                                   : tiled_bytes<StatsAny<Format::spqr, 3>>(m, tokens);
+}
+
 bool is_served(const Matrix& m) {
     if (m.format == Format::affine) return m.bits == 2 || m.bits == 3 || m.bits == 4 || m.bits == 8;
     return m.bits >= 2 && m.bits <= 4 && m.columns <= 65536;  // beyond, outliers are wide
@@ -67,7 +80,9 @@ int hf_spqr_cuda_linear(const LinearArgs* a, void* stream) {
         return has_usual_statistics(m) ? linear_spqr16(*a, stream) : linear_spqr_any(*a, stream);
     }
     if (m.group == kPerChannel) return linear_affine_channel(*a, stream);
-    return m.group == 128 ? linear_affine128(*a, stream) : linear_affine_any(*a, stream);
+    if (m.group == 128) return linear_affine128(*a, stream);
+    if (m.group == 64) return linear_affine64(*a, stream);
+    return m.group == 32 ? linear_affine32(*a, stream) : linear_affine_any(*a, stream);
 }
 
 int hf_spqr_cuda_tiled_parts(const Matrix* m, int tokens, int* parts) {
@@ -75,7 +90,7 @@ int hf_spqr_cuda_tiled_parts(const Matrix* m, int tokens, int* parts) {
     if (tokens > kTiledTokens || m->columns > kTiledColumns || !is_served(*m)) return 0;
     DeviceLimits device{};
     if (const int status = device_limits(device)) return status;
-    *parts = tiled_parts(*m, tokens, device.multiprocessors, device.shared_bytes);
+    *parts = tiled_parts(*m, tokens, device.multiprocessors, tiled_block_bytes(*m, tokens), device.shared_bytes);
     return 0;
 }
 
@@ -85,7 +100,9 @@ int hf_spqr_cuda_linear_tiled(const TiledArgs* a, void* stream) {
         return has_usual_statistics(m) ? tiled_spqr16(*a, stream) : tiled_spqr_any(*a, stream);
     }
     if (m.group == kPerChannel) return tiled_affine_channel(*a, stream);
-    return m.group == 128 ? tiled_affine128(*a, stream) : tiled_affine_any(*a, stream);
+    if (m.group == 128) return tiled_affine128(*a, stream);
+    if (m.group == 64) return tiled_affine64(*a, stream);
+    return m.group == 32 ? tiled_affine32(*a, stream) : tiled_affine_any(*a, stream);
 }
 
 int hf_spqr_cuda_linear_resident(const ResidentArgs* a, void* stream) {
@@ -93,7 +110,9 @@ int hf_spqr_cuda_linear_resident(const ResidentArgs* a, void* stream) {
     if (a->tokens > kResidentTokens || !hf_spqr_cuda_can_fuse(&m, a->tokens)) return kNoKernel;
     if (m.format == Format::spqr) return has_usual_statistics(m) ? resident_spqr16(*a, stream) : kNoKernel;
     if (m.group == kPerChannel) return resident_affine_channel(*a, stream);
-    return m.group == 128 ? resident_affine128(*a, stream) : kNoKernel;
+    if (m.group == 128) return resident_affine128(*a, stream);
+    if (m.group == 64) return resident_affine64(*a, stream);
+    return m.group == 32 ? resident_affine32(*a, stream) : kNoKernel;
 }
 
 int hf_spqr_cuda_prepare(const PrepareArgs* a, void* stream) {

@@ -224,6 +224,7 @@ linear_kernel(const LinearArgs a) {
         x_at += other;
         other = 0 - other;
     }
+    dev::wait_for_copies();  // of zeros, by warps whose slice has no step
     dev::sync_block();
     finish_rows<NT, R, WIDTH, SLICES>(a, total, Stats::kFactor, reinterpret_cast<float*>(dev::shared_memory()));
 }

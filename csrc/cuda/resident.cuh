@@ -61,8 +61,9 @@ class Ring {
     HF_DEVICE void prefetch(int lane) const {
         Walk soon = ahead_;
         for (int i = 0; i < kStages - 1 && !soon.ended(); ++i) {
-            const uint32_t* words = soon.stream() + Place(m_.panels, soon.step()).tiles() - Stats::kRingBytes / 4;
-            if (32 * lane < kStepTiles * BITS * kRows + Stats::kRingBytes / 4) dev::prefetch(words + 32 * lane);
+            const int at = int(Place(m_.panels, soon.step()).tiles()) - Stats::kRingBytes / 4 + 32 * lane;
+            const bool wanted = 32 * lane < kStepTiles * BITS * kRows + Stats::kRingBytes / 4;
+            if (wanted && at < m_.panels.words) dev::prefetch(soon.stream() + at);
             soon.next();
         }
     }

@@ -82,6 +82,10 @@ class StatReader {
 
 template <Format FORMAT, int BITS>
 class StatsAny {
+    // Of a group's 16 rows in shared memory, with room so that the groups of a quad's four tiles lie in different
+    // banks.
+    static HF_CONSTANT int group_bytes(int shift) { return kRows * 4 + (shift < 5 ? 1 << shift : 32); }
+
     static constexpr int kPlace = kSubtractFirst<BITS> ? 12 : 24 - Fields<BITS>::kLow;
 
   public:
@@ -90,14 +94,15 @@ class StatsAny {
     static constexpr bool kRowScales = FORMAT == Format::affine;  // each row has a power of two of its own
     static constexpr float kFactor = kRowScales ? 2048.f : 1.f;   // of the sums, made up for at the end
     static constexpr int kBack = kRowScales ? kPlace - 11 : kPlace;
-    static constexpr int kRowBlocks = 1;    // of a warp
-    static constexpr int kTileShift = -1;   // as the matrix says
-    static constexpr int kGroupBytes = 96;  // 16 rows, and room so that groups do not meet in a bank
-    static constexpr int kSharedWords = 32 * kGroupBytes / 4;
-    static HF_CONSTANT int shared_words(const Matrix& m) { return groups_of_step(m) * kGroupBytes / 4; }
+    static constexpr int kRowBlocks = 1;   // of a warp
+    static constexpr int kTileShift = -1;  // as the matrix says
+    static constexpr int kSharedWords = 32 * group_bytes(3) / 4;
+    static HF_CONSTANT int shared_words(const Matrix& m) {
+        return groups_of_step(m) * group_bytes(m.panels.group_shift) / 4;
+    }
 
     HF_DEVICE StatsAny(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t shared)
-        : m_(m), reader_(m, stream), lane_(lane), shared_(shared) {}
+        : m_(m), reader_(m, stream), lane_(lane), group_bytes_(group_bytes(m.panels.group_shift)), shared_(shared) {}
 
     HF_DEVICE void prefetch(int) {}
 
@@ -117,7 +122,7 @@ class StatsAny {
     template <int H, int I>
     HF_DEVICE void quarter(Quarter& q) {
         const int group = (column_ + 4 * H * kColumns + 8 * I) >> m_.panels.group_shift;
-        fill<BITS>(q, dev::load_shared2<0>(groups_ + group * kGroupBytes));
+        fill<BITS>(q, dev::load_shared2<0>(groups_ + group * group_bytes_));
     }
 
     // Of the lane's row 2g + r.
@@ -131,7 +136,7 @@ class StatsAny {
         const int groups = full < left ? full : left, row = lane_ & 15;
         // Made from the step, so that the places of its quarters are not kept in registers throughout.
         column_ = step * kStepColumns + (lane_ & 3) * kColumns;
-        groups_ = shared_ + (lane_ >> 2) * 8 - first * kGroupBytes;
+        groups_ = shared_ + (lane_ >> 2) * 8 - first * group_bytes_;
         if constexpr (kRowScales) {
             for (int i = lane_ >> 4; i < groups; i += 2) largest = fmaxf(largest, reader_.bound(first + i, row));
             largest = fmaxf(largest, dev::shuffle_xor(largest, 16));
@@ -153,7 +158,7 @@ class StatsAny {
                 const float z = dev::mul(sz.zero, dev::as_float(uint32_t(127 - kPlace) << 23));
                 word = dev::to_half2(s, kSubtract ? -z : -dev::mul(s, z));
             }
-            dev::store_shared(shared_ + i * kGroupBytes + row * 4, word);
+            dev::store_shared(shared_ + i * group_bytes_ + row * 4, word);
         }
     }
 
@@ -165,7 +170,8 @@ class StatsAny {
 
     const Matrix& m_;
     StatReader<FORMAT> reader_;
-    int lane_, column_;  // the lane's tile of set 0 of the step
+    int lane_, group_bytes_;
+    int column_;  // of the lane's tile of set 0 of the step
     uint32_t shared_, groups_;
     float factor_[kRowScales ? 2 : 1];
 };

@@ -18,20 +18,6 @@
 
 namespace hf_spqr {
 
-// A block's shared memory: two buffers of x, then of each warp weights, then of each warp statistics.
-template <class Stats, int NT>
-struct TiledMap {
-    static constexpr int kTokens = 8 * NT;
-    static constexpr int kHalfBytes = kTokens * kOperandBytes;  // of x
-    static constexpr int kSetBytesOfX = 2 * kHalfBytes;
-    static constexpr int kRowBlockBytes = kRows * kOperandBytes, kWarpBytes = kTiledRowBlocks * kRowBlockBytes;
-    static constexpr int kWeights = 2 * kSetBytesOfX;
-    static constexpr int kStats = kWeights + kTiledWarps * kWarpBytes;
-
-    static HF_CONSTANT int stat_bytes(const Matrix& m) { return Stats::shared_words(m) * 4; }  // of a row block
-    static HF_CONSTANT int all(const Matrix& m) { return kStats + kTiledWarps * kTiledRowBlocks * stat_bytes(m); }
-};
-
 // Fetches x set by set: a thread 8 columns of every 12th token. Tokens that are not there and columns past the end are
 // zeros. A second half set has its tiles in the order 2, 3, 0, 1, so that eight threads, which fetch 64 columns of a
 // token, write to all banks once. As little as possible is kept in registers from one set to the next.
@@ -73,6 +59,17 @@ class TiledX {
     int tokens_, from_;
     uint32_t to_;
 };
+
+// Towards the L2 cache, on behalf of a warp: the codes of a step, and the statistics that lie before them.
+template <class Stats, int BITS>
+HF_DEVICE void prefetch_step(const Matrix& m, int64_t first_block, int step) {
+    constexpr int kLine = 32, kLines = 16;  // words; of a row block, by half of the warp
+    const int lane = dev::thread() & 31;
+    const int64_t last = (m.rows - 1) / kRows, wanted = first_block + lane / kLines;
+    const int first = Stats::kTileShift == 3 ? step * m.panels.panel_words : tile_offset(m, step * kStepTiles);
+    const int at = first + lane % kLines * kLine;
+    if (at < m.panels.words) dev::prefetch(m.packed + (wanted < last ? wanted : last) * m.panels.words + at);
+}
 
 // Quarter I of the lane's tile in set H: 8 columns of its two rows, to shared memory.
 template <class Stats, int BITS, int H, int I>
@@ -259,6 +256,8 @@ tiled_kernel(const TiledArgs a) {
     const uint32_t shared = dev::shared_address();
     const TiledBlock block(a, int(dev::block_x()), Map::kTokens);
     dev::let_next_kernel_start();
+    // What the kernel before this one in the stream wrote may be read only when it has ended.
+    prefetch_step<Stats, BITS>(a.weight, block.first_row_block, block.first_step);
     dev::wait_for_kernel();
     const TiledX<NT> x(a, block.first_token);
     x.fetch(block.first_step * kStepColumns, shared);

@@ -209,6 +209,11 @@ uint32_t select_bytes(uint32_t a, uint32_t b) {
     for (int i = 0; i < 4; ++i) result |= uint32_t(both >> 8 * (SELECT >> 4 * i & 7) & 255) << 8 * i;
     return result;
 }
+HF_EMU_CALL uint32_t permute_bytes(uint32_t a, uint32_t selector) {
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= uint32_t(uint64_t(a) >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return result;
+}
 inline float div(float a, float b) {
     return a / b;
 }

@@ -117,8 +117,12 @@ void run_parts(const Header& h, FILE* out) {
     Matrix m{};
     m.format = Format(h.format);
     m.bits = int(h.bits);
+    m.group = int(h.group);
     m.rows = int(h.rows);
     m.columns = int(h.columns);
+    m.stat_bits = int(h.stat_bits);
+    m.groups_per_second = int(h.groups_per_second);
+    m.panels = panels_of(m);
     const Bytes result(sizeof(int64_t));
     int parts = 0;
     expect(hf_spqr_cuda_tiled_parts(&m, int(h.tokens), &parts) == 0, "tiled_parts failed");

@@ -133,6 +133,11 @@ const uint32_t (*show(const uint32_t (&words)[N])) [kWords] {
 inline void fiber_main() {
     Fiber* me = block().current;
     block().body();
+    for (const auto& group : me->copies) {
+        if (group.empty()) continue;
+        fprintf(stderr, "race: thread %d ends without having waited for its copies\n", me->thread);
+        abort();
+    }
     me->done = true;
     swapcontext(&me->context, &block().scheduler);
 }

@@ -60,9 +60,7 @@ def test_scales_smaller_than_normal_numbers(run_emulated: Callable) -> None:
 def test_extreme_scales_as_dense_weights(run_emulated: Callable) -> None:
     """To the last bit, infinite and subnormal ones included."""
     cases = [
-        Case(extreme_affine(bits, group, 100, 1), dtype=dtype)
-        for bits, group in LAYOUTS
-        for dtype in (F32, BF16, F16)
+        Case(extreme_affine(bits, group, 100, 1), dtype=dtype) for bits, group in LAYOUTS for dtype in (F32, BF16, F16)
     ]
     for case, y in zip(cases, run_emulated(cases), strict=True):
         assert torch.equal(y.nan_to_num(7.0), case.weight.dequantize(case.dtype).nan_to_num(7.0)), case.weight.layout
