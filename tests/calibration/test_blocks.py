@@ -7,7 +7,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from hf_spqr.calibration.blocks import Block, check_reads_text, find_blocks, find_stacks, record, replay
 from hf_spqr.errors import CalibrationError, UnsupportedLayerError
-from tests.architectures.matrix import ARCHITECTURES as MATRIX
+from tests.architectures.rows import ARCHITECTURES as MATRIX
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 MORE = ("bloom", "gpt2", "mixtral", "qwen3_moe", "starcoder2", "stablelm", "granite", "phi", "glm4", "smollm3")

@@ -14,7 +14,8 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from hf_spqr.errors import CheckpointError, ConfigError
 from hf_spqr.integrations.hub import PushError, push_folder, push_to_hub
 from hf_spqr.report.card import PLOT_NAME
-from tests.architectures.matrix import ARCHITECTURES, METHODS, assert_same
+from tests.architectures.matrix import METHODS, assert_same
+from tests.architectures.rows import ARCHITECTURES
 from tests.tiny_models import byte_tokenizer, tiny_model
 
 IDS = torch.arange(40)[None] * 5 % 258
