@@ -77,7 +77,22 @@ class Fused(nn.Module):
         self.act_fn = nn.SiLU()
 
 
-@pytest.mark.parametrize("experts", [Fused(24), nn.ModuleList([nn.Linear(64, 64) for _ in range(24)])])
+class Gemm(nn.Module):
+    """A projection of all experts, as Aria had two of in Transformers 5.17."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, 64, 96))
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        Fused(24),
+        nn.ModuleList([nn.Linear(64, 64) for _ in range(24)]),
+        nn.ModuleDict({"fc1": Gemm(24), "fc2": Gemm(24)}),
+    ],
+)
 def test_the_layer_that_scores_the_experts_is_left_alone(experts):
     """By its number of outputs, beside the experts: other layers may have as many."""
     router = nn.ModuleDict({"inner": nn.Linear(64, 64), "scores": nn.Linear(64, 24)})
