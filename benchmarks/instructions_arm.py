@@ -3,8 +3,8 @@
     python benchmarks/instructions_arm.py
 
 Needs what tests/cpu/test_arm_emulated.py needs. Each number is the difference between a program that multiplies twice
-and one that does so once, so that reading the files and preparing activations are left out. Activations are fp32, dense
-weights bf16, and the matrix has 32 rows of 1024 columns. Prints the table of docs/cpu.md; takes three minutes.
+and one that does so once, so that reading the files and preparing activations are left out. Activations are fp32,
+dense weights bf16, and the matrix has 32 rows of 1024 columns. Prints the table of docs/cpu.md; takes three minutes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 from hf_spqr.ops import reference
@@ -53,6 +55,19 @@ def executed(program: Path, processor: str, case: Case | Int8Linear, folder: Pat
     return count
 
 
+def row(weight: spqr.SpQRWeight | affine.AffineWeight, count: Callable[[Callable[[int], Any]], str]) -> list[str]:
+    """Of one matrix on one processor; ``count(make)`` counts what the case ``make(times)`` runs each time."""
+    x = torch.randn(max(TOKENS), COLUMNS)
+    cells = [count(lambda times, t=t: Case(weight, x[:t], seed=times)) for t in TOKENS]
+    cells.append(count(lambda times: Case(weight, dtype=torch.bfloat16, seed=times)))
+    if isinstance(weight, spqr.SpQRWeight):
+        return [*cells, *("–" for _ in INTEGER_TOKENS)]
+    for t in INTEGER_TOKENS:
+        codes = reference.quantize_activation(x[:t], None, 8, False)
+        cells.append(count(lambda times, codes=codes: Int8Linear(weight, *codes, None, torch.float32, seed=times)))
+    return cells
+
+
 def main() -> None:
     if (reason := arm.missing()) is not None:
         raise SystemExit(reason)
@@ -64,17 +79,11 @@ def main() -> None:
         for name, weight in WEIGHTS.items():
             for processor, level in arm.PROCESSORS.items():
 
-                def count(make: Callable[[int], Case | Int8Linear], processor: str = processor) -> str:
+                def count(make: Callable[[int], Any], processor: str = processor) -> str:
                     once, twice = (executed(program, processor, make(times), Path(folder)) for times in (1, 2))
                     return f"{(twice - once) / (ROWS * COLUMNS):.2f}"
 
-                cells = [count(lambda n, t=t: Case(weight, torch.randn(t, COLUMNS), seed=n)) for t in TOKENS]
-                cells.append(count(lambda n: Case(weight, dtype=torch.bfloat16, seed=n)))
-                for t in INTEGER_TOKENS if name.startswith("affine") else ():
-                    codes = reference.quantize_activation(torch.randn(t, COLUMNS), None, 8, False)
-                    cells.append(count(lambda n, q=codes: Int8Linear(weight, *q, None, torch.float32, seed=n)))
-                cells += ["–"] * (len(titles) - len(cells))
-                print(f"| {name} | `{level}` | " + " | ".join(cells) + " |", flush=True)
+                print(f"| {name} | `{level}` | " + " | ".join(row(weight, count)) + " |", flush=True)
 
 
 if __name__ == "__main__":
