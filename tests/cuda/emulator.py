@@ -247,13 +247,20 @@ def _bytes(tensor: Tensor | None) -> bytes:
     return struct.pack("q", len(raw)) + raw
 
 
-def run(program: Path, cases: Sequence[Case | Finish | Quantize | Int8Linear | Stretch], folder: Path) -> list[Any]:
-    """Of each case the result, or a tuple of them; raises with the sanitizer's report if a kernel misbehaves."""
+def run(
+    program: Path,
+    cases: Sequence[Case | Finish | Quantize | Int8Linear | Stretch],
+    folder: Path,
+    through: Sequence[str] = (),
+) -> list[Any]:
+    """Of each case the result, or a tuple of them; raises with the sanitizer's report if a kernel misbehaves.
+
+    ``through`` is a command that runs programs, an emulator for instance.
+    """
     (folder / "in").write_bytes(b"".join(case.encode() for case in cases))
     environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
-    done = subprocess.run(
-        [str(program), str(folder / "in"), str(folder / "out")], capture_output=True, text=True, env=environment
-    )
+    command = [*through, str(program), str(folder / "in"), str(folder / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     raw, at = (folder / "out").read_bytes(), 0
     results = []

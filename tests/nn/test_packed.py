@@ -179,7 +179,7 @@ def test_check_finds_zero_points_that_no_code_has(bits):
 def test_check_finds_statistics_that_are_not_finite(make):
     module = make()
     module.packed.data.fill_(-1)  # NaN in every dtype
-    with pytest.raises(CheckpointError, match="damaged packed layer: .* infinite or NaN"):
+    with pytest.raises(CheckpointError, match=r"damaged packed layer: .* infinite or NaN"):
         module.check()
 
 
