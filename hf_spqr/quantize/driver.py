@@ -22,7 +22,15 @@ from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import ExpertsTarget, find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
 from hf_spqr.quantize.ranks import Ranks
-from hf_spqr.quantize.targets import Target, check_weights, find_targets, left_alone, nothing_to_quantize, selectable
+from hf_spqr.quantize.targets import (
+    Target,
+    check_weights,
+    find_targets,
+    left_alone,
+    nothing_to_quantize,
+    refuse_packed,
+    selectable,
+)
 from hf_spqr.report import CalibrationReport, QuantizationReport
 from hf_spqr.report.card import hub_name
 
@@ -59,7 +67,7 @@ def quantize_model(
         The report; it is also kept as ``model.quantization_report``.
 
     Raises:
-        UnsupportedLayerError: no blocks, or nothing to quantize in them.
+        UnsupportedLayerError: no blocks, nothing to quantize in them, or layers that are packed already.
         NonFiniteError: NaN or infinity in a weight or an activation.
         CalibrationError: no or too little calibration data, or fewer batches of it than processes.
         RankError: another process has failed.
@@ -83,6 +91,7 @@ def _quantize(
     config.settle()
     spqr = isinstance(config, SpQRConfig)
     with ranks.together():
+        refuse_packed(model)
         stacks = _find_work(model, config)
         targets = [target for _, found, _ in stacks for target in found]
         experts = [target for _, _, found in stacks for target in found]
