@@ -21,7 +21,7 @@ TAKEN_OVER = "spqr"
 """Transformers' own key for official SpQR checkpoints, which hf_spqr loads in its place."""
 
 
-class _LazyMapping(dict):  # type: ignore[type-arg]
+class _LazyMapping(dict):
     """A dict that has hf_spqr add its methods when one of them is first asked for."""
 
     def _load(self, key: object) -> bool:
@@ -72,11 +72,11 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         tables = find_tables()
         if tables is not None:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
             _prepare(tables)
         if name != TABLES:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return spec
@@ -97,6 +97,6 @@ def init() -> None:
         if tables is not None:
             _prepare(tables)
         elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+            sys.meta_path.insert(0, _Finder())
     except Exception:
         pass

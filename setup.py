@@ -39,25 +39,32 @@ except ImportError:  # no torch in the target environment: the wheel has no comp
 
     CppExtension = None
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 BF16 = [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"]
-ISA_FLAGS = {  # by the end of the file name
+X86_FLAGS = {  # by the end of the file name
     "_avx2.cpp": AVX2,
     "_avx512.cpp": AVX512,
     "_vnni.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi"],
     "_bf16.cpp": BF16,
     "_amx.cpp": [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
+ARM_FLAGS = {"_dotprod.cpp": ["-march=armv8.2-a+dotprod"]}
+ISA_FLAGS = X86_FLAGS | ARM_FLAGS
+MACHINE = platform.machine().lower()
+OWN_FLAGS = X86_FLAGS if MACHINE in ("x86_64", "amd64") else ARM_FLAGS if MACHINE in ("aarch64", "arm64") else {}
 AMX_PROBE = """#include <immintrin.h>
 void probe() { _tile_dpbf16ps(0, 1, 2); _tile_dpbsud(3, 1, 2); _tile_release(); }
 """
+# In place of all that a universal Python was compiled for: torch serves one processor.
+ARCH_FLAGS = ["-arch", MACHINE] if sys.platform == "darwin" else []
 CUDA_SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 CXX_FLAGS = [
     "-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wall",
     "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC 12 warns inside its own intrinsics
+    "-Wno-unknown-warning-option",  # clang knows only one of them
     "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030A0000",
+    *ARCH_FLAGS,
 ]  # fmt: skip
 
 
@@ -194,9 +201,11 @@ def extensions() -> list[Extension]:
         return []
     paths = [*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/torch/*_cpu.cpp")]
     sources = [str(path.relative_to(ROOT)) for path in paths]
-    if not X86:
-        sources = [source for source in sources if isa_of(source) is None]
-    return [CppExtension("hf_spqr._C", sorted(sources), include_dirs=["csrc"], py_limited_api=True), *cuda_extension()]
+    sources = [source for source in sources if isa_of(source) in (None, *OWN_FLAGS)]
+    ext = CppExtension(
+        "hf_spqr._C", sorted(sources), include_dirs=["csrc"], extra_link_args=ARCH_FLAGS, py_limited_api=True
+    )
+    return [ext, *cuda_extension()]
 
 
 def cuda_extension() -> list[Extension]:

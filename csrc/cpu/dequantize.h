@@ -18,8 +18,7 @@ inline void to_words(const float* w, uint32_t (*words)[kRows][kRows]) {
         for (int pair = 0; pair < kColumns / 2; ++pair) {
             for (int lane = 0; lane < kRows; lane += kLanes) {
                 const VecF even = load(w + 2 * pair * kRows + lane), odd = load(w + (2 * pair + 1) * kRows + lane);
-                const VecU both =
-                    D == DType::bf16 ? bf16_bits(even) | bf16_bits(odd) << 16 : f16_bits(even) | f16_bits(odd) << 16;
+                const VecU both = D == DType::bf16 ? bf16_pairs(even, odd) : f16_pairs(even, odd);
                 memcpy(&words[0][pair][lane], &both, sizeof both);
             }
         }

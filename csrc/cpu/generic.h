@@ -10,6 +10,47 @@ namespace {
 
 // sum[t][row] += w[column][row] * x[t][column] over a tile, for T tokens. Several chains of sums hide the latency. A
 // tile is added up by itself: columns one by one to a total of many would round much more.
+#if defined(__aarch64__)
+
+// One column, which lies in lane I of x.
+template <int I, int T, int V>
+__attribute__((always_inline)) inline void multiply_column(const float* w, const float32x4_t* x,
+                                                           float32x4_t (*sum)[V]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+        const float32x4_t weights = vld1q_f32(w + I * kRows + v * kLanes);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) sum[t][v] = vfmaq_laneq_f32(sum[t][v], weights, x[t], I);
+    }
+}
+
+// Four columns of x are a vector, by whose lanes NEON multiplies; many rows at once share it.
+template <int T>
+void multiply_tile(const float* w, const float* x, int64_t x_stride, float* sum) {
+    constexpr int kVectors = T <= 4 ? 4 : 2;
+    for (int lane = 0; lane < kRows; lane += kVectors * kLanes) {
+        float32x4_t s[T][kVectors] = {};
+        for (int column = 0; column < kColumns; column += kLanes) {
+            float32x4_t four[T];
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) four[t] = vld1q_f32(x + t * x_stride + column);
+            const float* of_column = w + column * kRows + lane;
+            multiply_column<0, T, kVectors>(of_column, four, s);
+            multiply_column<1, T, kVectors>(of_column, four, s);
+            multiply_column<2, T, kVectors>(of_column, four, s);
+            multiply_column<3, T, kVectors>(of_column, four, s);
+        }
+        for (int t = 0; t < T; ++t) {
+            for (int v = 0; v < kVectors; ++v) {
+                float* to = sum + t * kRows + lane + v * kLanes;
+                vst1q_f32(to, vaddq_f32(vld1q_f32(to), s[t][v]));
+            }
+        }
+    }
+}
+
+#else
+
 template <int T>
 void multiply_tile(const float* w, const float* x, int64_t x_stride, float* sum) {
     constexpr int kChains = T == 1 ? 4 : T == 2 ? 2 : 1;
@@ -29,6 +70,8 @@ void multiply_tile(const float* w, const float* x, int64_t x_stride, float* sum)
         }
     }
 }
+
+#endif
 
 inline void multiply_tile_any(const float* w, const float* x, int64_t x_stride, int tokens, float* sum) {
     int t = 0;
@@ -57,6 +100,19 @@ inline void multiply_outliers(const LinearArgs& a, int64_t block, float* sum) {
     }
 }
 
+// What is left to do with the sums of a block of rows.
+__attribute__((noinline)) void finish_rows(const LinearArgs& a, int64_t block, float* sum) {
+    multiply_outliers(a, block, sum);
+    const int64_t row = block * kRows;
+    const int rows = a.weight.rows - row < kRows ? int(a.weight.rows - row) : kRows;
+    for (int t = 0; t < a.tokens; ++t) {
+        for (int r = 0; r < rows; ++r) {
+            const float bias = a.bias ? load_one(a.bias, row + r, a.dtype) : 0.f;
+            store_one(a.y, t * a.y_stride + row + r, sum[t * kRows + r] + bias, a.dtype);
+        }
+    }
+}
+
 void linear_generic(const LinearArgs& a, int64_t first_block, int64_t last_block) {
     alignas(64) float sum[kMaxTokens * kRows];
     const DotTile dot = dot_tile_of(a.weight.bits);
@@ -73,15 +129,7 @@ void linear_generic(const LinearArgs& a, int64_t first_block, int64_t last_block
                 multiply_tile_any(w, a.x + first, a.x_stride, a.tokens, sum);
             });
         }
-        multiply_outliers(a, block, sum);
-        const int64_t row = block * kRows;
-        const int rows = a.weight.rows - row < kRows ? int(a.weight.rows - row) : kRows;
-        for (int t = 0; t < a.tokens; ++t) {
-            for (int r = 0; r < rows; ++r) {
-                const float bias = a.bias ? load_one(a.bias, row + r, a.dtype) : 0.f;
-                store_one(a.y, t * a.y_stride + row + r, sum[t * kRows + r] + bias, a.dtype);
-            }
-        }
+        finish_rows(a, block, sum);
     }
 }
 

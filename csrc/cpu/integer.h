@@ -41,11 +41,13 @@ struct IntegerKernels {
     void (*linear)(const IntegerArgs&, int64_t first, int64_t last);
 };
 
-extern const IntegerKernels kScalarIntegers;
+extern const IntegerKernels kBaseIntegers;
 #if defined(__x86_64__)
 extern const IntegerKernels kAvx2Integers;
 extern const IntegerKernels kAvx512Integers;
 extern const IntegerKernels kVnniIntegers;
+#elif defined(__aarch64__)
+extern const IntegerKernels kDotprodIntegers;
 #endif
 
 }  // namespace hf_spqr

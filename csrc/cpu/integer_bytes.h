@@ -11,7 +11,7 @@ constexpr int64_t kAhead = 2048;  // bytes of each row block's stream
 
 struct Bytes {
     using Element = int8_t;
-    static constexpr bool kTokenTiles = false;
+    static constexpr bool kTokenTiles = false, kArranged = false;
     static constexpr int kTileBytes = 512, kSteps = 8, kBlocks = 4, kTogether = 6, kFew = 4, kFewBlocks = 2;
 
     template <int B, int R>

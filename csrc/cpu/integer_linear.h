@@ -7,6 +7,9 @@
 //   accumulate<R, T>(w, steps, x, x_stride, sum, ahead)    sum[T][R * 16] += products, x in elements
 //   kTokenTiles      whether activations lie in tiles of 16 tokens x 64 columns and, but for the sums of weights,
 //                    multiply<R>(w, steps, x, x_block, tokens, sum, ahead, bits) takes the place of accumulate
+//   kArranged        whether tiles are unpacked to offset(bits) less than their codes, the columns of a tile in
+//   another
+//                    order: byte i is column(bits, i). Activations are then brought into that order, too
 //   kFew             tokens up to which whole tiles are multiplied straight from the packed codes, by
 //                    few<R>(tokens, bits, codes, words, tiles, x, x_stride, one, sum, weights), kFewBlocks at once
 // Everything is compiled without fused multiply-add: the results are those of the reference to the last bit. Internal
@@ -46,7 +49,7 @@ struct Prepared {
         const int width = E::kTokenTiles ? 2 * kColumns : kColumns;
         padded = ceil_div(m.columns, width) * width;
         padded_tokens = E::kTokenTiles ? ceil_div(args.tokens, kTokenTile) * kTokenTile : args.tokens;
-        copied = E::kTokenTiles || sizeof(Element) > 1 || padded != m.columns;
+        copied = E::kTokenTiles || E::kArranged || sizeof(Element) > 1 || padded != m.columns;
     }
     int64_t copy_bytes() const { return copied ? padded_tokens * padded * int64_t(sizeof(Element)) : 0; }
     int64_t bytes() const { return copy_bytes() + a.tokens * sums * 4; }
@@ -77,6 +80,19 @@ int64_t prepared_bytes(const Matrix& m, int64_t tokens) {
     return Prepared<E>({m, nullptr, nullptr, nullptr, tokens}).bytes();
 }
 
+// x[i] = value(column in place i), zero from `columns` on.
+template <class E, class Value>
+void arrange(int bits, int64_t columns, int64_t padded, typename E::Element* x, const Value& value) {
+    int order[kColumns];
+    for (int i = 0; i < kColumns; ++i) order[i] = E::column(bits, i);
+    for (int64_t first = 0; first < padded; first += kColumns) {
+        for (int i = 0; i < kColumns; ++i) {
+            const int64_t k = first + order[i];
+            x[first + i] = k < columns ? value(k) : 0;
+        }
+    }
+}
+
 template <class E>
 void prepare_integers(const IntegerArgs& a, int64_t first, int64_t last) {
     const Prepared<E> p(a);
@@ -91,6 +107,8 @@ void prepare_integers(const IntegerArgs& a, int64_t first, int64_t last) {
         }
         if constexpr (E::kTokenTiles) {
             p.copy_to_tiles(t, code);
+        } else if constexpr (E::kArranged) {
+            arrange<E>(a.weight.bits, columns, p.padded, p.copy(t), [&](int64_t k) { return code[k]; });
         } else if (p.copied) {
             typename E::Element* x = p.copy(t);
             for (int64_t k = 0; k < columns; ++k) x[k] = code[k];
@@ -159,6 +177,7 @@ struct RowBlocks {
                 for (int i = 0; i < kRows; ++i) {
                     scale[g * kWidth + r * kRows + i] = s[g * kRows + i];
                     zero[g * kWidth + r * kRows + i] = int32_t(z[g * kRows + i]);
+                    if constexpr (E::kArranged) zero[g * kWidth + r * kRows + i] -= E::offset(m.bits);
                 }
             }
         }
@@ -253,7 +272,11 @@ struct RowBlocks {
         const Matrix& m = a.weight;
         const uint32_t* codes = panel.tiles + tile * m.bits * kRows;
         const int64_t first = (panel.first_tile + tile) * kColumns, end = first + tiles * kColumns;
-        for (int64_t k = m.columns; k < end; ++k) ones[k - first] = 0;
+        if constexpr (E::kArranged) {
+            if (end > m.columns) arrange<E>(m.bits, m.columns - first, end - first, ones, [](int64_t) { return 1; });
+        } else {
+            for (int64_t k = m.columns; k < end; ++k) ones[k - first] = 0;
+        }
         if constexpr (R <= E::kFewBlocks) {
             const bool whole_tiles = m.group == kPerChannel || m.group >= kColumns;
             if (tokens <= E::kFew && whole_tiles) return few_tokens(codes, first, tiles, index, group);

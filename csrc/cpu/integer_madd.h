@@ -42,7 +42,7 @@ inline VecI multiply_pairs(VecU w, int32_t x) {
 
 struct Pairs {
     using Element = int16_t;
-    static constexpr bool kTokenTiles = false;
+    static constexpr bool kTokenTiles = false, kArranged = false;
     static constexpr int kTileBytes = 1024, kSteps = 16, kBlocks = 1, kFew = 0, kFewBlocks = 0;
     static constexpr int kTogether = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;
 

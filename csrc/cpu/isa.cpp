@@ -3,6 +3,11 @@
 #if defined(HF_SPQR_AMX) && !defined(HF_SPQR_EMU_AMX)
 #include "cpu/permission_amx.h"
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace hf_spqr {
 namespace {
@@ -13,7 +18,25 @@ bool may_use_amx() {  // csrc/emu/amx.h
 }
 #endif
 
+#if defined(__aarch64__)
+bool has_dotprod() {
+#if defined(__linux__)
+    constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP, which the headers of older systems lack
+    return getauxval(AT_HWCAP) & kAsimdDp;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+#else
+    return false;
+#endif
+}
+#endif
+
 Isa detect() {
+#if defined(__aarch64__)
+    return has_dotprod() ? Isa::neon_dotprod : Isa::neon;
+#else
 #if defined(__x86_64__)
     __builtin_cpu_init();  // asks the processor, and whether the system saves its wide registers
     const bool avx2 =
@@ -29,6 +52,7 @@ Isa detect() {
     if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;
 #endif
     return Isa::scalar;
+#endif
 }
 
 std::atomic<int> lowered{kIsaCount};  // kIsaCount: not lowered
@@ -36,7 +60,11 @@ std::atomic<int> lowered{kIsaCount};  // kIsaCount: not lowered
 }  // namespace
 
 const char* isa_name(Isa isa) {
+#if defined(__aarch64__)
+    constexpr const char* kNames[kIsaCount] = {"neon", "neon_dotprod"};
+#else
     constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
+#endif
     return kNames[int(isa)];
 }
 
@@ -74,8 +102,10 @@ const Kernels& kernels() {
         default:
             break;
     }
+#elif defined(__aarch64__)
+    if (current_isa() == Isa::neon_dotprod) return kDotprodKernels;
 #endif
-    return kScalarKernels;
+    return kBaseKernels;
 }
 
 }  // namespace hf_spqr

@@ -53,7 +53,7 @@ struct Kernels {
     const RoundedKernels* rounded = nullptr;  // or null
 };
 
-extern const Kernels kScalarKernels;
+extern const Kernels kBaseKernels;  // of what every processor of the architecture has
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
@@ -61,10 +61,17 @@ extern const Kernels kVnniKernels;  // AVX-512 with VNNI and VBMI
 extern const RoundedKernels kVnniRounded;
 const Kernels& bf16_kernels();  // the same with BF16
 const Kernels& amx_kernels();   // the same with AMX tiles of bf16 and int8
+#elif defined(__aarch64__)
+extern const Kernels kDotprodKernels;  // NEON with integer dot products
 #endif
 
+#if defined(__aarch64__)
+enum class Isa : int { neon = 0, neon_dotprod = 1 };
+constexpr int kIsaCount = 2;
+#else
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3, avx512_bf16 = 4, amx = 5 };
 constexpr int kIsaCount = 6;
+#endif
 const char* isa_name(Isa);
 Isa best_isa();            // of this machine
 Isa current_isa();         // best_isa() unless lowered

@@ -17,6 +17,8 @@ inline VecF load_halves(const uint16_t* p, DType dtype) {
     return (VecF)_mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
     return (VecF)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__aarch64__)
+    return (VecF)vcvt_f32_f16((float16x4_t)h);
 #else
     VecF v;
     for (int i = 0; i < kLanes; ++i) v[i] = from_f16(h[i]);

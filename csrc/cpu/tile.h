@@ -116,11 +116,21 @@ inline void load_affine(const Matrix& m, const Panel& panel, DecodeStatistics de
     }
     if (!m.symmetric) decode_codes(panel.statistics + (panel.groups + 1) / 2 * kRows, 0, zero);
     for (int g = 0; g < panel.groups; ++g) {
+#if defined(__aarch64__)
+        for (int lane = 0; lane < kRows; lane += kLanes) {
+            const uint32x4_t words = vld1q_u32(panel.statistics + g / 2 * kRows + lane);
+            const uint16x4_t half = g & 1 ? vshrn_n_u32(words, 16) : vmovn_u32(words);
+            const float32x4_t s = m.scale_bf16 ? (float32x4_t)vshll_n_u16(half, 16) : vcvt_f32_f16((float16x4_t)half);
+            vst1q_f32(scale + g * kRows + lane, s);
+            if (m.symmetric) vst1q_f32(zero + g * kRows + lane, vdupq_n_f32(middle));
+        }
+#else
         for (int r = 0; r < kRows; ++r) {
             const uint32_t word = panel.statistics[g / 2 * kRows + r];
             scale[g * kRows + r] = to_f32(uint16_t(g & 1 ? word >> 16 : word));
             if (m.symmetric) zero[g * kRows + r] = middle;
         }
+#endif
     }
 }
 
@@ -149,6 +159,7 @@ struct Statistics {
         for (int g = 0; g < panel.groups; ++g) {
             const uint16_t* four = second + 4 * (g / m.groups_per_second);
             const float ss = from_f16(four[0]), sz = from_f16(four[1]), zs = from_f16(four[2]), zz = from_f16(four[3]);
+#pragma GCC unroll 4
             for (int lane = g * kRows; lane < (g + 1) * kRows; lane += kLanes) {
                 const VecF s = (load(scale + lane) - sz) * ss, z = (load(shift + lane) - zz) * zs;
                 store(scale + lane, s);

@@ -4,6 +4,8 @@
 #include <cstring>
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #include "cpu/matrix.h"
 
@@ -38,6 +40,28 @@ inline void transpose(const uint32_t* in, char* out, int64_t stride) {
         _mm512_storeu_si512(out + (c + 4) * stride, _mm512_shuffle_i32x4(q, s, 0x88));
         _mm512_storeu_si512(out + (c + 8) * stride, _mm512_shuffle_i32x4(p, r, 0xdd));
         _mm512_storeu_si512(out + (c + 12) * stride, _mm512_shuffle_i32x4(q, s, 0xdd));
+    }
+}
+
+#elif defined(__aarch64__)
+
+// The same in blocks of 4 x 4 words.
+inline void transpose(const uint32_t* in, char* out, int64_t stride) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r += 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; i += 4) {
+            const uint32_t* p = in + i * kRows + r;
+            const uint32x4_t a = vld1q_u32(p), b = vld1q_u32(p + kRows);
+            const uint32x4_t c = vld1q_u32(p + 2 * kRows), d = vld1q_u32(p + 3 * kRows);
+            const uint64x2_t ab = (uint64x2_t)vtrn1q_u32(a, b), cd = (uint64x2_t)vtrn1q_u32(c, d);
+            const uint64x2_t ab1 = (uint64x2_t)vtrn2q_u32(a, b), cd1 = (uint64x2_t)vtrn2q_u32(c, d);
+            char* to = out + r * stride + i * 4;
+            vst1q_u8(reinterpret_cast<uint8_t*>(to), (uint8x16_t)vtrn1q_u64(ab, cd));
+            vst1q_u8(reinterpret_cast<uint8_t*>(to + stride), (uint8x16_t)vtrn1q_u64(ab1, cd1));
+            vst1q_u8(reinterpret_cast<uint8_t*>(to + 2 * stride), (uint8x16_t)vtrn2q_u64(ab, cd));
+            vst1q_u8(reinterpret_cast<uint8_t*>(to + 3 * stride), (uint8x16_t)vtrn2q_u64(ab1, cd1));
+        }
     }
 }
 

@@ -5,6 +5,8 @@
 #include <cstring>
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #include "cpu/matrix.h"
 
@@ -40,7 +42,11 @@ inline VecF to_float(VecU v) {
     return __builtin_convertvector((VecI)v, VecF);
 }  // for values below 2^31
 inline VecF splat(float v) {
+#if defined(__aarch64__)
+    return (VecF)vdupq_n_f32(v);  // 0 + v is v but for its sign: an addition, for the compiler
+#else
     return VecF{} + v;
+#endif
 }
 
 inline float as_float(uint32_t bits) {
@@ -67,6 +73,10 @@ inline uint16_t to_bf16(float f) {  // to nearest even; NaN stays NaN
 inline float from_f16(uint16_t h) {
 #if defined(__F16C__)
     return _cvtsh_ss(h);
+#elif defined(__aarch64__)
+    __fp16 f;
+    memcpy(&f, &h, sizeof f);
+    return f;
 #else
     const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = uint32_t(h & 0x7fff) << 13;
     if ((h & 0x7c00) == 0x7c00) return as_float(sign | rest | 0x7f800000u);
@@ -77,6 +87,11 @@ inline float from_f16(uint16_t h) {
 inline uint16_t to_f16(float f) {  // to nearest even; NaN stays NaN
 #if defined(__F16C__)
     return uint16_t(_cvtss_sh(f, 0));
+#elif defined(__aarch64__)
+    const __fp16 rounded = __fp16(f);
+    uint16_t h;
+    memcpy(&h, &rounded, sizeof h);
+    return h;
 #else
     const uint32_t u = as_bits(f), sign = u >> 16 & 0x8000, a = u & 0x7fffffffu;
     if (a > 0x7f800000u) return uint16_t(sign | 0x7e00);

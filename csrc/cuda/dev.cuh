@@ -137,6 +137,9 @@ HF_DEVICE int shuffle_xor(int v, int mask) {
 HF_DEVICE int shuffle(int v, int from) {
     return __shfl_sync(0xffffffffu, v, from);
 }
+HF_DEVICE float shuffle(float v, int from) {
+    return __shfl_sync(0xffffffffu, v, from);
+}
 // The lanes that say yes, as bits; and how many.
 HF_DEVICE uint32_t ballot(bool yes) {
     return __ballot_sync(0xffffffffu, yes);
@@ -176,6 +179,10 @@ HF_DEVICE int add_unsigned_bytes(uint32_t a, int c) {
 template <uint32_t SELECT>
 HF_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b) {
     return __byte_perm(a, b, SELECT);
+}
+// The bytes of a that `selector` says, a hexadecimal digit for each, lowest first; 4 is a byte of zeros.
+HF_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t selector) {
+    return __byte_perm(a, 0, selector);
 }
 // Of floats: a / b, rounded; the nearest integer, ties to even, as float; and the float nearest to an integer.
 HF_DEVICE float div(float a, float b) {

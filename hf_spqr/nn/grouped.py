@@ -167,6 +167,7 @@ class SpQRGroupedLinear(GroupedLinear):
 
     def _check_trusted(self) -> None:
         super()._check_trusted()
+        spqr.check_statistics(self.layout, self.packed)
         for row, outlier in zip(self.outlier_row, self._split_ragged(self.outlier), strict=True):
             spqr.check_outliers(self.layout, row, outlier)
 
@@ -185,7 +186,7 @@ class AffineGroupedLinear(GroupedLinear):
 
     def _check_trusted(self) -> None:
         super()._check_trusted()
-        affine.check_zeros(self.layout, self.packed)
+        affine.check_statistics(self.layout, self.packed)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         if self.act_bits is None:

@@ -36,6 +36,7 @@ class SpQRLinear(PackedLinear):
     @staticmethod
     def _check_trusted(layout: SpQRLayout, tensors: Mapping[str, Tensor]) -> None:
         PackedLinear._check_trusted(layout, tensors)
+        spqr.check_statistics(layout, tensors["packed"])
         spqr.check_outliers(layout, tensors["outlier_row"], tensors["outlier"])
 
     def outliers(self) -> int:

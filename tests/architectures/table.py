@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.architectures.matrix import ARCHITECTURES, METHODS
+from tests.architectures.matrix import METHODS
+from tests.architectures.rows import ARCHITECTURES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "status.md"
 COMMAND = "pytest tests/architectures --write-table"
@@ -19,10 +20,8 @@ Cells = dict[tuple[str, str], str]
 def read(text: str) -> Cells:
     """The cells of the table in ``text``, in its order."""
     table = text.partition(START)[2].partition(END)[0]
-    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (.+) \|$", table, re.MULTILINE)
-    return {
-        (kind, method): cell for kind, row in rows for method, cell in zip(METHODS, row.split(" | "), strict=True)
-    }
+    rows = re.findall(r"^\| `([\w-]+)` \| [^|]+ \| (.+) \|$", table, re.MULTILINE)
+    return {(kind, method): cell for kind, row in rows for method, cell in zip(METHODS, row.split(" | "), strict=True)}
 
 
 def render(cells: Cells) -> str:

@@ -7,7 +7,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from hf_spqr.calibration.blocks import Block, check_reads_text, find_blocks, find_stacks, record, replay
 from hf_spqr.errors import CalibrationError, UnsupportedLayerError
-from tests.architectures.matrix import ARCHITECTURES as MATRIX
+from tests.architectures.rows import ARCHITECTURES as MATRIX
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 MORE = ("bloom", "gpt2", "mixtral", "qwen3_moe", "starcoder2", "stablelm", "granite", "phi", "glm4", "smollm3")
@@ -98,6 +98,35 @@ def test_equal_arguments_are_kept_once():
     recording = record(model, blocks, [torch.arange(16)[None], torch.arange(20, 36)[None]])
     first, second = recording.calls[0]
     assert first.kwargs["position_embeddings"][0] is second.kwargs["position_embeddings"][0]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_cache_that_the_model_fills_by_itself_is_not_kept(name):
+    """It would hold the tokens of the recording when the block is called again."""
+
+    class AddsAll(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, hidden_states, **kwargs):
+            if kwargs[name] is not None:
+                kwargs[name].append(hidden_states)
+                hidden_states = torch.cat(kwargs[name], dim=1)
+            return hidden_states.sum(1, keepdim=True) @ self.weight
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([AddsAll()])
+
+        def forward(self, input_ids, use_cache):
+            return self.layers[0](input_ids[..., None].expand(-1, -1, 4).float(), **{name: []})
+
+    model = Model()
+    recording = record(model, find_blocks(model), [torch.arange(8)[None]])
+    replayed = [replay(model.layers[0], recording.hidden[0], recording.calls[0][0]) for _ in range(2)]
+    assert torch.equal(replayed[0], torch.full((1, 1, 4), 4 * 28.0)) and torch.equal(*replayed)
 
 
 def test_gradients_flow_through_replay():

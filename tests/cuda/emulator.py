@@ -223,13 +223,23 @@ class Stretch:
 
 @dataclass
 class Parts(Stretch):
-    """In how many parts the columns of SpQR's usual layout are cut for the tiled kernel."""
+    """In how many parts the columns of SpQR's layout of 3 bits are cut for the tiled kernel."""
 
     shared_bytes: int = 227 << 10
+    group: int = 16
 
     def encode(self) -> bytes:
-        shape = (3, 16, self.rows, self.columns, 3, 1, 0, 0, self.tokens, 0, 0, 0, 0, 1)
+        shape = (3, self.group, self.rows, self.columns, 3, 1, 0, 0, self.tokens, 0, 0, 0, 0, 1)
         return struct.pack("18q", 6, 0, *shape, self.multiprocessors, self.shared_bytes)
+
+
+@dataclass
+class Refused(Parts):
+    """Whether affine weights of 4 bits and one scale per row go another way than through the kernel for few tokens."""
+
+    def encode(self) -> bytes:
+        shape = (4, -1, self.rows, self.columns, 0, 0, 0, 0, self.tokens, 0, 0, 0, 0, 1)
+        return struct.pack("18q", 7, 1, *shape, self.multiprocessors, self.shared_bytes)
 
 
 def _bytes(tensor: Tensor | None) -> bytes:
@@ -237,13 +247,20 @@ def _bytes(tensor: Tensor | None) -> bytes:
     return struct.pack("q", len(raw)) + raw
 
 
-def run(program: Path, cases: Sequence[Case | Finish | Quantize | Int8Linear | Stretch], folder: Path) -> list[Any]:
-    """Of each case the result, or a tuple of them; raises with the sanitizer's report if a kernel misbehaves."""
+def run(
+    program: Path,
+    cases: Sequence[Case | Finish | Quantize | Int8Linear | Stretch],
+    folder: Path,
+    through: Sequence[str] = (),
+) -> list[Any]:
+    """Of each case the result, or a tuple of them; raises with the sanitizer's report if a kernel misbehaves.
+
+    ``through`` is a command that runs programs, an emulator for instance.
+    """
     (folder / "in").write_bytes(b"".join(case.encode() for case in cases))
     environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
-    done = subprocess.run(
-        [str(program), str(folder / "in"), str(folder / "out")], capture_output=True, text=True, env=environment
-    )
+    command = [*through, str(program), str(folder / "in"), str(folder / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     raw, at = (folder / "out").read_bytes(), 0
     results = []

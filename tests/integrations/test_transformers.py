@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from hf_spqr import CheckpointError, ConfigError, SpQRConfig, UnsupportedLayerError
 from hf_spqr.nn import SpQRLinear
-from tests.architectures.matrix import ARCHITECTURES as MATRIX
 from tests.architectures.matrix import METHODS
+from tests.architectures.rows import ARCHITECTURES as MATRIX
 from tests.integrations.conftest import IDS, quantize_folder
 from tests.tiny_models import ARCHITECTURES, byte_tokenizer
 

@@ -185,6 +185,14 @@ def test_load_state_dict_refuses_indices_that_would_read_out_of_bounds(assign):
         module.load_state_dict(state, assign=assign)
 
 
+@pytest.mark.parametrize("make", [spqr_module, affine_module])
+def test_check_finds_statistics_that_are_not_finite(make):
+    module = make()
+    module.packed.data.fill_(-1)  # NaN in every dtype
+    with pytest.raises(CheckpointError, match=r"damaged packed layer: .* infinite or NaN"):
+        module.check()
+
+
 def test_repr_tells_the_bits_that_the_bytes_take():
     module = spqr_module(256, 256, perm=False, share=0.05)
     assert f"bits_per_weight={8 * module.nbytes() / 65536:.3f}" in repr(module)

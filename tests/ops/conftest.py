@@ -1,5 +1,6 @@
 """Op tests run on each instruction set of this machine, on the PyTorch reference where nothing is compiled."""
 
+import platform
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from hf_spqr import ops
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+ARM_ISAS = ("neon", "neon_dotprod")
+X86_ISAS = ("scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+ISAS = ARM_ISAS if platform.machine().lower() in ("aarch64", "arm64") else X86_ISAS
 
 
 def available() -> tuple[str, ...]:

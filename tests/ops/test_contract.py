@@ -6,6 +6,7 @@ import torch
 from hf_spqr import ops
 from hf_spqr.formats import affine, spqr
 from tests.ops.cases import affine_case, spqr_case
+from tests.ops.conftest import ISAS
 
 compiled = pytest.mark.skipif(not ops.COMPILED, reason="needs the compiled kernels")
 
@@ -47,9 +48,9 @@ def test_compiles_without_breaks():
 
 @compiled
 def test_lowering_the_instruction_set():
-    best = torch.ops.hf_spqr.set_cpu_isa("scalar")
+    best = torch.ops.hf_spqr.set_cpu_isa(ISAS[0])
     try:
-        assert torch.ops.hf_spqr.cpu_isa() == "scalar"
+        assert torch.ops.hf_spqr.cpu_isa() == ISAS[0]
     finally:
         torch.ops.hf_spqr.set_cpu_isa(best)
     assert torch.ops.hf_spqr.cpu_isa() == best

@@ -1,6 +1,0 @@
-#include "cpu/generic.h"
-
-namespace hf_spqr {
-extern const Kernels kScalarKernels = {
-    nullptr, nullptr, nullptr, prepare_generic, linear_generic, dequantize_generic, read_generic, kScalarIntegers};
-}
