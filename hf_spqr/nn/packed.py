@@ -28,7 +28,7 @@ def wrong_columns(x: Tensor, in_features: int) -> ValueError:
 
 
 class Checked(nn.Module):
-    """A module of packed tensors that ``load_state_dict`` leaves in use only if they pass ``check``."""
+    """A module of packed tensors, whose ``load_state_dict`` fails unless what it loads passes ``check``."""
 
     packed: Tensor
 
