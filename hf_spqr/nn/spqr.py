@@ -41,3 +41,7 @@ class SpQRLinear(PackedLinear):
 
     def outliers(self) -> int:
         return self.outlier.numel()
+
+    def extra_repr(self) -> str:
+        share = self.outliers() / (self.layout.in_features * self.layout.out_features)
+        return f"{super().extra_repr()}, outliers={share:.2%}"

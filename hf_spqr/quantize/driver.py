@@ -28,6 +28,7 @@ from hf_spqr.quantize.targets import (
     find_targets,
     left_alone,
     nothing_to_quantize,
+    refuse_packed,
     selectable,
 )
 from hf_spqr.quantize.trial import Trial, try_out
@@ -70,8 +71,8 @@ def quantize_model(
         The report; it is also kept as ``model.quantization_report``.
 
     Raises:
-        UnsupportedLayerError: nothing to quantize, or a model that cannot be calibrated on text; for OmniQuant also
-            one whose blocks are no chain.
+        UnsupportedLayerError: nothing to quantize, or a model that is packed already or cannot be calibrated on text;
+            for OmniQuant also one whose blocks are no chain.
         NonFiniteError: NaN or infinity in a weight or an activation.
         CalibrationError: no or too little calibration data, or fewer batches of it than processes.
         RankError: another process has failed.
@@ -95,6 +96,7 @@ def _quantize(
     config.settle()
     spqr = isinstance(config, SpQRConfig)
     with ranks.together():
+        refuse_packed(model)
         check_weights(model, _chosen(_find_work(model, config)), config)
     windows = ranks.from_first(lambda: _windows(model, config, config.tokenizer if tokenizer is None else tokenizer))
     with _evaluating(model):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from hf_spqr.calibration.blocks import Block
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import MISFITS, NonFiniteError, UnsupportedLayerError
-from hf_spqr.nn import dense
+from hf_spqr.nn import GroupedLinear, PackedLinear, dense
 from hf_spqr.nn.experts import describe
 
 __all__ = [
-    "Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize", "selectable",
-    "shared_parameters",
+    "Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize", "refuse_packed",
+    "selectable", "shared_parameters",
 ]  # fmt: skip
 
 
@@ -69,6 +69,16 @@ def kept_in_float32(model: nn.Module) -> set[str]:
     """Parts of module names that the model wants in float32 whatever its dtype."""
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     return {part for name in names for part in getattr(model, name, None) or ()}
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Raise UnsupportedLayerError for a model with packed layers: one config cannot describe both runs."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | GroupedLinear):
+            raise UnsupportedLayerError(
+                f"{type(model).__name__} is quantized already ({name} is packed): quantize the model that it was made"
+                " from, or what model.dequantize() gives."
+            )
 
 
 def nothing_to_quantize(model: nn.Module, blocks: Sequence[Block]) -> UnsupportedLayerError:
