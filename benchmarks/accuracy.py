@@ -194,7 +194,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.print:
         results = [json.loads(path.read_text()) for path in sorted(machine.RESULTS.glob("accuracy_*.json"))]
-        print("\n\n".join(f"**{title}**\n\n{table(results, size, args.seeds)}" for size, title in SIZES.items()))
+        there = {row["size"] for result in results for row in result["rows"]}
+        shown = [(size, title) for size, title in SIZES.items() if size in there]
+        print("\n\n".join(f"**{title}**\n\n{table(results, size, args.seeds)}" for size, title in shown))
         return
     if args.heldout is None:
         parser.error("model, calibration and heldout are needed")
