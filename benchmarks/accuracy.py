@@ -88,6 +88,7 @@ METHODS = [
     *affine("3 g128", 3, 128),
     llama_cpp("3 g128", "IQ3_XXS"),
     spqr("4 g128", 4.15625, bits=3, group_size=16),
+    spqr("4 g128", 4.15625, bits=4, group_size=64)._replace(name="SpQR, 4 bit without outliers"),
     *affine("4 g128", 4, 128),
     Method("4 g128", "bitsandbytes NF4, double", "bitsandbytes", {"double": True}),
     llama_cpp("4 g128", "IQ4_XS"),
