@@ -1,7 +1,8 @@
 # `make demo` and `make test` do all of their own set-up: a virtual environment in .venv, torch and everything else at
 # the versions of constraints-dev.txt, and this package with its compiled kernels. Nothing is done again until one of
 # the files that it depends on changes. Needs python3 (3.10 or newer, with venv), make and, for the kernels, a C++20
-# compiler. Tests whose program is missing are skipped and name it: objdump (Debian: binutils), qemu-x86_64 (qemu-user).
+# compiler. Tests whose program is missing are skipped and name it: objdump (Debian: binutils), qemu-x86_64 and
+# qemu-aarch64 (qemu-user), aarch64-linux-gnu-g++ (g++-aarch64-linux-gnu).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import mean
@@ -139,14 +140,17 @@ def cell(method: Method, job: Job, documents: list[str]) -> Row:
     }  # fmt: skip
 
 
-def table(results: list[dict[str, Any]], size: str) -> str:
-    """Perplexity and, in thousandths of a nat, divergence of each method, means over the seeds; lowest in bold."""
+def table(results: list[dict[str, Any]], size: str, seeds: Sequence[int] = (0,)) -> str:
+    """Perplexity and, in thousandths of a nat, divergence of each method, means over ``seeds``; lowest in bold.
+
+    Bits are nominal ones, and in parentheses what is stored in these models where that is more.
+    """
     heads = [f"{result['model']} ({result['full']:.3f})" for result in results]
     names = list(dict.fromkeys(method.name for method in METHODS if method.size == size))
     found: dict[tuple[str, int], list[Row]] = {}
     for at, result in enumerate(results):
         for row in result["rows"]:
-            if row["size"] == size:
+            if row["size"] == size and row["seed"] in seeds:
                 found.setdefault((row["method"], at), []).append(row)
     shown = {
         key: (f"{mean(r['perplexity'] for r in rows):.3f}", f"{1000 * mean(r['divergence'] for r in rows):.2f}")
@@ -159,12 +163,16 @@ def table(results: list[dict[str, Any]], size: str) -> str:
         rows = [row for (method, _), rows in found.items() if method == name for row in rows]
         if not rows:
             continue
-        texts_ = [
+        shown_cells = [
             " / ".join(f"**{s}**" if float(s) == low else s for s, low in zip(shown[name, at], best[at], strict=True))
             if (name, at) in shown else "–"
             for at in range(len(results))
         ]  # fmt: skip
-        lines.append(f"| {name} | {mean(row['nominal'] for row in rows):.2f} | " + " | ".join(texts_) + " |")
+        wide = f"{mean(row['nominal'] for row in rows):.2f}"
+        stored = sorted(row["bits_per_weight"] for row in rows)
+        if stored[-1] - mean(row["nominal"] for row in rows) > 0.005:
+            wide += f" ({stored[0]:.2f}–{stored[-1]:.2f})"
+        lines.append(f"| {name} | {wide} | " + " | ".join(shown_cells) + " |")
     return "\n".join(lines)
 
 
@@ -178,13 +186,15 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=100, help="held-out documents, from the end of the file")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="draws of the calibration data")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="draws of the calibration data; --print: mean over them"
+    )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--methods", nargs="+", default=names, choices=names)
     args = parser.parse_args()
     if args.print:
         results = [json.loads(path.read_text()) for path in sorted(machine.RESULTS.glob("accuracy_*.json"))]
-        print("\n\n".join(f"**{title}**\n\n{table(results, size)}" for size, title in SIZES.items()))
+        print("\n\n".join(f"**{title}**\n\n{table(results, size, args.seeds)}" for size, title in SIZES.items()))
         return
     if args.heldout is None:
         parser.error("model, calibration and heldout are needed")

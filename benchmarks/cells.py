@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
@@ -28,17 +29,20 @@ class Cells:
 
     def __init__(self, name: str, settings: dict[str, Any], start: Callable[[], dict[str, Any]]) -> None:
         self.name = name
-        path = machine.RESULTS / f"{name}.json"
-        if path.exists():
-            self.result = json.loads(path.read_text())
-            if any(self.result.get(key) != value for key, value in settings.items()):
-                raise ValueError(f"{path} was made with other settings; move it away first")
-        else:
-            self.result = {**start(), **settings, "rows": []}
+        result = self._read()
+        if any(result.get(key) != value for key, value in settings.items() if result):
+            raise ValueError(f"{self.path} was made with other settings; move it away first")
+        self.head = {key: value for key, value in result.items() if key not in ("date", "machine", "rows")}
+        self.head = self.head or {**start(), **settings}
+
+    @property
+    def path(self) -> Path:
+        return machine.RESULTS / f"{self.name}.json"
 
     @property
     def rows(self) -> list[Row]:
-        return self.result["rows"]
+        """What is in the file now: another process may be adding to it too."""
+        return self._read().get("rows", [])
 
     def known(self, **key: Any) -> bool:
         """Whether there is a row with these values."""
@@ -46,6 +50,8 @@ class Cells:
 
     def add(self, row: Row) -> None:
         """Show the row and write the file."""
-        self.rows.append(row)
         print("  ".join(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()), flush=True)
-        machine.save(self.name, {key: value for key, value in self.result.items() if key not in ("date", "machine")})
+        machine.save(self.name, {**self.head, "rows": [*self.rows, row]})
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}

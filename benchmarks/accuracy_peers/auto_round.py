@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import DataLoader
 
-from . import Job, Quantized, affine_bits, linears
+from . import Job, Quantized, TooNarrow, affine_bits, linears
 
 PACKAGE = "auto-round"
 
@@ -24,6 +24,8 @@ def quantize(job: Job, bits: int, group: int, **settings: object) -> Quantized:
     tensors = {}
     for name in names:
         layer = model.get_submodule(name)
+        if not hasattr(layer, "scale"):
+            raise TooNarrow(f"AutoRound left {name} alone, with {layer.in_features} columns")
         columns = layer.in_features
         scale = layer.scale.float().repeat_interleave(group, 1)[:, :columns]
         weight = layer.weight.detach().float()  # it was computed in bfloat16: the codes are still plain to see

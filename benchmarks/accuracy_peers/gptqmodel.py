@@ -22,6 +22,8 @@ def quantize(job: Job, method: str, bits: int, group: int, **settings: object) -
     layers = linears(job.model())
     if any(m.in_features % group or m.in_features % 32 for m in layers.values()):
         raise TooNarrow(f"columns must be a multiple of 32 and of the group, {group}")
+    if method == "awq" and any(m.out_features % 64 for m in layers.values()):
+        raise TooNarrow("rows must be a multiple of 64")
     if method == "awq":
         settings |= {"quant_method": METHOD.AWQ, "format": FORMAT.GEMM}
     else:

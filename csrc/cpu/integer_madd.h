@@ -27,16 +27,16 @@ inline VecU code_pairs(const uint32_t* tile, int pair, int lane) {
     }
 }
 
-// The sums of the products of two pairs.
-inline VecI multiply_pairs(VecU w, int32_t x) {
+// s + the sums of the products of two pairs.
+inline VecI add_products(VecI s, VecU w, int32_t x) {
 #if defined(__AVX512BW__)
-    return (VecI)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(x));
+    return s + (VecI)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(x));
 #elif defined(__AVX2__)
-    return (VecI)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x));
+    return s + (VecI)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x));
 #elif defined(__SSE2__)
-    return (VecI)_mm_madd_epi16((__m128i)w, _mm_set1_epi32(x));
+    return s + (VecI)_mm_madd_epi16((__m128i)w, _mm_set1_epi32(x));
 #else
-    return (VecI)(w & 0xffff) * int32_t(int16_t(x)) + (VecI)(w >> 16) * (x >> 16);
+    return s + (VecI)(w & 0xffff) * int32_t(int16_t(x)) + (VecI)(w >> 16) * (x >> 16);
 #endif
 }
 
@@ -44,7 +44,11 @@ struct Pairs {
     using Element = int16_t;
     static constexpr bool kTokenTiles = false, kArranged = false;
     static constexpr int kTileBytes = 1024, kSteps = 16, kBlocks = 1, kFew = 0, kFewBlocks = 0;
+#if defined(__aarch64__)
+    static constexpr int kTogether = 4;  // NEON has twice the registers of SSE
+#else
     static constexpr int kTogether = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;
+#endif
 
     template <int B, int R>
     static void unpack_bits(const uint32_t* codes, int tiles, char* w) {
@@ -73,7 +77,7 @@ struct Pairs {
                 int32_t two;
                 memcpy(&two, x + t * x_stride, sizeof two);
 #pragma GCC unroll 4
-                for (int k = 0; k < kVectors; ++k) s[t][k] += multiply_pairs(v[k], two);
+                for (int k = 0; k < kVectors; ++k) s[t][k] = add_products(s[t][k], v[k], two);
             }
         }
         memcpy(sum, s, sizeof s);

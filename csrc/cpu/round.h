@@ -42,8 +42,9 @@ inline VecU bf16_pairs(VecF low, VecF high) {
 
 inline VecU f16_pairs(VecF low, VecF high) {
 #if defined(__aarch64__)
-    const float16x4_t below = vcvt_f16_f32((float32x4_t)low), above = vcvt_f16_f32((float32x4_t)high);
-    return (VecU)vzip1q_f16(vcombine_f16(below, below), vcombine_f16(above, above));
+    const uint16x4_t below = (uint16x4_t)vcvt_f16_f32((float32x4_t)low);
+    const uint16x4_t above = (uint16x4_t)vcvt_f16_f32((float32x4_t)high);
+    return (VecU)vzip1q_u16(vcombine_u16(below, below), vcombine_u16(above, above));
 #else
     return f16_bits(low) | f16_bits(high) << 16;
 #endif

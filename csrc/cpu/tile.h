@@ -159,7 +159,6 @@ struct Statistics {
         for (int g = 0; g < panel.groups; ++g) {
             const uint16_t* four = second + 4 * (g / m.groups_per_second);
             const float ss = from_f16(four[0]), sz = from_f16(four[1]), zs = from_f16(four[2]), zz = from_f16(four[3]);
-#pragma GCC unroll 4
             for (int lane = g * kRows; lane < (g + 1) * kRows; lane += kLanes) {
                 const VecF s = (load(scale + lane) - sz) * ss, z = (load(shift + lane) - zz) * zs;
                 store(scale + lane, s);

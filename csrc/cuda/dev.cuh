@@ -235,15 +235,16 @@ HF_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) {
     return __byte_perm(a, b, 0x7632);
 }
 
-// Read-only data that is used once: does not displace what others keep in L1.
+// Data that is used once: does not displace what others keep in L1. Not ld.global.nc, which may be moved to before the
+// kernel before this one has ended.
 HF_DEVICE uint2 load_stream(const uint2* p) {
     uint2 v;
-    asm("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    asm("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;
 }
 HF_DEVICE uint32_t load_stream(const uint32_t* p) {
     uint32_t v;
-    asm("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    asm("ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
 

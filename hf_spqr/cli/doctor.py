@@ -20,7 +20,8 @@ from hf_spqr.report.records import library_versions
 
 AMX_FLAGS = ("amx_tile", "amx_bf16", "amx_int8")
 ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vnni", "avx512_bf16",
-             *AMX_FLAGS)  # fmt: skip
+             *AMX_FLAGS, "asimd", "asimddp")  # fmt: skip
+"""As Linux names them; the last two are ARM's NEON and its integer dot product."""
 OPTIONAL = ("datasets", "matplotlib", "lm_eval", "peft", "compressed_tensors")
 
 
@@ -84,7 +85,7 @@ def cpu() -> dict[str, Any]:
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 name = value.strip()
-            elif key.strip() == "flags":
+            elif key.strip() in ("flags", "Features"):  # x86, ARM
                 flags = set(value.split())
                 break
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -92,14 +92,19 @@ def nothing_to_quantize(model: nn.Module, blocks: Sequence[Block]) -> Unsupporte
 
 
 def _experts_beside(block: nn.Module) -> dict[str, set[int]]:
-    """How many experts there are, or other modules in a list, by the name of the module that has them."""
+    """How many experts there are, or other modules in a list, by the name of the module that has them and others."""
     found: dict[str, set[int]] = {}
     for name, module in block.named_modules():
+        if not isinstance(module, nn.ModuleList) and not _holds_matrices(module):
+            continue
+        owner = name.rpartition(".")[0]
+        if owner and all(map(_holds_matrices, block.get_submodule(owner).children())):  # it is all of the experts
+            owner = owner.rpartition(".")[0]
         if isinstance(module, nn.ModuleList):
-            found.setdefault(name.rpartition(".")[0], set()).add(len(module))
-        elif _holds_matrices(module):
+            sizes = {len(module)}
+        else:
             sizes = {len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3}
-            found.setdefault(name.rpartition(".")[0], set()).update(sizes)
+        found.setdefault(owner, set()).update(sizes)
     return found
 
 

@@ -92,7 +92,7 @@ def test_cells_are_kept_and_an_absent_library_is_named(
     assert [(row["method"], row["seed"]) for row in result["rows"]] == [
         ("RTN", 0), ("SpQR", 0), ("SpQR", 1), ("RTN", 1),
     ]  # fmt: skip
-    shown = accuracy.table([result], "3").splitlines()
+    shown = accuracy.table([result], "3", [0, 1]).splitlines()
     assert [line.split(" | ")[0] for line in shown[2:]] == ["| SpQR", "| RTN"]
     mean = sum(row["perplexity"] for row in result["rows"] if row["method"] == "SpQR") / 2
     assert f"{mean:.3f}" in shown[2]

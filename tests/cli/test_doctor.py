@@ -23,6 +23,13 @@ def test_text(run) -> None:
     assert "kernels" in result.out and "ready" in result.out
 
 
+def test_knows_the_instructions_of_arm(run, monkeypatch, tmp_path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd crc32 asimddp\nCPU part\t: 0xd40\n")
+    monkeypatch.setattr(doctor, "Path", lambda _: info)
+    assert run("doctor", "--json").json["cpu"]["isa"] == ["asimd", "asimddp"]
+
+
 def test_says_why_there_are_no_kernels(run, monkeypatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "hf_spqr._C" else find(name))

@@ -66,19 +66,23 @@ def test_compiles_without_spills(cubin: Callable, name: str, arch: str) -> None:
     assert sum(spilled) == 0, [line for line in log.splitlines() if "spill" in line]
 
 
+QUICK_OVERLAP = [("kernels", "90a"), ("resident_spqr16", "90a"), ("tiled_spqr16", "90a"), ("tiled_affine64", "120f")]
+
+
 @pytest.mark.usefixtures("disassembler")
 @pytest.mark.parametrize(
-    "name",
+    ("name", "arch"),
     [
-        pytest.param(name, marks=[] if name in ("kernels", "resident_spqr16", "tiled_spqr16") else [pytest.mark.slow])
+        pytest.param(name, arch, marks=[] if (name, arch) in QUICK_OVERLAP else [pytest.mark.slow])
         for name in FILES
         if name.startswith(("kernels", "resident", "tiled"))
+        for arch in ("90a", "100f", "120f")
     ],
 )
-def test_memory_waits_for_the_kernel_before(cubin: Callable, name: str) -> None:
+def test_memory_waits_for_the_kernel_before(cubin: Callable, name: str, arch: str) -> None:
     """Kernels that start while another one ends touch global memory only when it has ended."""
     waiting = 0
-    for function, code in sass.functions(cubin(name, "90a")[0]).items():
+    for function, code in sass.functions(cubin(name, arch)[0]).items():
         waits = [i for i, (_, text) in enumerate(code) if "ACQBULK" in text]
         touches = [i for i, (_, text) in enumerate(code) if re.search(r"\b(LDG|LDGSTS|STG|ATOMG|REDG?)\b", text)]
         assert not waits or waits[0] < touches[0], function

@@ -95,9 +95,10 @@ def test_more_bits_than_bfloat16_are_reported(texts, tokenizer, caplog):
     assert caplog.messages == [note]
 
 
-def test_narrow_layers_of_more_bits_have_no_outliers_to_blame(texts, tokenizer):
+@pytest.mark.parametrize("threshold", ["inf", 0.2])
+def test_narrow_layers_of_more_bits_have_no_outliers_to_blame(threshold, texts, tokenizer):
     model = tiny_model("llama", hidden_size=16, intermediate_size=64)
-    config = make_config(texts, bits=8, outlier_threshold="inf")
+    config = make_config(texts, bits=8, outlier_threshold=threshold)
     report = quantize_model(model, config, tokenizer=tokenizer, progress=False)
     notes = [note for note in report.notes if "more than the 16 of bfloat16" in note]
     assert len(notes) == sum(layer.bits_per_weight > 16 for layer in report.layers) > 0
