@@ -1,8 +1,9 @@
 """Lets plain ``from_pretrained`` find hf_spqr without ``import hf_spqr``.
 
-``import torch`` calls :func:`init` through the ``torch.backends`` entry point. It imports nothing and changes nothing
-in torch: it leaves a note for the moment when Transformers' table of quantizers is imported, whose first unknown
-method then imports hf_spqr. Set ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` to keep torch from calling it.
+``import torch`` calls :func:`init` through the ``torch.backends`` entry point, and so does ``import hf_spqr``. It
+imports nothing and changes nothing in torch: it leaves a note for the moment when Transformers' tables of quantizers
+are imported, which then import the rest of hf_spqr once they are asked for one of its methods. Set
+``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` to keep torch from calling it.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ TAKEN_OVER = "spqr"
 """Transformers' own key for official SpQR checkpoints, which hf_spqr loads in its place."""
 
 
-class _LazyMapping(dict):  # type: ignore[type-arg]
-    """A dict that imports hf_spqr, which then adds its methods, when one of them is first asked for."""
+class _LazyMapping(dict):
+    """A dict that has hf_spqr add its methods when one of them is first asked for."""
 
     def _load(self, key: object) -> bool:
-        if key not in (*METHODS, TAKEN_OVER) or "hf_spqr" in sys.modules:
+        if key not in (*METHODS, TAKEN_OVER):
             return False
         try:
-            import hf_spqr  # noqa: F401
+            import hf_spqr.integrations  # noqa: F401
         except Exception as error:  # a broken installation must not break Transformers
             warnings.warn(f"hf_spqr is installed but cannot be imported: {error!r}", stacklevel=3)
         return dict.__contains__(self, key)
@@ -45,6 +46,9 @@ class _LazyMapping(dict):  # type: ignore[type-arg]
             return dict.__getitem__(self, key)
         raise KeyError(key)
 
+    def get(self, key: object, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
 
 def _prepare(tables: ModuleType) -> None:
     for name in MAPPINGS:
@@ -53,8 +57,8 @@ def _prepare(tables: ModuleType) -> None:
             setattr(tables, name, _LazyMapping(mapping))
 
 
-def _complete() -> ModuleType | None:
-    """Transformers' tables, once all of their module has been imported."""
+def find_tables() -> ModuleType | None:
+    """Transformers' tables, once all of their module has been imported; None before."""
     tables = sys.modules.get(TABLES)
     return tables if all(hasattr(tables, name) for name in MAPPINGS) else None
 
@@ -66,13 +70,13 @@ class _Finder:
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        tables = _complete()
+        tables = find_tables()
         if tables is not None:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
             _prepare(tables)
         if name != TABLES:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return spec
@@ -89,10 +93,10 @@ class _Finder:
 def init() -> None:
     """Entry point of ``torch.backends``. Never raises: torch would turn that into a failed ``import torch``."""
     try:
-        tables = _complete()
+        tables = find_tables()
         if tables is not None:
             _prepare(tables)
         elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+            sys.meta_path.insert(0, _Finder())
     except Exception:
         pass

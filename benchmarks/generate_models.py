@@ -91,10 +91,7 @@ class Decoder:
     def step(self) -> Tensor:
         """Logits [1, 1, vocabulary] of the next token, which becomes the current one."""
         mask = (self.columns <= self.position)[None, None]  # four dimensions: taken as it is
-        logits = self.model(
-            input_ids=self.token, attention_mask=mask, position_ids=self.position, past_key_values=self.cache,
-            use_cache=True,
-        ).logits  # fmt: skip
+        logits = self.model(self.token, mask, self.position, self.cache, use_cache=True).logits
         self.token.copy_(logits.argmax(-1))
         self.position.add_(1)
         return logits

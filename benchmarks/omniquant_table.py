@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_spqr
 from benchmarks import gptq_models
-from benchmarks.machine import RESULTS, save
-from hf_spqr.calibration.data import iter_documents
+from benchmarks.cells import Cells, texts
+from benchmarks.machine import RESULTS
 from hf_spqr.evaluate import perplexity
 
 SCHEMES = ("W2A16g64", "W3A16", "W3A16g128", "W4A16g128", "W4A4", "W6A6", "W8A8")
@@ -99,28 +99,23 @@ def main() -> None:
     name += "" if args.epochs is None else f"_epochs{args.epochs}"
     settings = {key: getattr(args, key) for key in SETTINGS}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    documents = [text for text in iter_documents(args.heldout) if isinstance(text, str)][-args.documents :]
-    known = RESULTS / f"{name}.json"
-    if known.exists():
-        result = json.loads(known.read_text())
-        if any(result.get(key) != settings[key] for key in SETTINGS):
-            parser.error(f"{known} was made with other settings; move it away first")
-    else:
+    calibration, documents = texts(args.calibration, args.heldout, args.documents)
+
+    def start() -> dict[str, Any]:
         full = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         base = perplexity(full, tokenizer, documents, batch_size=32)
-        result = {"model": Path(args.model).name, "full": base.perplexity, **settings, "rows": []}
-    kept_out = set(documents)
-    calibration = [text for text in iter_documents(args.calibration) if text not in kept_out]
+        return {"model": Path(args.model).name, "full": base.perplexity}
+
+    try:
+        cells = Cells(name, settings, start)
+    except ValueError as error:
+        parser.error(str(error))
     fields = {"nsamples": args.nsamples, "seqlen": args.seqlen, "seed": args.seed}
-    done = {(row["scheme"], row["method"]) for row in result["rows"]}
     for scheme, method in itertools.product(args.schemes, args.methods):
-        if (scheme, method) in done:
-            continue
-        more = {"epochs": args.epochs} if method == "default" and args.epochs is not None else {}
-        row = cell(args.model, scheme, method, documents, dataset=calibration, tokenizer=tokenizer, **fields, **more)
-        result["rows"].append(row)
-        print("  ".join(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row.values()), flush=True)
-        save(name, {key: value for key, value in result.items() if key not in ("date", "machine")})
+        if not cells.known(scheme=scheme, method=method):
+            more = {"epochs": args.epochs} if method == "default" and args.epochs is not None else {}
+            more |= {"dataset": calibration, "tokenizer": tokenizer}
+            cells.add(cell(args.model, scheme, method, documents, **fields, **more))
 
 
 if __name__ == "__main__":

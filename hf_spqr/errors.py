@@ -7,6 +7,7 @@ hf_spqr.HfSpqrError`` and the ``ValueError`` that Transformers' own quantizers r
 from __future__ import annotations
 
 __all__ = [
+    "MISFITS",
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
@@ -15,6 +16,10 @@ __all__ = [
     "RankError",
     "UnsupportedLayerError",
 ]
+
+
+MISFITS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model's own code raises when it is called with tensors of another shape, or in another way."""
 
 
 class HfSpqrError(Exception):

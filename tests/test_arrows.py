@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_spqr"
 MAY_IMPORT = {
     "errors": set(),
+    "when_imported": set(),
     "formats": {"errors"},
     "ops": {"formats"},
     "methods": {"errors", "formats"},
@@ -18,9 +19,12 @@ MAY_IMPORT = {
     "config": {"errors", "formats", "methods"},
     "report": {"config", "errors", "nn"},
     "quantize": {"calibration", "config", "errors", "formats", "methods", "nn", "report"},
-    "integrations": {"calibration", "config", "errors", "formats", "methods", "nn", "quantize", "report"},
+    "integrations": {
+        *("calibration", "config", "errors", "formats", "methods", "nn", "quantize", "report"),
+        "when_imported",
+    },
 }
-KNOW_NO_TRANSFORMERS = ("errors", "formats", "ops", "methods", "calibration", "evaluate")
+KNOW_NO_TRANSFORMERS = ("errors", "when_imported", "formats", "ops", "methods", "calibration", "evaluate")
 
 
 def imported(part: str) -> set[str]:

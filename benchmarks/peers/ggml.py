@@ -36,6 +36,7 @@ SIGNATURES: dict[str, tuple[Any, tuple]] = {
     "ggml_new_graph": (c_void_p, (c_void_p,)),
     "ggml_build_forward_expand": (None, (c_void_p, c_void_p)),
     "ggml_row_size": (c_size_t, (c_int, c_int64)),
+    "ggml_get_type_traits": (c_void_p, (c_int,)),
     "ggml_quantize_chunk": (c_size_t, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "ggml_backend_cpu_init": (c_void_p, ()),
     "ggml_backend_cpu_reg": (c_void_p, ()),

@@ -153,19 +153,19 @@ HF_DEVICE void write_rows(const DequantizeArgs& a, uint32_t from, int64_t row, i
     }
 }
 
-// Grid: x = row blocks from a.first_row on, y = stretches of 16 tiles.
+// Grid: x = row blocks from a.first_row on, y = stretches of 16 tiles from a.first_stretch on.
 template <class Stats, int BITS>
 HF_KERNEL(kDequantizeThreads, 6)
 dequantize_kernel(const DequantizeArgs a) {
     const Matrix& m = a.weight;
     const uint32_t shared = dev::shared_address();
     const int lane = dev::thread() & 31, warp = dev::uniform(dev::thread() >> 5), row = lane & 15;
-    const int first = int(dev::block_y()) * kDequantizeColumns;
+    const int stretch = a.first_stretch + int(dev::block_y()), first = stretch * kDequantizeColumns;
     const int64_t row_block = a.first_row / kRows + dev::block_x();
     const uint32_t* stream = m.packed + row_block * m.panels.words;
 
     // This tile and the one four further: so all of a warp are at the same place of a panel of 8 tiles.
-    const int in_block = warp + 8 * (lane >> 4), tile = int(dev::block_y()) * kDequantizeTiles + in_block;
+    const int in_block = warp + 8 * (lane >> 4), tile = stretch * kDequantizeTiles + in_block;
     TileRow<BITS> words[2];
 #pragma unroll
     for (int p = 0; p < 2; ++p) {

@@ -137,6 +137,9 @@ HF_DEVICE int shuffle_xor(int v, int mask) {
 HF_DEVICE int shuffle(int v, int from) {
     return __shfl_sync(0xffffffffu, v, from);
 }
+HF_DEVICE float shuffle(float v, int from) {
+    return __shfl_sync(0xffffffffu, v, from);
+}
 // The lanes that say yes, as bits; and how many.
 HF_DEVICE uint32_t ballot(bool yes) {
     return __ballot_sync(0xffffffffu, yes);
@@ -176,6 +179,10 @@ HF_DEVICE int add_unsigned_bytes(uint32_t a, int c) {
 template <uint32_t SELECT>
 HF_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b) {
     return __byte_perm(a, b, SELECT);
+}
+// The bytes of a that `selector` says, a hexadecimal digit for each, lowest first; 4 is a byte of zeros.
+HF_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t selector) {
+    return __byte_perm(a, 0, selector);
 }
 // Of floats: a / b, rounded; the nearest integer, ties to even, as float; and the float nearest to an integer.
 HF_DEVICE float div(float a, float b) {
@@ -228,15 +235,16 @@ HF_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) {
     return __byte_perm(a, b, 0x7632);
 }
 
-// Read-only data that is used once: does not displace what others keep in L1.
+// Data that is used once: does not displace what others keep in L1. Not ld.global.nc, which may be moved to before the
+// kernel before this one has ended.
 HF_DEVICE uint2 load_stream(const uint2* p) {
     uint2 v;
-    asm("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    asm("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;
 }
 HF_DEVICE uint32_t load_stream(const uint32_t* p) {
     uint32_t v;
-    asm("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    asm("ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
 

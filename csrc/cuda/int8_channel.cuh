@@ -129,6 +129,7 @@ int8_channel_kernel(const Int8Args a) {
             multiply_pair<NT, 1>(sums, operands, at + h * kSetColumns, which * 8 * kStepBytes);
         }
     }
+    dev::wait_for_copies();  // of zeros, by warps whose slice has no step
     dev::sync_block();
     finish_channel<NT, WIDTH, SLICES>(a, sums, first_token);
 }

@@ -1,5 +1,6 @@
 // The C interface of kernels.h, apart from the linear kernels' own files.
 #include "cuda/kernels.h"
+#include <algorithm>
 #include "cuda/activations.cuh"
 #include "cuda/dequantize.cuh"
 #include "cuda/int8_files.h"
@@ -7,15 +8,24 @@
 #include "cuda/linear_launch.cuh"
 #include "cuda/quantize.cuh"
 #include "cuda/resident_plan.h"
+#include "cuda/stats_affine_half.cuh"
+#include "cuda/stats_spqr16.cuh"
 #include "cuda/tiled_plan.h"
 
 namespace hf_spqr {
 namespace {
 
+// In several launches where a grid does not have so many blocks, from 33.5 million columns on.
 template <class Stats, int BITS>
-int dequantize_bits(const DequantizeArgs& a, void* stream) {
-    const Grid grid{ceil_div(a.part_rows, kRows), ceil_div(a.weight.panels.tiles, kDequantizeTiles)};
-    return launch<dequantize_kernel<Stats, BITS>>(grid, kDequantizeThreads, kDequantizeShared, stream, a);
+int dequantize_bits(DequantizeArgs a, void* stream) {
+    const int stretches = ceil_div(a.weight.panels.tiles, kDequantizeTiles);
+    for (a.first_stretch = 0; a.first_stretch < stretches; a.first_stretch += kMaxGridY) {
+        const Grid grid{ceil_div(a.part_rows, kRows), std::min(stretches - a.first_stretch, kMaxGridY)};
+        const int status =
+            launch<dequantize_kernel<Stats, BITS>>(grid, kDequantizeThreads, kDequantizeShared, stream, a);
+        if (status) return status;
+    }
+    return 0;
 }
 
 template <class Stats, int FIRST = 1, int LAST = 8>
@@ -31,9 +41,29 @@ bool has_usual_statistics(const Matrix& m) {
     return m.group == 16 && m.stat_bits == 3 && m.panels.last_code_words == m.panels.code_words;
 }
 
+// Shared memory of a block of the kernel for 17 to 128 tokens. That of statistics is the same for all widths of codes.
+int tiled_block_bytes(const Matrix& m, int tokens) {
+    if (m.format == Format::affine) {
+        const bool wide = m.group == kPerChannel || m.group >= 32;  // nothing goes through shared memory
+        return wide ? tiled_bytes<StatsAffineHalf<StatsAffine128<4>, 4>>(m, tokens)
+                    : tiled_bytes<StatsAny<Format::affine, 4>>(m, tokens);
+    }
+    return has_usual_statistics(m) ? tiled_bytes<StatsSpqr16<3>>(m, tokens)
+                                   : tiled_bytes<StatsAny<Format::spqr, 3>>(m, tokens);
+}
+
 bool is_served(const Matrix& m) {
     if (m.format == Format::affine) return m.bits == 2 || m.bits == 3 || m.bits == 4 || m.bits == 8;
     return m.bits >= 2 && m.bits <= 4 && m.columns <= 65536;  // beyond, outliers are wide
+}
+
+int int8_linear(const Int8Args& a, void* stream) {
+    if (a.weight.group == kPerChannel && a.weight.columns > kTermColumns) {
+        const Grid grid{ceil_div(a.weight.rows, kRows), ceil_div(a.tokens, kWideTokens)};
+        return launch<int8_wide_kernel>(grid, kRows * kWideTokens, 0, stream, a);
+    }
+    if (a.weight.bits < 5) return int8_few_bits(a, stream);
+    return a.weight.bits < 8 ? int8_planes(a, stream) : int8_bytes(a, stream);
 }
 
 }  // namespace
@@ -50,7 +80,9 @@ int hf_spqr_cuda_linear(const LinearArgs* a, void* stream) {
         return has_usual_statistics(m) ? linear_spqr16(*a, stream) : linear_spqr_any(*a, stream);
     }
     if (m.group == kPerChannel) return linear_affine_channel(*a, stream);
-    return m.group == 128 ? linear_affine128(*a, stream) : linear_affine_any(*a, stream);
+    if (m.group == 128) return linear_affine128(*a, stream);
+    if (m.group == 64) return linear_affine64(*a, stream);
+    return m.group == 32 ? linear_affine32(*a, stream) : linear_affine_any(*a, stream);
 }
 
 int hf_spqr_cuda_tiled_parts(const Matrix* m, int tokens, int* parts) {
@@ -58,7 +90,7 @@ int hf_spqr_cuda_tiled_parts(const Matrix* m, int tokens, int* parts) {
     if (tokens > kTiledTokens || m->columns > kTiledColumns || !is_served(*m)) return 0;
     DeviceLimits device{};
     if (const int status = device_limits(device)) return status;
-    *parts = tiled_parts(*m, tokens, device.multiprocessors, device.shared_bytes);
+    *parts = tiled_parts(*m, tokens, device.multiprocessors, tiled_block_bytes(*m, tokens), device.shared_bytes);
     return 0;
 }
 
@@ -68,7 +100,9 @@ int hf_spqr_cuda_linear_tiled(const TiledArgs* a, void* stream) {
         return has_usual_statistics(m) ? tiled_spqr16(*a, stream) : tiled_spqr_any(*a, stream);
     }
     if (m.group == kPerChannel) return tiled_affine_channel(*a, stream);
-    return m.group == 128 ? tiled_affine128(*a, stream) : tiled_affine_any(*a, stream);
+    if (m.group == 128) return tiled_affine128(*a, stream);
+    if (m.group == 64) return tiled_affine64(*a, stream);
+    return m.group == 32 ? tiled_affine32(*a, stream) : tiled_affine_any(*a, stream);
 }
 
 int hf_spqr_cuda_linear_resident(const ResidentArgs* a, void* stream) {
@@ -76,7 +110,9 @@ int hf_spqr_cuda_linear_resident(const ResidentArgs* a, void* stream) {
     if (a->tokens > kResidentTokens || !hf_spqr_cuda_can_fuse(&m, a->tokens)) return kNoKernel;
     if (m.format == Format::spqr) return has_usual_statistics(m) ? resident_spqr16(*a, stream) : kNoKernel;
     if (m.group == kPerChannel) return resident_affine_channel(*a, stream);
-    return m.group == 128 ? resident_affine128(*a, stream) : kNoKernel;
+    if (m.group == 128) return resident_affine128(*a, stream);
+    if (m.group == 64) return resident_affine64(*a, stream);
+    return m.group == 32 ? resident_affine32(*a, stream) : kNoKernel;
 }
 
 int hf_spqr_cuda_prepare(const PrepareArgs* a, void* stream) {
@@ -121,13 +157,18 @@ int hf_spqr_cuda_pad(const PadArgs* a, void* stream) {
     return launch<pad_kernel>({a->tokens, 1}, kPadThreads, 0, stream, *a);
 }
 
-int hf_spqr_cuda_int8_linear(const Int8Args* a, void* stream) {
-    if (a->weight.group == kPerChannel && a->weight.columns > kTermColumns) {
-        const Grid grid{ceil_div(a->weight.rows, kRows), ceil_div(a->tokens, kWideTokens)};
-        return launch<int8_wide_kernel>(grid, kRows * kWideTokens, 0, stream, *a);
+int hf_spqr_cuda_int8_linear(const Int8Args* whole, void* stream) {
+    constexpr int kMost = kMaxGridY * kWideTokens;  // the least that a grid of any of the kernels has
+    Int8Args a = *whole;
+    for (int first = 0; first < whole->tokens; first += kMost) {
+        a.tokens = std::min(whole->tokens - first, kMost);
+        if (const int status = int8_linear(a, stream)) return status;
+        a.x += kMost * a.x_stride;
+        a.scale += kMost;
+        a.zero += kMost;
+        a.y = static_cast<char*>(a.y) + int64_t(kMost) * a.weight.rows * (a.dtype == DType::f32 ? 4 : 2);
     }
-    if (a->weight.bits < 5) return int8_few_bits(*a, stream);
-    return a->weight.bits < 8 ? int8_planes(*a, stream) : int8_bytes(*a, stream);
+    return 0;
 }
 
 int hf_spqr_cuda_multiprocessors(int* count) {

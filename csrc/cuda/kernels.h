@@ -40,11 +40,13 @@ struct ResidentArgs {
     ResidentPlan plan;
 };
 
-// sums[part][token][row] of W x, rows padded to a multiple of 16: what `finish` adds up. x as in LinearArgs.
+// sums[part][token][row] of W x, rows padded to a multiple of 16: what `finish` adds up. x and token_scale as in
+// LinearArgs.
 struct TiledArgs {
     Matrix weight;
     const uint16_t* x;
     int64_t x_stride;
+    const float* token_scale;
     int tokens;
     int parts;  // of the columns, as `tiled_parts` says
     float* sums;
@@ -94,6 +96,7 @@ struct DequantizeArgs {
     void* out;
     int64_t out_stride;
     DType dtype;
+    int first_stretch;  // of columns; filled in by the launch
 };
 
 // Codes of x [tokens, columns], one grid per token: x ~ scale * (code - zero).

@@ -2,14 +2,11 @@
 #pragma once
 #include "cuda/dev.cuh"
 
-namespace hf_spqr {
-constexpr int kMaxGridY = 65535;
-}  // namespace hf_spqr
-
 #ifdef HF_SPQR_EMU
 namespace hf_spqr {
 using emu::device_limits;
 using emu::DeviceLimits;
+using emu::kMaxGridY;
 using emu::launch;
 }  // namespace hf_spqr
 #else
@@ -20,6 +17,8 @@ namespace hf_spqr {
 struct Grid {
     int64_t x, y = 1;
 };
+
+constexpr int kMaxGridY = 65535, kMaxGridX = 2147483647;  // blocks
 
 constexpr int kPlainShared = 48 * 1024;  // more than this must be asked for, once per kernel and device
 
@@ -72,7 +71,7 @@ cudaError_t allow_shared(int bytes) {
 // OVERLAP: the kernel calls dev::wait_for_kernel, so it may start before the one before it has ended.
 template <auto KERNEL, bool OVERLAP = false, class Args>
 int launch(Grid grid, int threads, int shared_bytes, void* stream, const Args& args) {
-    if (grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
+    if (grid.x > kMaxGridX || grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
     if (shared_bytes > kPlainShared) {
         if (const cudaError_t status = allow_shared<KERNEL>(shared_bytes)) return status;
     }

@@ -96,11 +96,10 @@ HF_DEVICE void multiply_step(float (&total)[1][NT][4], RowBlock<Stats, BITS> (&b
     block.words.template fetch<0>(next);
     multiply_set<Stats, BITS, NT, 1>(acc, block, x);
     block.words.template fetch<1>(next);
-    const float factor = block.stats.factor();
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) total[0][j][e] = dev::fma(acc[j][e], factor, total[0][j][e]);
+        for (int e = 0; e < 4; ++e) total[0][j][e] = dev::fma(acc[j][e], block.stats.factor(e >> 1), total[0][j][e]);
     }
 }
 
@@ -152,12 +151,13 @@ HF_DEVICE void finish_rows(const LinearArgs& a, const float (&total)[R][NT][4], 
         if (lane >= kLanes) continue;
         const float bias = a.bias ? read_as(a.bias, row, a.dtype) : 0.f;
         for (int b = 0; b < kLaneTokens && first + b < a.tokens; ++b) {
-            float y = v[b];
+            const float* slices = sums + r * Shape::kTokens + lane * kLaneTokens + b;
+            float y = slices[0];
 #pragma unroll
-            for (int s = 0; s < SLICES; ++s) {
-                y = dev::fma(sums[(s * kBlockRows + r) * Shape::kTokens + lane * kLaneTokens + b], factor, y);
-            }
-            if (a.token_scale) y = dev::mul(y, a.token_scale[first + b]);
+            for (int s = 1; s < SLICES; ++s) y = dev::add(y, slices[s * kBlockRows * Shape::kTokens]);
+            // In this order: what the factors come to may be far beyond fp32, or far below it, before the last one.
+            const float scale = a.token_scale ? a.token_scale[first + b] : 1.f;
+            y = dev::fma(dev::mul(y, scale), factor, dev::mul(v[b], scale));
             write_as(a.y, int64_t(first + b) * a.weight.rows + row, a.dtype, dev::add(y, bias));
         }
     }
@@ -224,6 +224,7 @@ linear_kernel(const LinearArgs a) {
         x_at += other;
         other = 0 - other;
     }
+    dev::wait_for_copies();  // of zeros, by warps whose slice has no step
     dev::sync_block();
     finish_rows<NT, R, WIDTH, SLICES>(a, total, Stats::kFactor, reinterpret_cast<float*>(dev::shared_memory()));
 }

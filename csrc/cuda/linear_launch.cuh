@@ -33,6 +33,8 @@ int launch_linear(const LinearArgs& a, void* stream) {
 // One per layout of statistics, each in a file of its own; bits that the layout's files do not hold are an error.
 int linear_spqr16(const LinearArgs&, void* stream);
 int linear_spqr_any(const LinearArgs&, void* stream);
+int linear_affine32(const LinearArgs&, void* stream);
+int linear_affine64(const LinearArgs&, void* stream);
 int linear_affine128(const LinearArgs&, void* stream);
 int linear_affine_channel(const LinearArgs&, void* stream);
 int linear_affine_any(const LinearArgs&, void* stream);

@@ -61,8 +61,9 @@ class Ring {
     HF_DEVICE void prefetch(int lane) const {
         Walk soon = ahead_;
         for (int i = 0; i < kStages - 1 && !soon.ended(); ++i) {
-            const uint32_t* words = soon.stream() + Place(m_.panels, soon.step()).tiles() - Stats::kRingBytes / 4;
-            if (32 * lane < kStepTiles * BITS * kRows + Stats::kRingBytes / 4) dev::prefetch(words + 32 * lane);
+            const int at = int(Place(m_.panels, soon.step()).tiles()) - Stats::kRingBytes / 4 + 32 * lane;
+            const bool wanted = 32 * lane < kStepTiles * BITS * kRows + Stats::kRingBytes / 4;
+            if (wanted && at < m_.panels.words) dev::prefetch(soon.stream() + at);
             soon.next();
         }
     }
@@ -170,12 +171,11 @@ HF_DEVICE void multiply_resident_step(float (&total)[NT][4], Stats& stats, uint3
     multiply_resident_quarter<Stats, BITS, NT, 1, 1>(acc, stats, v, x);
     multiply_resident_quarter<Stats, BITS, NT, 1, 2>(acc, stats, v, x);
     multiply_resident_quarter<Stats, BITS, NT, 1, 3>(acc, stats, v, x);
-    const float factor = stats.factor();
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            total[j][e] = dev::fma(dev::add(acc[0][j][e], acc[1][j][e]), factor, total[j][e]);
+            total[j][e] = dev::fma(dev::add(acc[0][j][e], acc[1][j][e]), stats.factor(e >> 1), total[j][e]);
         }
     }
 }

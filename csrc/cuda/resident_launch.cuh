@@ -13,6 +13,7 @@ struct ResidentWay {
 template <class Stats, int BITS, int NT>
 ResidentWay plan_resident(ResidentArgs& a, const DeviceLimits& device) {
     const int all = ceil_div(a.weight.columns, kStepColumns) * kStepColumns;
+    const int most = device.shared_bytes / 2;  // columns that fit, whatever else there is
     const int row_blocks = ceil_div(a.weight.rows, kRows);
     for (int groups = row_blocks > device.multiprocessors ? most_groups(NT) : 1; groups > 0; --groups) {
         const auto bytes = [&](int columns) {
@@ -21,9 +22,9 @@ ResidentWay plan_resident(ResidentArgs& a, const DeviceLimits& device) {
                                Stats::kSharedWords * 4, Stats::kInteger)
                 .all;
         };
-        if (bytes(all) <= device.shared_bytes) return {groups, bytes(all)};
+        if (all <= most && bytes(all) <= device.shared_bytes) return {groups, bytes(all)};
         if (NT > 1) continue;  // stretches would be short, and each has its sums
-        int columns = (all - 1) / kChunkStep * kChunkStep;
+        int columns = (all <= most ? all - 1 : most) / kChunkStep * kChunkStep;
         while (columns > 0 && bytes(columns) > device.shared_bytes) columns -= kChunkStep;
         if (columns > 0) return {groups, bytes(columns)};
     }

@@ -23,6 +23,8 @@ HF_CONSTANT int tile_bytes(int bits) {
 
 // One per layout of statistics, each in a file of its own; kNoKernel where x and rings do not fit.
 int resident_spqr16(const ResidentArgs&, void* stream);
+int resident_affine32(const ResidentArgs&, void* stream);
+int resident_affine64(const ResidentArgs&, void* stream);
 int resident_affine128(const ResidentArgs&, void* stream);
 int resident_affine_channel(const ResidentArgs&, void* stream);
 

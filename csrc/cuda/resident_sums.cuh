@@ -110,14 +110,15 @@ class GroupSums {
         buffer_ = kBufferBytes - buffer_;
         const int64_t row = row_ + i;
         if (lane_ % kPerToken != 0 || token >= a_.tokens || row >= a_.weight.rows) return;
-        y = dev::fma(y, factor, outliers);
+        // In this order: what the factors come to may be far beyond fp32, or far below it, before the last one.
+        const float scale = x.scale(token);
+        y = dev::fma(dev::mul(y, scale), factor, dev::mul(outliers, scale));
         if (stretches_) {
             float& waiting = waiting_[(place_ + i) * kPadded + token];
             if (!fresh_) y = dev::add(waiting, y);
             waiting = y;
             if (!last) return;
         }
-        y = dev::mul(y, x.scale(token));
         if (a_.bias) y = dev::add(y, read_as(a_.bias, row, a_.dtype));
         write_as(a_.y, token * int64_t(a_.weight.rows) + row, a_.dtype, y);
     }

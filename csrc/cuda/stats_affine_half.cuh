@@ -1,5 +1,5 @@
 // Statistics of stats_affine128.cuh for a kernel that takes weights as fp16: code - zero, which is exact, times the
-// scale. Scales are brought into the range of fp16 step by step, as in stats_spqr16.cuh.
+// scale. Scales are brought into the range of fp16 step by step, as in stats_spqr16.cuh, but each row for itself.
 #pragma once
 #include "cuda/stats_affine128.cuh"
 #include "cuda/step_scale.cuh"
@@ -10,6 +10,8 @@ template <class Integer, int BITS>
 class StatsAffineHalf {
   public:
     static constexpr bool kSubtract = true;
+    static constexpr bool kRowScales = true;
+    static constexpr float kFactor = 1.f;
     static constexpr int kTileShift = Integer::kTileShift;
     static constexpr int kSharedWords = 0;
     static HF_CONSTANT int shared_words(const Matrix&) { return 0; }
@@ -20,19 +22,17 @@ class StatsAffineHalf {
 
     HF_DEVICE void prefetch(int step) { of_set_.decode(step); }
 
-    HF_DEVICE void decode(int, float fit) {
+    // Each factor() is at least as large as here.
+    HF_DEVICE void decode(int, const float (&least)[2]) {
         const SetScales sets[2] = {of_set_.template set<0>(), of_set_.template set<1>()};
-        float largest = dev::mul(fit, 1.f / float(1 << kPlace));
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            largest = fmaxf(largest, fmaxf(fabsf(sets[h].scale[0]), fabsf(sets[h].scale[1])));
-        }
-        const StepScale scale(dev::max_of_warp(dev::as_bits(largest)));
-        factor_ = scale.back(kPlace);
+        for (int r = 0; r < 2; ++r) {
+            const float before = dev::mul(least[r], float(1 << (14 - kPlace)));
+            const float largest = fmaxf(before, fmaxf(fabsf(sets[0].scale[r]), fabsf(sets[1].scale[r])));
+            const StepScale scale(dev::as_bits(largest));
+            factor_[r] = scale.back(kPlace);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
+            for (int h = 0; h < 2; ++h) {
                 const float z = dev::mul(sets[h].zero[r], -Integer::kFactor / float(1 << kPlace));
                 words_[h][r] = dev::to_half2(dev::mul(sets[h].scale[r], scale.up()), z);
             }
@@ -51,14 +51,16 @@ class StatsAffineHalf {
         }
     }
 
-    HF_DEVICE float factor() const { return factor_; }
+    // Of the lane's row 2g + r.
+    HF_DEVICE float factor(int r) const { return factor_[r]; }
 
   private:
     static constexpr int kPlace = 12 - Fields<BITS>::kLow;  // weights are made of codes * 2^-kPlace
+    static_assert(kPlace <= StepScale::kMostBack);
 
     Integer of_set_;
     uint32_t words_[2][2];  // of set and row: scale, -zero
-    float factor_;
+    float factor_[2];
 };
 
 }  // namespace hf_spqr

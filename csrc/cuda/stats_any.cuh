@@ -1,5 +1,6 @@
 // Statistics of any layout, at run time: what has no faster way of its own. Each lane decodes some (group, row) of the
-// step in fp32 and leaves (s, shift) as half2 in shared memory; scaling as in stats_spqr16.cuh.
+// step in fp32 and leaves (s, shift) as half2 in shared memory. Scaling as in stats_spqr16.cuh, but row by row for
+// affine layouts, whose rows have nothing in common: none is spoiled by the scales of another.
 #pragma once
 #include "cuda/matrix.h"
 #include "cuda/step_scale.cuh"
@@ -81,47 +82,38 @@ class StatReader {
 
 template <Format FORMAT, int BITS>
 class StatsAny {
+    // Of a group's 16 rows in shared memory, with room so that the groups of a quad's four tiles lie in different
+    // banks.
+    static HF_CONSTANT int group_bytes(int shift) { return kRows * 4 + (shift < 5 ? 1 << shift : 32); }
+
+    static constexpr int kPlace = kSubtractFirst<BITS> ? 12 : 24 - Fields<BITS>::kLow;
+
   public:
     static constexpr bool kInteger = false;
     static constexpr bool kSubtract = kSubtractFirst<BITS>;
-    static constexpr float kFactor = 1.f;   // of the sums, made up for at the end
-    static constexpr int kRowBlocks = 1;    // of a warp
-    static constexpr int kTileShift = -1;   // as the matrix says
-    static constexpr int kGroupBytes = 96;  // 16 rows, and room so that groups do not meet in a bank
-    static constexpr int kSharedWords = 32 * kGroupBytes / 4;
-    static HF_CONSTANT int shared_words(const Matrix& m) { return groups_of_step(m) * kGroupBytes / 4; }
+    static constexpr bool kRowScales = FORMAT == Format::affine;  // each row has a power of two of its own
+    static constexpr float kFactor = kRowScales ? 2048.f : 1.f;   // of the sums, made up for at the end
+    static constexpr int kBack = kRowScales ? kPlace - 11 : kPlace;
+    static constexpr int kRowBlocks = 1;   // of a warp
+    static constexpr int kTileShift = -1;  // as the matrix says
+    static constexpr int kSharedWords = 32 * group_bytes(3) / 4;
+    static HF_CONSTANT int shared_words(const Matrix& m) {
+        return groups_of_step(m) * group_bytes(m.panels.group_shift) / 4;
+    }
 
     HF_DEVICE StatsAny(const Matrix& m, const uint32_t* stream, int lane, int, int, uint32_t shared)
-        : m_(m), reader_(m, stream), lane_(lane), shared_(shared) {}
+        : m_(m), reader_(m, stream), lane_(lane), group_bytes_(group_bytes(m.panels.group_shift)), shared_(shared) {}
 
     HF_DEVICE void prefetch(int) {}
 
+    HF_DEVICE void decode(int step) { decode_for(step, 0.f); }
     // Numbers up to `fit` fit fp16 as weights do, divided by factor().
-    HF_DEVICE void decode(int step, float fit = 0.f) {
-        const int shift = m_.panels.group_shift, first = step * kStepColumns >> shift;
-        const int full = groups_of_step(m_), left = m_.panels.groups - first;
-        const int groups = full < left ? full : left, row = lane_ & 15;
-        // Made from the step, so that the places of its quarters are not kept in registers throughout.
-        column_ = step * kStepColumns + (lane_ & 3) * kColumns;
-        groups_ = shared_ + (lane_ >> 2) * 8 - first * kGroupBytes;
-        float largest = dev::mul(fit, 1.f / float(1 << kPlace));
-        if constexpr (FORMAT == Format::spqr) {  // the same for all rows, and at most 32 groups
-            if (lane_ < groups) largest = fmaxf(largest, reader_.bound(first + lane_, row));
-        } else {
-            for (int i = lane_ >> 4; i < groups; i += 2) largest = fmaxf(largest, reader_.bound(first + i, row));
-        }
-        const StepScale scale(dev::max_of_warp(dev::as_bits(largest)));
-        factor_ = scale.back(kPlace);
-        for (int i = lane_ >> 4; i < full; i += 2) {
-            uint32_t word = 0;
-            if (i < groups) {
-                const ScaleZero sz = reader_.read(first + i, row);
-                const float s = dev::mul(sz.scale, scale.up());
-                const float z = dev::mul(sz.zero, dev::as_float(uint32_t(127 - kPlace) << 23));
-                word = dev::to_half2(s, kSubtractFirst<BITS> ? -z : -dev::mul(s, z));
-            }
-            dev::store_shared(shared_ + i * kGroupBytes + row * 4, word);
-        }
+    HF_DEVICE void decode(int step, float fit) { decode_for(step, dev::mul(fit, 1.f / float(1 << kPlace))); }
+    // kRowScales: each factor() is at least as large as here.
+    HF_DEVICE void decode(int step, const float (&least)[2]) {
+        const int row = lane_ & 15, from = row / 2 * 4;
+        const float even = dev::shuffle(least[0], from), odd = dev::shuffle(least[1], from);
+        decode_for(step, dev::mul(row & 1 ? odd : even, float(1 << (14 - kBack))));
     }
 
     template <int H>
@@ -130,13 +122,47 @@ class StatsAny {
     template <int H, int I>
     HF_DEVICE void quarter(Quarter& q) {
         const int group = (column_ + 4 * H * kColumns + 8 * I) >> m_.panels.group_shift;
-        fill<BITS>(q, dev::load_shared2<0>(groups_ + group * kGroupBytes));
+        fill<BITS>(q, dev::load_shared2<0>(groups_ + group * group_bytes_));
     }
 
-    HF_DEVICE float factor() const { return factor_; }
+    // Of the lane's row 2g + r.
+    HF_DEVICE float factor(int r) const { return factor_[kRowScales ? r : 0]; }
 
   private:
-    static constexpr int kPlace = kSubtractFirst<BITS> ? 12 : 24 - Fields<BITS>::kLow;
+    // `largest`: at least so large is what is scaled, of row lane % 16 if rows have scales of their own.
+    HF_DEVICE void decode_for(int step, float largest) {
+        const int shift = m_.panels.group_shift, first = step * kStepColumns >> shift;
+        const int full = groups_of_step(m_), left = m_.panels.groups - first;
+        const int groups = full < left ? full : left, row = lane_ & 15;
+        // Made from the step, so that the places of its quarters are not kept in registers throughout.
+        column_ = step * kStepColumns + (lane_ & 3) * kColumns;
+        groups_ = shared_ + (lane_ >> 2) * 8 - first * group_bytes_;
+        if constexpr (kRowScales) {
+            for (int i = lane_ >> 4; i < groups; i += 2) largest = fmaxf(largest, reader_.bound(first + i, row));
+            largest = fmaxf(largest, dev::shuffle_xor(largest, 16));
+        } else {  // the same for all rows, and at most 32 groups
+            if (lane_ < groups) largest = fmaxf(largest, reader_.bound(first + lane_, row));
+            largest = dev::as_float(dev::max_of_warp(dev::as_bits(largest)));
+        }
+        const StepScale scale(dev::as_bits(largest));
+        const float back = scale.back(kBack);
+#pragma unroll
+        for (int r = 0; r < (kRowScales ? 2 : 1); ++r) {
+            factor_[r] = kRowScales ? dev::shuffle(back, lane_ / 4 * 2 + r) : back;
+        }
+        for (int i = lane_ >> 4; i < full; i += 2) {
+            uint32_t word = 0;
+            if (i < groups) {
+                const ScaleZero sz = reader_.read(first + i, row);
+                const float s = dev::mul(sz.scale, scale.up());
+                const float z = dev::mul(sz.zero, dev::as_float(uint32_t(127 - kPlace) << 23));
+                word = dev::to_half2(s, kSubtract ? -z : -dev::mul(s, z));
+            }
+            dev::store_shared(shared_ + i * group_bytes_ + row * 4, word);
+        }
+    }
+
+    static_assert(!kRowScales || kBack <= StepScale::kMostBack);
 
     static HF_CONSTANT int groups_of_step(const Matrix& m) {
         return m.panels.group_shift < 8 ? kStepColumns >> m.panels.group_shift : 1;
@@ -144,9 +170,10 @@ class StatsAny {
 
     const Matrix& m_;
     StatReader<FORMAT> reader_;
-    int lane_, column_;  // the lane's tile of set 0 of the step
+    int lane_, group_bytes_;
+    int column_;  // of the lane's tile of set 0 of the step
     uint32_t shared_, groups_;
-    float factor_;
+    float factor_[kRowScales ? 2 : 1];
 };
 
 }  // namespace hf_spqr

@@ -18,6 +18,7 @@ class StatsSpqr16 {
   public:
     static constexpr bool kInteger = false;
     static constexpr bool kSubtract = kSubtractFirst<BITS>;
+    static constexpr bool kRowScales = false;
     static constexpr float kFactor = 1.f;  // of the sums, made up for at the end
     static constexpr int kRowBlocks = 1;   // of a warp
     static constexpr int kTileShift = 3;   // log2 of the tiles of a panel
@@ -104,7 +105,7 @@ class StatsSpqr16 {
         q.shift[1] = pick<I>(words_.w);
     }
 
-    HF_DEVICE float factor() const { return factor_; }
+    HF_DEVICE float factor(int) const { return factor_; }
 
   private:
     static constexpr int kZero = Fields<BITS>::kLow - 8;

@@ -5,19 +5,24 @@
 
 namespace hf_spqr {
 
-// The power of two that brings the largest scale of a step into [2^14, 2^15), from that scale's fp32 bits.
+// The power of two that brings the largest scale of a step into [2^14, 2^15), from that scale's fp32 bits. Scales
+// below 2^-113 remain smaller: up() would not be finite.
 class StepScale {
   public:
+    static constexpr int kMostBack = 13;
+
     HF_DEVICE explicit StepScale(uint32_t largest) {
-        const int e = int(largest >> 23);
-        exponent_ = e < 20 ? 20 : e;  // zero and what is far too small for fp16
+        const uint32_t power = largest & 0x7f800000u;
+        power_ = power < at(14) ? at(14) : power;
     }
-    HF_DEVICE float up() const { return dev::as_float(uint32_t(268 - exponent_) << 23); }
-    // 1 / up() * 2^more
-    HF_DEVICE float back(int more) const { return dev::as_float(uint32_t(exponent_ - 14 + more) << 23); }
+    HF_DEVICE float up() const { return dev::as_float(at(268) - power_); }
+    // 1 / up() * 2^more; finite for scales of any size where `more` is at most kMostBack.
+    HF_DEVICE float back(int more) const { return dev::as_float(power_ + uint32_t(more - 14) * at(1)); }
 
   private:
-    int exponent_;
+    static HF_CONSTANT uint32_t at(uint32_t exponent) { return exponent << 23; }
+
+    uint32_t power_;  // of two, as a float
 };
 
 // From the words (s, shift) of the rows 2g and 2g + 1.

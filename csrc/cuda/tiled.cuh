@@ -5,8 +5,10 @@
 // them with the block's tokens. So weights are decoded once for 64 tokens, and outliers cost no more than for one. x
 // comes by cp.async, a set ahead; words come half a set ahead, statistics a step.
 //
-// Sums are those of weights divided by a power of two that fits a step's largest weight into fp16 (factor() of the
-// statistics); when that changes from one step to the next, the sums change along.
+// Sums are those of weights divided by a unit, a power of two that fits a step's largest weight into fp16 (factor() of
+// the statistics): of a row block, or of each row where its scales are its own. When it changes from one step to the
+// next, the sums change along. Units of rows never become smaller; those of row blocks may, because of outliers, which
+// are as large as a thousand other weights.
 #pragma once
 #include "cuda/fragment.cuh"
 #include "cuda/operands.cuh"
@@ -15,20 +17,6 @@
 #include "cuda/tiled_plan.h"
 
 namespace hf_spqr {
-
-// A block's shared memory: two buffers of x, then of each warp weights, then of each warp statistics.
-template <class Stats, int NT>
-struct TiledMap {
-    static constexpr int kTokens = 8 * NT;
-    static constexpr int kHalfBytes = kTokens * kOperandBytes;  // of x
-    static constexpr int kSetBytesOfX = 2 * kHalfBytes;
-    static constexpr int kRowBlockBytes = kRows * kOperandBytes, kWarpBytes = kTiledRowBlocks * kRowBlockBytes;
-    static constexpr int kWeights = 2 * kSetBytesOfX;
-    static constexpr int kStats = kWeights + kTiledWarps * kWarpBytes;
-
-    static HF_CONSTANT int stat_bytes(const Matrix& m) { return Stats::shared_words(m) * 4; }  // of a row block
-    static HF_CONSTANT int all(const Matrix& m) { return kStats + kTiledWarps * kTiledRowBlocks * stat_bytes(m); }
-};
 
 // Fetches x set by set: a thread 8 columns of every 12th token. Tokens that are not there and columns past the end are
 // zeros. A second half set has its tiles in the order 2, 3, 0, 1, so that eight threads, which fetch 64 columns of a
@@ -72,6 +60,17 @@ class TiledX {
     uint32_t to_;
 };
 
+// Towards the L2 cache, on behalf of a warp: the codes of a step, and the statistics that lie before them.
+template <class Stats, int BITS>
+HF_DEVICE void prefetch_step(const Matrix& m, int64_t first_block, int step) {
+    constexpr int kLine = 32, kLines = 16;  // words; of a row block, by half of the warp
+    const int lane = dev::thread() & 31;
+    const int64_t last = (m.rows - 1) / kRows, wanted = first_block + lane / kLines;
+    const int first = Stats::kTileShift == 3 ? step * m.panels.panel_words : tile_offset(m, step * kStepTiles);
+    const int at = first + lane % kLines * kLine;
+    if (at < m.panels.words) dev::prefetch(m.packed + (wanted < last ? wanted : last) * m.panels.words + at);
+}
+
 // Quarter I of the lane's tile in set H: 8 columns of its two rows, to shared memory.
 template <class Stats, int BITS, int H, int I>
 HF_DEVICE void put_quarter(RowBlock<Stats, BITS>& block, uint32_t to) {
@@ -111,11 +110,17 @@ class TiledWarp {
         if (OUTLIERS && outliers_.any()) outlier = outliers_.begin((step + 1) * kStepColumns);
 #pragma unroll
         for (int r = 0; r < kTiledRowBlocks; ++r) {
-            // A unit far below the sums that there are would take them out of the range of fp32.
-            const float sums = dev::mul(largest_unit_, kLeastUnit);
             Stats& stats = blocks_.each[r].stats;
-            stats.decode(step, fmaxf(sums, in_second() == (r == 1) ? outlier : 0.f));
-            change_unit(r, stats.factor());
+            if constexpr (Stats::kRowScales) {
+                stats.decode(step, unit_[r]);
+            } else {
+                // A unit far below the sums that there are would take them out of the range of fp32.
+                const float sums = dev::mul(largest_unit_, kLeastUnit);
+                stats.decode(step, fmaxf(sums, in_second() == (r == 1) ? outlier : 0.f));
+                largest_unit_ = fmaxf(largest_unit_, stats.factor(0));
+            }
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) change_unit(r, u, stats.factor(u));
             if (next >= 0) stats.prefetch(next);
         }
         if (OUTLIERS && outliers_.any()) outliers_.scale((step + 1) * kStepColumns, up_of_row());
@@ -159,20 +164,26 @@ class TiledWarp {
         }
     }
 
-    // To `to`, where the sums of row block r, token 0 lie at r * kRows, those of the next token `stride` further.
-    HF_DEVICE void write(float* to, int64_t stride, int row_blocks, int tokens) const {
+    // To `to`, where the sums of row block r, token 0 lie at r * kRows, those of the next token `stride` further. Each
+    // token's times `scale`, if there is one.
+    HF_DEVICE void write(float* to, int64_t stride, int row_blocks, int tokens, const float* scale) const {
         const int lane = dev::thread() & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
-        for (int r = 0; r < kTiledRowBlocks; ++r) {
-            if (r >= row_blocks) break;
+        for (int j = 0; j < NT; ++j) {
 #pragma unroll
-            for (int j = 0; j < NT; ++j) {
+            for (int e = 0; e < 2; ++e) {
+                const int token = 8 * j + 2 * t + e;
+                if (token >= tokens) continue;
+                const float of_token = scale ? scale[token] : 1.f;
+                // In this order: what the factors come to may be far beyond fp32, or far below it, before the last.
+                const auto y = [&](float sum, float unit) {
+                    return dev::mul(dev::mul(dev::mul(sum, of_token), unit), Stats::kFactor);
+                };
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int token = 8 * j + 2 * t + e;
-                    if (token >= tokens) continue;
+                for (int r = 0; r < kTiledRowBlocks; ++r) {
+                    if (r >= row_blocks) break;
                     *reinterpret_cast<float2*>(to + token * stride + r * kRows + 2 * g) =
-                        make_float2(dev::mul(sums_[r][j][e], unit_[r]), dev::mul(sums_[r][j][2 + e], unit_[r]));
+                        make_float2(y(sums_[r][j][e], unit_[r][0]), y(sums_[r][j][2 + e], unit_[r][kUnits - 1]));
                 }
             }
         }
@@ -180,6 +191,7 @@ class TiledWarp {
 
   private:
     using Map = TiledMap<Stats, NT>;
+    static constexpr int kUnits = Stats::kRowScales ? 2 : 1;     // of a row block, for a lane's two rows
     static constexpr float kLeastUnit = 1.f / float(1ll << 45);  // of the largest, so that 2^60 is between the two
 
     HF_DEVICE TiledWarp(const Matrix& m, int64_t first_block, int first_step, uint32_t shared, int warp, int lane)
@@ -197,18 +209,19 @@ class TiledWarp {
     static HF_DEVICE float inverse(float power) { return dev::as_float((254u << 23) - dev::as_bits(power)); }
     // Whether the row of which the lane adds outliers is in the second row block.
     static HF_DEVICE bool in_second() { return dev::thread() & kRows; }
-    HF_DEVICE float up_of_row() const { return inverse(in_second() ? unit_[1] : unit_[0]); }
+    HF_DEVICE float up_of_row() const { return inverse(in_second() ? unit_[1][0] : unit_[0][0]); }
 
-    HF_DEVICE void change_unit(int r, float unit) {
-        largest_unit_ = fmaxf(largest_unit_, unit);
-        if (unit == unit_[r]) return;
-        const float factor = dev::mul(unit_[r], inverse(unit));
+    HF_DEVICE void change_unit(int r, int u, float unit) {
+        if (unit == unit_[r][u]) return;
+        const float factor = dev::mul(unit_[r][u], inverse(unit));
 #pragma unroll
         for (int j = 0; j < NT; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sums_[r][j][e] = dev::mul(sums_[r][j][e], factor);
+            for (int e = 0; e < 4; ++e) {
+                if (kUnits == 1 || e >> 1 == u) sums_[r][j][e] = dev::mul(sums_[r][j][e], factor);
+            }
         }
-        unit_[r] = unit;
+        unit_[r][u] = unit;
     }
 
     RowBlocks<Stats, BITS, kTiledRowBlocks> blocks_;
@@ -216,7 +229,7 @@ class TiledWarp {
     Operands operands_;
     uint32_t put_;  // where the lane's weights go
     float sums_[kTiledRowBlocks][NT][4] = {};
-    float unit_[kTiledRowBlocks] = {1.f, 1.f}, largest_unit_ = 0.f;
+    float unit_[kTiledRowBlocks][kUnits] = {}, largest_unit_ = 0.f;
 };
 
 // What a block has to do.
@@ -243,6 +256,8 @@ tiled_kernel(const TiledArgs a) {
     const uint32_t shared = dev::shared_address();
     const TiledBlock block(a, int(dev::block_x()), Map::kTokens);
     dev::let_next_kernel_start();
+    // What the kernel before this one in the stream wrote may be read only when it has ended.
+    prefetch_step<Stats, BITS>(a.weight, block.first_row_block, block.first_step);
     dev::wait_for_kernel();
     const TiledX<NT> x(a, block.first_token);
     x.fetch(block.first_step * kStepColumns, shared);
@@ -267,7 +282,8 @@ tiled_kernel(const TiledArgs a) {
     const int row_blocks = (a.weight.rows + kRows - 1) / kRows;
     const int64_t stride = int64_t(row_blocks) * kRows;
     mine.write(a.sums + (int64_t(same.part) * a.tokens + same.first_token) * stride + same.first_row_block * kRows,
-               stride, int(row_blocks - same.first_row_block), a.tokens - same.first_token);
+               stride, int(row_blocks - same.first_row_block), a.tokens - same.first_token,
+               a.token_scale ? a.token_scale + same.first_token : nullptr);
 }
 
 }  // namespace hf_spqr

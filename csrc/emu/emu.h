@@ -137,6 +137,9 @@ HF_EMU_CALL int shuffle_xor(int v, int mask) {
 HF_EMU_CALL int shuffle(int v, int from) {
     return int(emu::show({uint32_t(v)})[from][0]);
 }
+HF_EMU_CALL float shuffle(float v, int from) {
+    return as_float(emu::show({as_bits(v)})[from][0]);
+}
 HF_EMU_CALL uint32_t ballot(bool yes) {
     const auto shown = emu::show({uint32_t(yes)});
     uint32_t lanes = 0;
@@ -204,6 +207,11 @@ uint32_t select_bytes(uint32_t a, uint32_t b) {
     const uint64_t both = uint64_t(b) << 32 | a;
     uint32_t result = 0;
     for (int i = 0; i < 4; ++i) result |= uint32_t(both >> 8 * (SELECT >> 4 * i & 7) & 255) << 8 * i;
+    return result;
+}
+HF_EMU_CALL uint32_t permute_bytes(uint32_t a, uint32_t selector) {
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= uint32_t(uint64_t(a) >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
     return result;
 }
 inline float div(float a, float b) {

@@ -16,7 +16,8 @@ enum class Job : int64_t {
     quantize = 3,
     int8_linear = 4,
     stretch = 5,
-    parts = 6
+    parts = 6,
+    refused = 7
 };
 
 void run_tiled(const LinearArgs& a) {
@@ -26,10 +27,9 @@ void run_tiled(const LinearArgs& a) {
     const int64_t stride = ceil_div(m.rows, 16) * 16;
     const Bytes sums(parts * a.tokens * stride * 4);
     memset(sums.data, 0xFF, size_t(sums.size));
-    const TiledArgs t{m, a.x, a.x_stride, a.tokens, parts, sums.as<float>()};
+    const TiledArgs t{m, a.x, a.x_stride, a.token_scale, a.tokens, parts, sums.as<float>()};
     expect(hf_spqr_cuda_linear_tiled(&t, nullptr) == 0, "tiled linear failed");
-    const FinishArgs f{t.sums, DType::f32, parts,         stride, m.rows, 0,
-                       m.rows, a.tokens,   a.token_scale, a.bias, a.y,    a.dtype};
+    const FinishArgs f{t.sums, DType::f32, parts, stride, m.rows, 0, m.rows, a.tokens, nullptr, a.bias, a.y, a.dtype};
     expect(hf_spqr_cuda_finish(&f, nullptr) == 0, "finish failed");
 }
 
@@ -117,12 +117,32 @@ void run_parts(const Header& h, FILE* out) {
     Matrix m{};
     m.format = Format(h.format);
     m.bits = int(h.bits);
+    m.group = int(h.group);
     m.rows = int(h.rows);
     m.columns = int(h.columns);
+    m.stat_bits = int(h.stat_bits);
+    m.groups_per_second = int(h.groups_per_second);
+    m.panels = panels_of(m);
     const Bytes result(sizeof(int64_t));
     int parts = 0;
     expect(hf_spqr_cuda_tiled_parts(&m, int(h.tokens), &parts) == 0, "tiled_parts failed");
     *result.as<int64_t>() = parts;
+    write_result(result, out);
+}
+
+// Whether the kernel for few tokens is not to be had for an affine matrix. There are no bytes for it to run on.
+void run_refused(const Header& h, FILE* out) {
+    ResidentArgs a{};
+    a.weight.format = Format::affine;
+    a.weight.bits = int(h.bits);
+    a.weight.group = kPerChannel;
+    a.weight.rows = int(h.rows);
+    a.weight.columns = int(h.columns);
+    a.weight.panels = panels_of(a.weight);
+    a.dtype = DType::f16;
+    a.tokens = int(h.tokens);
+    const Bytes result(sizeof(int64_t));
+    *result.as<int64_t>() = hf_spqr_cuda_linear_resident(&a, nullptr) == kNoKernel;
     write_result(result, out);
 }
 
@@ -134,6 +154,7 @@ void run_case(const Header& h, FILE* in, FILE* out) {
     if (job == Job::quantize) return run_quantize(h, in, out);
     if (job == Job::stretch) return run_stretch(h, out);
     if (job == Job::parts) return run_parts(h, out);
+    if (job == Job::refused) return run_refused(h, out);
     const DType dtype = DType(h.dtype);
     const int64_t element = dtype == DType::f32 ? 4 : 2;
     const auto packed = read_tensor(in), outlier_row = read_tensor(in), outlier = read_tensor(in);
@@ -163,8 +184,8 @@ void run_case(const Header& h, FILE* in, FILE* out) {
         run_int8_linear(h, m, in, result);
     } else {
         const auto perm = read_tensor(in);
-        const DequantizeArgs a{m,    perm->as<int32_t>(), int(h.first_row), int(h.part_rows), result.data, h.columns,
-                               dtype};
+        const DequantizeArgs a{
+            m, perm->as<int32_t>(), int(h.first_row), int(h.part_rows), result.data, h.columns, dtype, 0};
         expect(hf_spqr_cuda_dequantize(&a, nullptr) == 0, "dequantize failed");
     }
     write_result(result, out);

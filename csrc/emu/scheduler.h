@@ -23,6 +23,7 @@ struct Grid {
 namespace emu {
 
 constexpr int kMaxShared = 99 * 1024;  // per block, on the architecture that has least
+constexpr int kMaxGridY = 64;          // devices have 65,535; so few that tests reach them
 
 struct DeviceLimits {
     int multiprocessors, shared_bytes;
@@ -132,6 +133,11 @@ const uint32_t (*show(const uint32_t (&words)[N])) [kWords] {
 inline void fiber_main() {
     Fiber* me = block().current;
     block().body();
+    for (const auto& group : me->copies) {
+        if (group.empty()) continue;
+        fprintf(stderr, "race: thread %d ends without having waited for its copies\n", me->thread);
+        abort();
+    }
     me->done = true;
     swapcontext(&me->context, &block().scheduler);
 }
@@ -179,7 +185,7 @@ inline void run_block(int threads, std::mt19937& random) {
 
 template <auto KERNEL, bool OVERLAP = false, class Args>
 int launch(Grid grid, int threads, int shared_bytes, void*, const Args& args) {
-    if (shared_bytes > limits().shared_bytes || grid.y > 65535) return 1;
+    if (shared_bytes > limits().shared_bytes || grid.y > kMaxGridY) return 1;
     Block& b = block();
     std::mt19937 random(seed());
     b.body = [args] { KERNEL(args); };

@@ -1,23 +1,11 @@
 // Argument checks of the ops, each with a message that names the argument, and the way from tensors to a Matrix.
 #pragma once
 #include <optional>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include "cpu/matrix.h"
+// after the matrix
+#include "torch/layout.h"
 
 namespace hf_spqr {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-struct SpqrLayout {
-    int64_t out_features, bits, group_size, stat_bits, second_group;
-};
-
-struct AffineLayout {
-    int64_t out_features, bits, group_size;
-    bool symmetric, scale_bf16;
-};
 
 // `op` begins every message.
 Matrix spqr_matrix(const char* op, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
@@ -30,8 +18,5 @@ const int32_t* permutation(const char* op, const std::optional<Tensor>& perm, in
 // Pointer to the bias of the rows, null where there is none. `named` says what its dtype must be.
 const void* bias_pointer(const char* op, const std::optional<Tensor>& bias, int64_t rows, ScalarType,
                          const char* named);
-
-// Throws unless dtype is float32, bfloat16 or float16.
-DType float_dtype(const char* op, const char* argument, ScalarType);
 
 }  // namespace hf_spqr

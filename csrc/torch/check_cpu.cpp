@@ -11,15 +11,6 @@ void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType 
     STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
-void check_shape(const char* op, int64_t out_features, int64_t in_features, int64_t bits, int64_t least_bits,
-                 int64_t group) {
-    STD_TORCH_CHECK(out_features > 0, op, ": out_features must be positive, got ", out_features);
-    STD_TORCH_CHECK(in_features > 0, op, ": in_features must be positive, got ", in_features);
-    STD_TORCH_CHECK(bits >= least_bits && bits <= 8, op, ": bits must be ", least_bits, " to 8, got ", bits);
-    STD_TORCH_CHECK(group == kPerChannel || group == 8 || group == 16 || group == 32 || group == 64 || group == 128,
-                    op, ": group_size must be 8, 16, 32, 64, 128 or -1 (one group per row), got ", group);
-}
-
 // Words of a row block, from walking over its panels.
 int64_t words_of(const Matrix& m) {
     PanelWalk walk(m, 0);
@@ -48,19 +39,8 @@ bool rises(const int32_t* numbers, int64_t count) {
 
 Matrix spqr_matrix(const char* op, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
                    int64_t in_features, const SpqrLayout& layout) {
-    check_shape(op, layout.out_features, in_features, layout.bits, 2, layout.group_size);
-    STD_TORCH_CHECK(layout.stat_bits >= 2 && layout.stat_bits <= 8, op, ": stat_bits must be 2 to 8, got ",
-                    layout.stat_bits);
-    STD_TORCH_CHECK(layout.second_group == 16 || layout.second_group == 32, op,
-                    ": second_group must be 16 or 32, got ", layout.second_group);
-    Matrix m{};
-    m.format = Format::spqr;
-    m.bits = int(layout.bits);
-    m.group = int(layout.group_size);
-    m.rows = layout.out_features;
-    m.columns = in_features;
-    m.stat_bits = int(layout.stat_bits);
-    m.groups_per_second = int(layout.second_group / 16);
+    check_layout(op, in_features, layout);
+    Matrix m = matrix_of(in_features, layout);
     check_packed(op, packed, m);
 
     check_tensor(op, "outlier_row", outlier_row, ScalarType::Int, "int32");
@@ -73,24 +53,13 @@ Matrix spqr_matrix(const char* op, const Tensor& packed, const Tensor& outlier_r
     STD_TORCH_CHECK(row[0] == 0 && row[m.rows] == outlier.size(0) && rises(row, m.rows + 1), op,
                     ": outlier_row must rise from 0 to the number of outliers, ", outlier.size(0), "; it goes from ",
                     row[0], " to ", row[m.rows]);
-    if (outlier.size(0) > 0) {
-        m.outlier_row = row;
-        m.outlier = wide ? nullptr : static_cast<const uint32_t*>(outlier.const_data_ptr());
-        m.outlier_wide = wide ? static_cast<const uint64_t*>(outlier.const_data_ptr()) : nullptr;
-    }
+    set_outliers(m, outlier_row, outlier);
     return m;
 }
 
 Matrix affine_matrix(const char* op, const Tensor& packed, int64_t in_features, const AffineLayout& layout) {
-    check_shape(op, layout.out_features, in_features, layout.bits, 1, layout.group_size);
-    Matrix m{};
-    m.format = Format::affine;
-    m.bits = int(layout.bits);
-    m.group = int(layout.group_size);
-    m.rows = layout.out_features;
-    m.columns = in_features;
-    m.symmetric = layout.symmetric;
-    m.scale_bf16 = layout.scale_bf16;
+    check_layout(op, in_features, layout);
+    Matrix m = matrix_of(in_features, layout);
     check_packed(op, packed, m);
     return m;
 }
@@ -111,13 +80,6 @@ const void* bias_pointer(const char* op, const std::optional<Tensor>& bias, int6
     STD_TORCH_CHECK(bias->scalar_type() == dtype, op, ": bias must have ", named);
     STD_TORCH_CHECK(bias->is_cpu() && bias->is_contiguous(), op, ": bias must be contiguous and on the CPU");
     return bias->const_data_ptr();
-}
-
-DType float_dtype(const char* op, const char* argument, ScalarType dtype) {
-    if (dtype == ScalarType::Float) return DType::f32;
-    if (dtype == ScalarType::BFloat16) return DType::bf16;
-    STD_TORCH_CHECK(dtype == ScalarType::Half, op, ": ", argument, " must be float32, bfloat16 or float16");
-    return DType::f16;
 }
 
 }  // namespace hf_spqr

@@ -5,15 +5,12 @@
 namespace hf_spqr {
 namespace {
 
-void check_shape(const char* op, int64_t out_features, int64_t in_features, int64_t bits, int64_t least_bits,
-                 int64_t group) {
-    STD_TORCH_CHECK(out_features > 0 && out_features < kMostFeatures, op, ": out_features must be in 1 .. 2^26, got ",
-                    out_features);
-    STD_TORCH_CHECK(in_features > 0 && in_features < kMostFeatures, op, ": in_features must be in 1 .. 2^26, got ",
-                    in_features);
-    STD_TORCH_CHECK(bits >= least_bits && bits <= 8, op, ": bits must be ", least_bits, " to 8, got ", bits);
-    STD_TORCH_CHECK(group == kPerChannel || group == 8 || group == 16 || group == 32 || group == 64 || group == 128,
-                    op, ": group_size must be 8, 16, 32, 64, 128 or -1 (one group per row), got ", group);
+template <class Layout>
+void check_size(const char* op, int64_t in_features, const Layout& layout) {
+    check_layout(op, in_features, layout);
+    STD_TORCH_CHECK(layout.out_features < kMostFeatures, op, ": out_features must be below 2^26, got ",
+                    layout.out_features);
+    STD_TORCH_CHECK(in_features < kMostFeatures, op, ": in_features must be below 2^26, got ", in_features);
 }
 
 void check_packed(const char* op, int device, const Tensor& packed, Matrix& m) {
@@ -41,19 +38,8 @@ void check_tensor(const char* op, const char* name, int device, const Tensor& t,
 
 Matrix spqr_matrix(const char* op, int device, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
                    int64_t in_features, const SpqrLayout& layout) {
-    check_shape(op, layout.out_features, in_features, layout.bits, 2, layout.group_size);
-    STD_TORCH_CHECK(layout.stat_bits >= 2 && layout.stat_bits <= 8, op, ": stat_bits must be 2 to 8, got ",
-                    layout.stat_bits);
-    STD_TORCH_CHECK(layout.second_group == 16 || layout.second_group == 32, op,
-                    ": second_group must be 16 or 32, got ", layout.second_group);
-    Matrix m{};
-    m.format = Format::spqr;
-    m.bits = int(layout.bits);
-    m.group = int(layout.group_size);
-    m.rows = int(layout.out_features);
-    m.columns = int(in_features);
-    m.stat_bits = int(layout.stat_bits);
-    m.groups_per_second = int(layout.second_group / 16);
+    check_size(op, in_features, layout);
+    Matrix m = matrix_of(in_features, layout);
     check_packed(op, device, packed, m);
 
     check_tensor(op, "outlier_row", device, outlier_row, ScalarType::Int, "int32");
@@ -62,25 +48,14 @@ Matrix spqr_matrix(const char* op, int device, const Tensor& packed, const Tenso
     const bool wide = in_features > 65536;
     check_tensor(op, "outlier", device, outlier, wide ? ScalarType::Long : ScalarType::Int, wide ? "int64" : "int32");
     STD_TORCH_CHECK(outlier.dim() == 1, op, ": outlier must have one dimension, got ", outlier.dim());
-    if (outlier.size(0) > 0) {
-        m.outlier_row = static_cast<const int32_t*>(outlier_row.const_data_ptr());
-        m.outlier = wide ? nullptr : static_cast<const uint32_t*>(outlier.const_data_ptr());
-        m.outlier_wide = wide ? static_cast<const uint64_t*>(outlier.const_data_ptr()) : nullptr;
-    }
+    set_outliers(m, outlier_row, outlier);
     return m;
 }
 
 Matrix affine_matrix(const char* op, int device, const Tensor& packed, int64_t in_features,
                      const AffineLayout& layout) {
-    check_shape(op, layout.out_features, in_features, layout.bits, 1, layout.group_size);
-    Matrix m{};
-    m.format = Format::affine;
-    m.bits = int(layout.bits);
-    m.group = int(layout.group_size);
-    m.rows = int(layout.out_features);
-    m.columns = int(in_features);
-    m.symmetric = layout.symmetric;
-    m.scale_bf16 = layout.scale_bf16;
+    check_size(op, in_features, layout);
+    Matrix m = matrix_of(in_features, layout);
     check_packed(op, device, packed, m);
     return m;
 }
@@ -122,13 +97,6 @@ void check_launch(const char* op, const char* kernel, int status) {
 int device_of(const char* op, const char* name, const Tensor& t) {
     STD_TORCH_CHECK(t.is_cuda(), op, ": ", name, " must be on a GPU, as other arguments are");
     return int(t.get_device_index());
-}
-
-DType float_dtype(const char* op, const char* argument, ScalarType dtype) {
-    if (dtype == ScalarType::Float) return DType::f32;
-    if (dtype == ScalarType::BFloat16) return DType::bf16;
-    STD_TORCH_CHECK(dtype == ScalarType::Half, op, ": ", argument, " must be float32, bfloat16 or float16");
-    return DType::f16;
 }
 
 }  // namespace hf_spqr

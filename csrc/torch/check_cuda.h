@@ -2,24 +2,13 @@
 // Nothing here reads device memory: indices were checked when the file was loaded.
 #pragma once
 #include <optional>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include "cuda/matrix.h"
+// after the matrix
+#include "torch/layout.h"
 
 namespace hf_spqr {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-struct SpqrLayout {
-    int64_t out_features, bits, group_size, stat_bits, second_group;
-};
-
-struct AffineLayout {
-    int64_t out_features, bits, group_size;
-    bool symmetric, scale_bf16;
-};
 
 // `op` begins every message. `device` is the index of the GPU that all tensors must be on.
 Matrix spqr_matrix(const char* op, int device, const Tensor& packed, const Tensor& outlier_row, const Tensor& outlier,
@@ -50,8 +39,5 @@ void check_launch(const char* op, const char* kernel, int status);
 
 // The index of x's GPU. Throws unless x is a CUDA tensor of at least one dimension.
 int device_of(const char* op, const char* name, const Tensor&);
-
-// Throws unless dtype is float32, bfloat16 or float16.
-DType float_dtype(const char* op, const char* argument, ScalarType);
 
 }  // namespace hf_spqr

@@ -93,12 +93,12 @@ bool linear_tiled(const Call& c, const Tensor& x, Tensor& y) {
     const PreparedX p = half_of(c, x);
     const int64_t stride = ceil_div(m.rows, 16) * 16;
     Tensor sums = stable::new_empty(x, {parts, c.tokens, stride}, ScalarType::Float);
-    const TiledArgs args{m,     static_cast<const uint16_t*>(p.x.const_data_ptr()), p.stride, c.tokens,
-                         parts, static_cast<float*>(sums.mutable_data_ptr())};
+    const auto* half = static_cast<const uint16_t*>(p.x.const_data_ptr());
+    const TiledArgs args{m, half, p.stride, p.scale(), c.tokens, parts, static_cast<float*>(sums.mutable_data_ptr())};
     const int status = hf_spqr_cuda_linear_tiled(&args, c.stream);
     if (status == kNoKernel) return false;
     check_launch(c.op, "tiled linear", status);
-    const FinishArgs finish{args.sums, DType::f32,           parts,  stride, m.rows, 0, m.rows, c.tokens, p.scale(),
+    const FinishArgs finish{args.sums, DType::f32,           parts,  stride, m.rows, 0, m.rows, c.tokens, nullptr,
                             c.bias,    y.mutable_data_ptr(), c.dtype};
     check_launch(c.op, "finish", hf_spqr_cuda_finish(&finish, c.stream));
     return true;
@@ -119,8 +119,8 @@ void linear_many(const Call& c, const Tensor& x, Tensor& y) {
         const int64_t rows = std::min<int64_t>(part_rows, m.rows - first);
         Tensor weight = stable::new_empty(x, {rows, m.columns}, kind);
         const DequantizeArgs dequantize{
-            m,         full ? c.perm : nullptr,       int(first), int(rows), weight.mutable_data_ptr(),
-            m.columns, full ? DType::f32 : DType::f16};
+            m,         full ? c.perm : nullptr,        int(first), int(rows), weight.mutable_data_ptr(),
+            m.columns, full ? DType::f32 : DType::f16, 0};
         check_launch(c.op, "dequantize", hf_spqr_cuda_dequantize(&dequantize, c.stream));
         const Tensor product = stable::matmul(left, stable::transpose(weight, 0, 1));
         STD_TORCH_CHECK(product.is_contiguous(), c.op, ": torch returned a product that is not contiguous");
@@ -177,7 +177,7 @@ Tensor dequantize_cuda(const char* op, const Tensor& like, const Matrix& m, cons
     const DType kind = float_dtype(op, "dtype", dtype);
     Tensor out = stable::new_empty(like, {m.rows, m.columns}, dtype);
     const DequantizeArgs args{
-        m, permutation(op, device, perm, m.columns), 0, m.rows, out.mutable_data_ptr(), m.columns, kind};
+        m, permutation(op, device, perm, m.columns), 0, m.rows, out.mutable_data_ptr(), m.columns, kind, 0};
     check_launch(op, "dequantize", hf_spqr_cuda_dequantize(&args, current_stream(device)));
     return out;
 }

@@ -135,7 +135,7 @@ def model_estimates(rows: Sequence[Row], per_layer: float, free: int) -> list[di
 @torch.no_grad()
 def seconds_per_layer(repeats: int = 20) -> float:
     """What transformers takes for a Llama layer beside its matrices, one token on the CPU: that of a narrow one."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2,
@@ -147,9 +147,10 @@ def seconds_per_layer(repeats: int = 20) -> float:
     times: dict[int, list[float]] = {8: [], 4: []}
     for _ in range(repeats):
         for layers, one in ((8, model), (4, less)):
-            cache = one(torch.ones(1, 32, dtype=torch.int64), use_cache=True).past_key_values
+            cache = DynamicCache(config=config)
+            one(torch.ones(1, 32, dtype=torch.int64), None, None, cache, use_cache=True)
             start = time.perf_counter()
-            one(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+            one(torch.ones(1, 1, dtype=torch.int64), None, None, cache, use_cache=True)
             times[layers].append(time.perf_counter() - start)
     return max(0.0, (median(times[8]) - median(times[4])) / 4)
 

@@ -14,8 +14,9 @@ from hf_spqr.nn import AffineLinear, SpQRLinear
 
 __all__ = ["affine_linear", "spqr_linear"]
 
-SAMPLE_ROWS = 64
-"""Rows that are packed; the others repeat them. No kernel can tell, and packing a whole model would take minutes."""
+SAMPLE_ROWS = 512
+"""Rows that are packed; the others repeat them. No kernel is slower or faster for it, and packing a whole model would
+take minutes."""
 CHUNK = 1 << 24
 """Weights for which outliers are drawn at a time."""
 OUTLIER_BITS = 0x2000
@@ -34,7 +35,7 @@ def spqr_linear(
     row = torch.zeros(rows + 1, dtype=torch.int32, device=device)
     row[1:] = per_row.cumsum(0)
     tensors = {
-        "packed": _repeat_rows(_sample_spqr(columns, bits, group_size, device), layout),
+        "packed": _repeat_rows(_sample_spqr(min(rows, SAMPLE_ROWS), columns, bits, group_size, device), layout),
         "outlier_row": row,
         "outlier": (column | (OUTLIER_BITS << 16)).to(layout.outlier_dtype),
     }
@@ -46,7 +47,7 @@ def affine_linear(
 ) -> AffineLinear:
     """A bfloat16 layer in the affine format whose output is about as large as its input."""
     layout = AffineLayout(rows, columns, bits, group_size)
-    packed = _repeat_rows(_sample_affine(columns, bits, group_size, device), layout)
+    packed = _repeat_rows(_sample_affine(min(rows, SAMPLE_ROWS), columns, bits, group_size, device), layout)
     return AffineLinear(layout, {"packed": packed}, dtype=torch.bfloat16)
 
 
@@ -65,18 +66,23 @@ def _codes(shape: tuple[int, int], bits: int, device: str) -> Tensor:
     return torch.randint(0, 2**bits, shape, dtype=torch.uint8, device=device)
 
 
+def _around(shape: tuple[int, ...], mean: float, device: str) -> Tensor:
+    """Numbers between half and one and a half times ``mean``, float16."""
+    return ((torch.rand(shape, device=device) + 0.5) * mean).half()
+
+
 @lru_cache(maxsize=16)
-def _sample_spqr(columns: int, bits: int, group_size: int, device: str) -> Tensor:
-    layout = SpQRLayout(SAMPLE_ROWS, columns, bits, group_size)
-    groups = (SAMPLE_ROWS, layout.groups)
-    second = torch.tensor([0.4 * columns**-0.5 / 2**bits, -2, 2**bits / 8, 0], dtype=torch.float16, device=device)
+def _sample_spqr(rows: int, columns: int, bits: int, group_size: int, device: str) -> Tensor:
+    layout = SpQRLayout(rows, columns, bits, group_size)
+    groups, tables = (rows, layout.groups), (layout.row_blocks, layout.second_groups)
+    means = (0.4 * columns**-0.5 / 2**bits, -2, 2**bits / 8, 0)
     weight = SpQRWeight(
         layout,
-        _codes((SAMPLE_ROWS, columns), bits, device),
+        _codes((rows, columns), bits, device),
         _codes(groups, layout.stat_bits, device),
         _codes(groups, layout.stat_bits, device),
-        second.expand(layout.row_blocks, layout.second_groups, 4).contiguous(),
-        torch.zeros(SAMPLE_ROWS + 1, dtype=torch.int32, device=device),
+        torch.stack([_around(tables, mean, device) for mean in means], dim=-1),
+        torch.zeros(rows + 1, dtype=torch.int32, device=device),
         torch.zeros(0, dtype=torch.int32, device=device),
         torch.zeros(0, dtype=torch.float16, device=device),
     )
@@ -84,14 +90,13 @@ def _sample_spqr(columns: int, bits: int, group_size: int, device: str) -> Tenso
 
 
 @lru_cache(maxsize=16)
-def _sample_affine(columns: int, bits: int, group_size: int, device: str) -> Tensor:
-    layout = AffineLayout(SAMPLE_ROWS, columns, bits, group_size)
-    groups = (SAMPLE_ROWS, layout.groups)
-    scale = 3.2 * columns**-0.5 / 2**bits
+def _sample_affine(rows: int, columns: int, bits: int, group_size: int, device: str) -> Tensor:
+    layout = AffineLayout(rows, columns, bits, group_size)
+    groups = (rows, layout.groups)
     weight = AffineWeight(
         layout,
-        _codes((SAMPLE_ROWS, columns), bits, device),
-        torch.full(groups, scale, dtype=torch.float16, device=device),
+        _codes((rows, columns), bits, device),
+        _around(groups, 3.2 * columns**-0.5 / 2**bits, device),
         _codes(groups, bits, device),
     )
     return affine.pack(weight)["packed"]

@@ -3,10 +3,14 @@
 A model is run once with its blocks replaced by recorders that pass the hidden states through. Each recorder keeps the
 arguments that its own block was given (masks and rotary tables differ between layers in many models), so that a block
 can be called afterwards exactly as the model calls it. Hidden states live in host memory.
+
+A model whose blocks are no chain (they are run in a loop, or something is computed between them) is one block as a
+whole, whose "hidden states" are the token ids.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,33 +22,43 @@ from torch import Tensor, nn
 from hf_spqr.errors import CalibrationError, UnsupportedLayerError
 
 __all__ = [
-    "Block", "Call", "Recording", "attending_parts", "check_reads_text", "find_blocks", "find_stacks", "record",
-    "replay",
+    "Block", "Call", "NoChainError", "Recording", "attending_parts", "check_reads_text", "find_blocks", "find_stacks",
+    "find_wholes", "record", "replay", "stored_parts",
 ]  # fmt: skip
 
 BLOCK_LISTS = ("layers", "h", "blocks", "layer", "block")
 HIDDEN = "hidden_states"
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What blocks call the keys and values of earlier tokens: the name since Transformers 5.24, and before."""
+
+
+class NoChainError(UnsupportedLayerError):
+    """The blocks of a model are no chain in which each gets what the one before it gives."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its full name in the model and the module."""
+    """One decoder block: its full name in the model (empty for the model itself) and the module."""
 
     name: str
     module: nn.Module
+
+    def inside(self, local_name: str) -> str:
+        """The full name of a module in the block."""
+        return f"{self.name}.{local_name}" if self.name else local_name
 
 
 @dataclass
 class Call:
     """The arguments of one call of a block, without its hidden states.
 
-    ``args`` are the positional arguments after the hidden states; ``positional`` says whether the hidden states
-    themselves were positional.
+    ``args`` are the positional arguments after the hidden states; ``keyword`` is the name by which the hidden states
+    themselves were given, None where they were positional.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    positional: bool = True
+    keyword: str | None = None
 
 
 @dataclass
@@ -83,11 +97,28 @@ def find_stacks(model: nn.Module) -> list[list[Block]]:
     A model with an encoder and a decoder for text has two stacks, of which the encoder comes first.
 
     Raises:
-        UnsupportedLayerError: there is no list of blocks.
+        NoChainError: there is no list of blocks.
     """
-    encoder = _encoder(model)
-    stacks = [] if encoder is None else [_blocks_of(model, encoder)]
-    return [*stacks, _blocks_of(model, _decoder(model))]
+    return [_blocks_of(model, part) for part in _parts(model)]
+
+
+def find_wholes(model: nn.Module) -> list[list[Block]]:
+    """The decoder of ``model`` (before it the encoder of one that has both) as a stack of a single block."""
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    return [[Block(names[id(part)], part)] for part in _parts(model)]
+
+
+def stored_parts(model: nn.Module) -> list[str]:
+    """Starts of the names of parameters that a checkpoint must have whatever head is on the model: those in lists of
+    modules of the decoder, and of the encoder; all of the decoder where it has no list."""
+    found: list[str] = []
+    for [whole] in find_wholes(model):
+        lists: list[str] = []
+        for name, _ in _lists_of(whole.module):  # from the outside in
+            if not name.startswith(tuple(lists)):
+                lists.append(f"{name}.")
+        found += map(whole.inside, lists or [""])
+    return found
 
 
 def attending_parts(model: nn.Module) -> list[Any]:
@@ -103,10 +134,9 @@ def attending_parts(model: nn.Module) -> list[Any]:
 
 def _blocks_of(model: nn.Module, decoder: nn.Module) -> list[Block]:
     """The longest ``nn.ModuleList`` of ``decoder``, one with a usual name (``layers``, ``h``, ...) before others."""
-    lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
-    lists = [(name, module) for name, module in lists if len(module) and _has_matrix(module[0])]
+    lists = _lists_of(decoder)
     if not lists:
-        raise UnsupportedLayerError(
+        raise NoChainError(
             f"No decoder blocks found in {type(model).__name__}: expected an nn.ModuleList of blocks, for example"
             " `model.layers`."
         )
@@ -118,6 +148,12 @@ def _blocks_of(model: nn.Module, decoder: nn.Module) -> list[Block]:
     return [Block(f"{path}.{index}", block) for index, block in enumerate(blocks)]
 
 
+def _lists_of(part: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of modules in ``part`` that hold matrices, with their names in it."""
+    lists = [(name, module) for name, module in part.named_modules() if isinstance(module, nn.ModuleList)]
+    return [(name, module) for name, module in lists if len(module) and _has_matrix(module[0])]
+
+
 @torch.no_grad()
 def record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor]) -> Recording:
     """Run ``model`` once per batch of token ids [n, length] and keep what each block of one stack is given.
@@ -126,13 +162,15 @@ def record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor])
     each shape of a batch, to learn what its calls return.
 
     Raises:
-        CalibrationError: there are no batches, or the model does not call its blocks.
-        UnsupportedLayerError: a block is called without hidden states.
+        CalibrationError: there are no batches.
+        NoChainError: blocks are left out, called more than once or without hidden states, or the model does something
+            with the hidden states between them.
     """
     if not batches:
         raise CalibrationError("There are no calibration batches.")
     recording = Recording(calls=[[] for _ in blocks])
-    extras: dict[tuple[type, torch.Size], tuple[Any, ...] | None] = {}
+    chain = _Chain(blocks)
+    outputs: dict[tuple[type, torch.Size], Any] = {}
     device = next(model.parameters()).device
     run = _runner(model, blocks)
     training = model.training
@@ -140,18 +178,13 @@ def record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor])
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             stack.callback(_restore, block.module, block.module.__dict__.get("forward"))
-            block.module.forward = _recorder(recording, index, block, extras)
+            block.module.forward = _recorder(recording, index, block, outputs, chain)
         try:
             for batch in batches:
                 run(batch.to(device))
+                chain.end()
         finally:
             model.train(training)
-    for block, calls in zip(blocks, recording.calls, strict=True):
-        if len(calls) != len(batches):
-            raise CalibrationError(
-                f"{block.name} was called {len(calls)} times for {len(batches)} batches: blocks that are skipped or"
-                " shared between layers cannot be calibrated one by one."
-            )
     return recording
 
 
@@ -165,24 +198,35 @@ def replay(block: nn.Module, hidden: Tensor, call: Call, device: torch.device | 
         device = next(block.parameters()).device
     hidden = hidden.to(device)
     args, kwargs = _to_device(call.args, device), {k: _to_device(v, device) for k, v in call.kwargs.items()}
-    output = block(hidden, *args, **kwargs) if call.positional else block(*args, **{HIDDEN: hidden}, **kwargs)
+    output = block(hidden, *args, **kwargs) if call.keyword is None else block(**{call.keyword: hidden}, **kwargs)
+    if isinstance(output, dict):
+        output = tuple(output.values())
     return output[0] if isinstance(output, tuple | list) else output
 
 
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """The decoder, after the encoder of a model that has both."""
+    encoder = _encoder(model)
+    return [_decoder(model)] if encoder is None else [encoder, _decoder(model)]
+
+
 def _decoder(model: nn.Module) -> nn.Module:
-    for getter in ("get_decoder", "base_model"):
-        found = getattr(model, getter, None)
-        found = found() if getter == "get_decoder" and callable(found) else found
-        if isinstance(found, nn.Module):
-            return found
-    return model
+    found = [part for part in (_innermost(model, "get_decoder"), getattr(model, "base_model", model)) if part]
+    # what a head for masked words calls its decoder is a linear layer
+    return next((part for part in found if _lists_of(part)), found[-1])
+
+
+def _innermost(model: Any, getter: str) -> Any:
+    """What ``getter`` gives, asked again of that: the language model of Florence 2 has an encoder and a decoder."""
+    part = getattr(model, getter, lambda: model)()
+    return part if part is model or not isinstance(part, nn.Module) else _innermost(part, getter)
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
     """The text encoder of an encoder-decoder model, else None."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    return model.get_encoder()  # type: ignore[operator]
+    return _innermost(model, "get_encoder")
 
 
 def _runner(model: nn.Module, blocks: Sequence[Block]) -> Callable[[Tensor], Any]:
@@ -206,29 +250,64 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() == 2 for parameter in module.parameters())
 
 
+class _Chain:
+    """Checks while a model is run that each of ``blocks`` is called once, in order, on what the one before it gave."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks, self.next, self.given = blocks, 0, torch.empty(0)
+
+    def enter(self, index: int, hidden: Tensor) -> None:
+        name = self.blocks[index].name
+        if index < self.next:
+            raise NoChainError(f"{name} is called more than once for each sequence.")
+        if index > self.next:
+            raise NoChainError(f"{self.blocks[self.next].name} is not called before {name}.")
+        if index and not (self.given is hidden or _close(self.given.to(hidden.device), hidden)):
+            before = self.blocks[index - 1].name
+            raise NoChainError(f"{name} is not given what {before} gives: the model computes something between them.")
+        self.next, self.given = index + 1, hidden
+
+    def end(self) -> None:
+        """To be called after each pass of the model."""
+        if self.next < len(self.blocks):
+            raise NoChainError(f"{self.blocks[self.next].name} is not called.")
+        self.next = 0
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
 def _recorder(
-    recording: Recording, index: int, block: Block, extras: dict[tuple[type, torch.Size], tuple[Any, ...] | None]
+    recording: Recording,
+    index: int,
+    block: Block,
+    outputs: dict[tuple[type, torch.Size], Any],
+    chain: _Chain,
 ) -> Callable[..., Any]:
     original = block.module.forward
     kind = type(block.module)
+    first = next(iter(inspect.signature(original).parameters), HIDDEN)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        positional = bool(args)
-        if not positional and HIDDEN not in kwargs:
-            raise UnsupportedLayerError(f"{block.name} ({kind.__name__}) is not called with hidden states.")
-        hidden = args[0] if positional else kwargs[HIDDEN]
+        keyword = None if args else HIDDEN if HIDDEN in kwargs else first
+        hidden = args[0] if keyword is None else kwargs.get(keyword)
+        if not isinstance(hidden, Tensor):
+            raise NoChainError(f"{block.name} ({kind.__name__}) is not called with hidden states.")
+        chain.enter(index, hidden)
         key = kind, hidden.shape  # what comes back beside the hidden states may depend on their length: biases, masks
-        if key not in extras:
-            output = original(*args, **kwargs)
-            extras[key] = tuple(output[1:]) if isinstance(output, tuple | list) else None
+        if key not in outputs:
+            outputs[key] = original(*args, **kwargs)
         if index == 0:
             recording.hidden.append(hidden.to("cpu"))
-        given = {k: v for k, v in kwargs.items() if k != HIDDEN and k != "past_key_values"}
+        given = {k: None if k in CACHES else v for k, v in kwargs.items() if k != keyword}
         calls = recording.calls[index]
-        call = Call(tuple(args[1:]), given, positional)
+        call = Call(tuple(args[1:]), given, keyword)
         calls.append(_share(call, calls[-1]) if calls else call)
-        more = extras[key]
-        return hidden if more is None else (hidden, *more)
+        output = outputs[key]
+        if isinstance(output, dict):  # of a model as a whole
+            return output
+        return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
     return forward
 
@@ -244,7 +323,7 @@ def _share(call: Call, before: Call) -> Call:
     """``call`` with its tensors replaced by equal ones of the previous batch: masks and tables are kept once."""
     args = tuple(_share_value(new, old) for new, old in zip(call.args, before.args, strict=False))
     kwargs = {k: _share_value(v, before.kwargs.get(k)) for k, v in call.kwargs.items()}
-    return Call(args if len(args) == len(call.args) else call.args, kwargs, call.positional)
+    return Call(args if len(args) == len(call.args) else call.args, kwargs, call.keyword)
 
 
 def _share_value(new: Any, old: Any) -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from safetensors import SafetensorError
 
+from hf_spqr import __version__
 from hf_spqr.cli.bench import bench_command
 from hf_spqr.cli.common import err_console, print_json
 from hf_spqr.cli.convert import convert_command
@@ -21,6 +21,7 @@ from hf_spqr.cli.inspect import inspect_command
 from hf_spqr.cli.processes import is_shown_elsewhere
 from hf_spqr.cli.push import push_command
 from hf_spqr.cli.quantize import quantize_command
+from hf_spqr.cli.stop import ends_on_signals
 from hf_spqr.errors import HfSpqrError
 
 __all__ = ["app", "main"]
@@ -34,6 +35,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf-spqr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("quantize")(quantize_command)
 app.command("eval")(eval_command)
 app.command("inspect")(inspect_command)
@@ -49,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     What a user can mend (a missing or damaged file, a full disk, a field out of range, a missing optional package) is
     one message without a traceback; with ``--json`` it is also ``{"error": ...}`` on stdout. Anything else is a bug
-    and shows its traceback. SIGTERM (``kill``, torchrun, batch systems) is an exit like any other, so that unfinished
-    folders are removed.
+    and shows its traceback. Ctrl-C gives 130, SIGTERM (``kill``, torchrun, batch systems) 143; unfinished folders are
+    removed.
     """
-    signal.signal(signal.SIGTERM, _stop)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(arguments, prog_name="hf-spqr")
+        with ends_on_signals():
+            app(arguments, prog_name="hf-spqr")
     except (HfSpqrError, OSError, ImportError, SafetensorError) as error:
         if is_shown_elsewhere(error):
             raise SystemExit(1) from None
@@ -63,7 +81,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_json({"error": str(error), "type": type(error).__name__})
         err_console().print("[red]error:[/red]", escape(str(error)), soft_wrap=True)
         raise SystemExit(1) from None
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise SystemExit(128 + number)

@@ -34,6 +34,9 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the 
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help='Where to run: "cpu", "cuda", "cuda:1". Default: cpu.')
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it before.")
+]
 
 
 class Dtype(str, Enum):
@@ -138,22 +141,19 @@ def check_model(model: str) -> None:
         raise CommandError(f"{model} does not exist")
 
 
-def read_config(model: str) -> Any:
+def read_config(model: str, trust_remote_code: bool = False) -> Any:
     """The Transformers config of ``model``; CommandError when it cannot be read or its quant_method is unknown."""
     from transformers import AutoConfig
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    import hf_spqr  # noqa: F401  (registers the quantization methods)
+    import hf_spqr.integrations  # noqa: F401  (registers the quantization methods)
     from hf_spqr.report.model import BAD_CONFIG
 
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except BAD_CONFIG as error:
-        if "trust_remote_code" in str(error):
-            raise CommandError(
-                f"{model} has code of its own, which commands do not run: use from_pretrained(...,"
-                " trust_remote_code=True) in Python, which quantizes and loads such models too"
-            ) from error
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise untrusted(model) from error
         raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -163,9 +163,17 @@ def read_config(model: str) -> Any:
     return config
 
 
-def stored_method(model: str) -> str | None:
+def untrusted(model: str) -> CommandError:
+    """The error about code that must not run."""
+    return CommandError(
+        f"{model} has Python code of its own, which must run to load it. Read its *.py files; if you trust them, add"
+        " --trust-remote-code"
+    )
+
+
+def stored_method(model: str, trust_remote_code: bool = False) -> str | None:
     """``quant_method`` of the checkpoint; None when it is not quantized. Raises as :func:`read_config`."""
-    quantization = getattr(read_config(model), "quantization_config", None)
+    quantization = getattr(read_config(model, trust_remote_code), "quantization_config", None)
     return None if quantization is None else dict(quantization)["quant_method"]
 
 
@@ -198,19 +206,26 @@ def check_shard_size(size: str) -> None:
         raise CommandError(f"--max-shard-size {size}: give a number and a unit (KB, MB, GB or TB), for example 5GB")
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer beside the model; CommandError when there is none."""
     from transformers import AutoTokenizer
 
-    read_config(model)  # it is read for the tokenizer too, and mistakes in it are named here
+    read_config(model, trust_remote_code)  # it is read for the tokenizer too, and mistakes in it are named here
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise untrusted(model) from error
         raise CommandError(f"{model} has no tokenizer that can be loaded: {error}") from error
 
 
 def load_model(
-    model: str, dtype: Dtype, device: str | None, backend: Backend = Backend.auto, **kwargs: Any
+    model: str,
+    dtype: Dtype,
+    device: str | None,
+    backend: Backend = Backend.auto,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
 ) -> torch.nn.Module:
     """``from_pretrained`` of the checkpoint's class, with hf_spqr registered and without Transformers' own bars.
 
@@ -224,14 +239,14 @@ def load_model(
 
     check_model(model)
     check_device(device)
-    model_class = class_of(read_config(model))
+    model_class = class_of(read_config(model, trust_remote_code), trust_remote_code)
     if Path(model).is_dir():
         weight_files(Path(model))  # Transformers shows a traceback for a damaged index
     if device is not None:
         kwargs["device_map"] = device
     transformers.utils.logging.disable_progress_bar()
     try:
-        loaded = model_class.from_pretrained(model, dtype=dtype.value, **kwargs)
+        loaded = model_class.from_pretrained(model, dtype=dtype.value, trust_remote_code=trust_remote_code, **kwargs)
     except SafetensorError as error:  # of an unquantized model: those of packed ones are looked at before
         raise CommandError(f"{model}: a file is truncated or damaged ({error}). Download or copy it again.") from error
     except RuntimeError as error:
@@ -244,14 +259,14 @@ def load_model(
     return loaded
 
 
-def check_writes_text(model: str) -> None:
+def check_writes_text(model: str, trust_remote_code: bool = False) -> None:
     """Raise CommandError unless ``model`` is one that continues a text, as its config.json says."""
-    from transformers import PreTrainedModel
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
     from hf_spqr.report.model_classes import class_of
 
-    config = read_config(model)
-    found = class_of(config)
-    continues = not issubclass(found, PreTrainedModel) or found.can_generate()  # AutoModelForCausalLM is none
+    config = read_config(model, trust_remote_code)
+    found = class_of(config, trust_remote_code)
+    continues = found.can_generate() if issubclass(found, PreTrainedModel) else found is AutoModelForCausalLM
     if not continues or config.is_encoder_decoder:
         raise CommandError(f"{model} is a {found.__name__}, no causal language model: eval cannot score it")

@@ -15,6 +15,7 @@ from hf_spqr.cli.common import (
     OutArgument,
     OverwriteOption,
     ShardSizeOption,
+    TrustOption,
     bold,
     check_model,
     check_shard_size,
@@ -50,6 +51,7 @@ def convert_command(
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type of what is not quantized.")] = Dtype.auto,
     max_shard_size: ShardSizeOption = "50GB",
     overwrite: OverwriteOption = False,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Rewrite a checkpoint that another program quantized in our format: any dtype, CPU and CUDA.
@@ -71,7 +73,7 @@ def convert_command(
     check_shard_size(max_shard_size)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = read(model, dtype, omniquant, bits, group_size, act_bits)
+        loaded = read(model, dtype, omniquant, bits, group_size, act_bits, trust_remote_code)
     notes = list(loaded.quantization_report.notes)
     for warning in caught:
         if str(warning.message) not in notes:
@@ -79,7 +81,7 @@ def convert_command(
     with complete_folder(out) as partial:
         loaded.save_pretrained(partial, max_shard_size=max_shard_size)
         loaded.quantization_report.save(partial)
-        if not copy_preprocessing(model, partial):
+        if not copy_preprocessing(model, partial, trust_remote_code):
             notes.append(f"{model} has no tokenizer; copy the one of the base model beside the weights.")
     totals = loaded.quantization_report.totals()
     if json:
@@ -94,10 +96,16 @@ def convert_command(
 
 
 def read(
-    model: str, dtype: Dtype, omniquant: Path | None, bits: int | None, group_size: int | None, act_bits: int | None
+    model: str,
+    dtype: Dtype,
+    omniquant: Path | None,
+    bits: int | None,
+    group_size: int | None,
+    act_bits: int | None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """The model in our format; CommandError for what is none of the formats."""
-    method = stored_method(model)
+    method = stored_method(model, trust_remote_code)
     if omniquant is not None:
         from hf_spqr.integrations.omniquant_pth import apply_parameters, read_parameters
 
@@ -106,7 +114,7 @@ def read(
         if bits is None:
             raise CommandError("--omniquant needs --bits, which the file does not say; its name does (w3a16g128: 3)")
         parameters = read_parameters(omniquant)
-        loaded: Any = load_model(model, dtype, None)
+        loaded: Any = load_model(model, dtype, None, trust_remote_code=trust_remote_code)
         group_size = -1 if group_size is None else group_size
         apply_parameters(loaded, parameters, bits=bits, group_size=group_size, act_bits=act_bits)
         return loaded
@@ -115,11 +123,14 @@ def read(
     if method == "spqr":
         if bits is not None or group_size is not None:
             raise CommandError(f"{model} is official SpQR, 3 bit in groups of 16: leave out --bits and --group-size")
-        return load_model(model, dtype, None)
+        return load_model(model, dtype, None, trust_remote_code=trust_remote_code)
     if method == "gptq" or (method is None and bits is not None):
+        import transformers
+
         from hf_spqr.integrations.gptq import load_gptq_v2
 
-        return load_gptq_v2(model, bits, group_size, dtype=dtype.value)
+        transformers.utils.logging.disable_progress_bar()
+        return load_gptq_v2(model, bits, group_size, dtype=dtype.value, trust_remote_code=trust_remote_code)
     found = f'its quant_method is "{method}"' if method else "it is not quantized"
     raise CommandError(
         f'{model}: convert reads official SpQR (quant_method "spqr") and GPTQ v2 checkpoints, {found}. A GPTQ folder'
@@ -127,7 +138,7 @@ def read(
     )
 
 
-def copy_preprocessing(model: str, folder: Path) -> bool:
+def copy_preprocessing(model: str, folder: Path, trust_remote_code: bool = False) -> bool:
     """Copy the processor of ``model`` and save its tokenizer into ``folder``; False when it has no tokenizer."""
     from transformers import AutoTokenizer
 
@@ -135,7 +146,7 @@ def copy_preprocessing(model: str, folder: Path) -> bool:
 
     copy_processor(model, folder)
     try:
-        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).save_pretrained(folder)
     except (OSError, ValueError):
         return False
     return True

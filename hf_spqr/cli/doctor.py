@@ -1,4 +1,4 @@
-"""``hf-spqr doctor``: what is installed, what was compiled, what is registered."""
+"""``hf-spqr doctor``: what is installed, what was compiled and whether it computes right, what is registered."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import sys
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ OPTIONAL = ("datasets", "matplotlib", "lm_eval", "peft", "compressed_tensors")
 def doctor_command(json: JsonOption = False) -> None:
     """Say what this installation can do, and why it cannot do more.
 
+    The compiled kernels are tried on small random layers, on the CPU and on every GPU, against PyTorch.
+
     Exit code 0 when models can be quantized and loaded (through the PyTorch reference where the kernels are missing),
     1 when something essential is broken.
 
@@ -45,7 +48,8 @@ def doctor_command(json: JsonOption = False) -> None:
         "transformers": registration(),
         "autoload": autoload(),
     }
-    data["ok"] = data["transformers"]["registered"]
+    data["tried"] = tried(data)
+    data["ok"] = data["transformers"]["registered"] and not any(found["wrong"] for found in data["tried"].values())
     data["advice"] = advice(data)
     if json:
         print_json(data)
@@ -107,10 +111,26 @@ def cuda() -> dict[str, Any]:
     return {"built": torch.version.cuda, "devices": devices, "kernels": loaded, "reason": reason}
 
 
+def tried(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each device with compiled kernels: how many products were compared with PyTorch's, and which were wrong."""
+    devices = ["cpu"] if data["kernels"]["compiled"] else []
+    devices += [f"cuda:{i}" for i in range(len(data["cuda"]["devices"]))] if data["cuda"]["kernels"] else []
+    if not devices or not data["transformers"]["registered"]:
+        return {}
+    check = importlib.import_module("hf_spqr.bench.check")
+    findings: dict[str, dict[str, Any]] = {}
+    for device in devices:
+        try:
+            findings[device] = asdict(check.check_kernels(device))
+        except Exception as error:  # an error of the driver, or a kernel that cannot be launched
+            findings[device] = {"products": 0, "wrong": [f"{type(error).__name__}: {error}"]}
+    return findings
+
+
 def registration() -> dict[str, Any]:
     """Whether ``import hf_spqr`` registers the methods with Transformers."""
     try:
-        importlib.import_module("hf_spqr")
+        importlib.import_module("hf_spqr.integrations")
         from transformers.quantizers import auto
 
         methods = [name for name in ("hf_spqr", "omniquant") if name in auto.AUTO_QUANTIZER_MAPPING]
@@ -142,6 +162,14 @@ def advice(data: dict[str, Any]) -> list[str]:
             "models run through the PyTorch reference, which is slow. Install a C++20 compiler (g++ 11 or clang 14) "
             "and torch, then: pip install --force-reinstall --no-deps --no-cache-dir hf-spqr (or -e .)"
         )
+    for device, found in data["tried"].items():
+        if found["wrong"]:
+            more = f" and {len(found['wrong']) - 1} more" if len(found["wrong"]) > 1 else ""
+            hints.append(
+                f"the compiled kernels are wrong on {device} ({found['wrong'][0]}{more}). Load models with "
+                'quantization_config=SpQRConfig(backend="reference") or OmniQuantConfig(backend="reference"), which '
+                "do without, and report this with the output of: hf-spqr doctor --json"
+            )
     level = data["kernels"]["level"]
     if level not in (None, "amx") and set(AMX_FLAGS) <= set(data["cpu"]["isa"]):
         hints.append(
@@ -181,6 +209,10 @@ def show(data: dict[str, Any]) -> None:
     )
     if devices:
         line("cuda kernels", yes if data["cuda"]["kernels"] else f"{no} {data['cuda']['reason']}")
+    for device, checked in data["tried"].items():
+        wrong = f"[red]wrong[/red] {escape('; '.join(checked['wrong'][:3]))}"
+        right = f"{yes} {checked['products']} products on {device} agree with PyTorch's"
+        line("tried", wrong if checked["wrong"] else right)
     registered = data["transformers"]
     line("registered", f"{yes} {', '.join(registered['methods'])}" if registered["methods"] else f"{no}")
     loaded = data["autoload"]

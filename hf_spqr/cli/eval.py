@@ -19,6 +19,7 @@ from hf_spqr.cli.common import (
     Dtype,
     JsonOption,
     ModelArgument,
+    TrustOption,
     bold,
     check_model,
     check_writes_text,
@@ -82,6 +83,7 @@ def eval_command(
     ),
     device: DeviceOption = None,
     backend: BackendOption = Backend.auto,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Measure a model, quantized or not: perplexity on a text, or lm-eval tasks.
@@ -109,7 +111,7 @@ def eval_command(
     if tasks is not None:
         if backend is not Backend.auto or seqlen is not None or stride is not None:
             raise typer.BadParameter("--backend, --seqlen and --stride go with --dataset only")
-        found = run_tasks(names, tasks, task_folder, num_fewshot, limit, batch_size, dtype, device)
+        found = run_tasks(names, tasks, task_folder, num_fewshot, limit, batch_size, dtype, device, trust_remote_code)
         if json:
             print_json(found)
         else:
@@ -119,7 +121,7 @@ def eval_command(
     if task_folder is not None or num_fewshot is not None:
         raise typer.BadParameter("--task-folder and --num-fewshot go with --tasks only")
     for name in names:
-        check_writes_text(name)
+        check_writes_text(name, trust_remote_code)
     documents = list(islice(iter_documents(dataset), limit))
     if not documents:
         raise CommandError(f"{dataset} has no documents")
@@ -130,7 +132,7 @@ def eval_command(
         "stride": stride,
         "batch_size": batch_size,
     }
-    results = [measure(name, texts, settings, dtype, device, backend) for name in names]
+    results = [measure(name, texts, settings, dtype, device, backend, trust_remote_code) for name in names]
     data: dict[str, Any] = {"dataset": dataset, **results[-1]}
     if base is not None:
         data["base"] = results[0]
@@ -149,31 +151,33 @@ def measure(
     dtype: Dtype,
     device: str | None,
     backend: Backend,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Load, score and free one model; the result as a JSON object."""
     from hf_spqr.evaluate import perplexity
 
-    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device, backend)
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    loaded = load_model(model, dtype, device, backend, trust_remote_code)
     with progress(f"evaluating {model}") as advance:
         result = perplexity(loaded, tokenizer, texts, on_progress=advance, **settings)
     return {
         "model": model,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "backend": backend.value,
-        **checkpoint_bits(model),
+        **checkpoint_bits(model, trust_remote_code),
         **result.to_dict(),
         "protocol_text": result.describe(),
     }
 
 
-def checkpoint_bits(model: str) -> dict[str, Any]:
+def checkpoint_bits(model: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """Bits per weight and file size of a local safetensors checkpoint; nulls for others."""
     from hf_spqr.errors import CheckpointError
     from hf_spqr.report.checkpoint import inspect_checkpoint
 
     if Path(model).is_dir():
         try:
-            totals = inspect_checkpoint(model).to_dict()["totals"]
+            totals = inspect_checkpoint(model, trust_remote_code).to_dict()["totals"]
             return {key: totals[key] for key in ("bits_per_weight", "model_bits_per_weight", "file_bytes")}
         except CheckpointError:
             pass

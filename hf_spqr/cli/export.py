@@ -15,6 +15,7 @@ from hf_spqr.cli.common import (
     OutArgument,
     OverwriteOption,
     ShardSizeOption,
+    TrustOption,
     bold,
     check_model,
     check_shard_size,
@@ -43,6 +44,7 @@ def export_command(
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type of what is not quantized.")] = Dtype.auto,
     max_shard_size: ShardSizeOption = "50GB",
     overwrite: OverwriteOption = False,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a model that hf-spqr quantized in the format of another program.
@@ -60,14 +62,14 @@ def export_command(
     check_model(model)
     check_output(out, overwrite, inputs=(model,))
     check_shard_size(max_shard_size)
-    if stored_method(model) is None:
+    if stored_method(model, trust_remote_code) is None:
         raise CommandError(f"{model} is not quantized; export takes models that hf-spqr has quantized")
     from hf_spqr.integrations.export import export_model
 
-    loaded: Any = load_model(model, dtype, None)
+    loaded: Any = load_model(model, dtype, None, trust_remote_code=trust_remote_code)
     with complete_folder(out) as partial:
         export_model(loaded, partial, format.value, max_shard_size=max_shard_size)
-        tokenizer = copy_preprocessing(model, partial)
+        tokenizer = copy_preprocessing(model, partial, trust_remote_code)
         nbytes = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     if json:
         print_json({"out": str(out), "format": format.value, "weight_file_bytes": nbytes, "tokenizer": tokenizer})

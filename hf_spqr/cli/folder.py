@@ -70,7 +70,7 @@ def complete_folder(out: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         yield partial
-        partial.chmod(0o777 & ~_umask())
+        _open_to_others(partial)
         if not out.exists():
             os.replace(partial, out)
             return
@@ -91,7 +91,9 @@ def _around(out: Path) -> Path:
     return next(path for path in out.resolve().parents if path.exists())
 
 
-def _umask() -> int:
+def _open_to_others(folder: Path) -> None:
+    """Permissions as of anything new; temporary folders and what safetensors writes are for their owner only."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -11,6 +11,7 @@ from rich.table import Table
 from hf_spqr.cli.common import (
     JsonOption,
     ModelArgument,
+    TrustOption,
     bold,
     check_model,
     number_or_none,
@@ -33,6 +34,7 @@ def inspect_command(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Also draw errors and bits per layer into this png, svg or pdf file.")
     ] = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Show every packed layer of a checkpoint: shape, bits, outliers, error, bytes; and the totals.
@@ -49,8 +51,8 @@ def inspect_command(
       hf-spqr inspect out/demo --plot layers.png --csv layers.csv
     """
     check_model(model)
-    folder = local_folder(model)
-    report = inspect_checkpoint(folder)
+    folder = local_folder(model, trust_remote_code)
+    report = inspect_checkpoint(folder, trust_remote_code)
     report.source = model
     if csv is not None or plot is not None:
         write_extras(folder, csv, plot)
@@ -60,13 +62,13 @@ def inspect_command(
         show(report)
 
 
-def local_folder(model: str) -> Path:
+def local_folder(model: str, trust_remote_code: bool = False) -> Path:
     """The folder itself, or the Hub's files fetched into the cache."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=PATTERNS))
+    return Path(snapshot_download(model, allow_patterns=[*PATTERNS, *(["*.py"] if trust_remote_code else [])]))
 
 
 def write_extras(folder: Path, csv: Path | None, plot: Path | None) -> None:

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_spqr.cli.common import CommandError, JsonOption, bold, check_model, err_console, out_console, print_json
+from hf_spqr.cli.common import (
+    CommandError,
+    JsonOption,
+    TrustOption,
+    bold,
+    check_model,
+    err_console,
+    out_console,
+    print_json,
+)
 
 
 def push_command(
@@ -29,6 +38,7 @@ def push_command(
     evaluation: Annotated[
         Path | None, typer.Option("--evaluation", help="Output of `hf-spqr eval --json`, for the card.")
     ] = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Upload a quantized model in one commit, with a model card made from its report.
@@ -61,6 +71,7 @@ def push_command(
         license=license,
         tags=tag,
         evaluation=read_evaluation(evaluation),
+        trust_remote_code=trust_remote_code,
     )
     if json:
         print_json(asdict(pushed))

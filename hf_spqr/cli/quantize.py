@@ -20,6 +20,7 @@ from hf_spqr.cli.common import (
     OutArgument,
     OverwriteOption,
     ShardSizeOption,
+    TrustOption,
     bold,
     check_device,
     check_model,
@@ -136,6 +137,7 @@ def quantize_command(
     device: DeviceOption = None,
     max_shard_size: ShardSizeOption = "50GB",
     overwrite: OverwriteOption = False,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Quantize MODEL and write OUT: weights, config, tokenizer, generation config and quantization_report.json.
@@ -165,7 +167,7 @@ def quantize_command(
             files = [dataset, *([overrides[1:]] if overrides and overrides.startswith("@") else [])]
             check_output(out, overwrite, inputs=(model, *files))
             check_shard_size(max_shard_size)
-            base = check_base(model)
+            base = check_base(model, trust_remote_code)
             config = build_config(
                 method,
                 preset=preset,
@@ -192,10 +194,10 @@ def quantize_command(
                 modules_to_not_convert=skip,
                 overrides=parse_json_object("--overrides", overrides),
             )
-            if ranks.first and (warning := check_space(out, least_bytes(base, config, dtype))):
+            if ranks.first and (warning := check_space(out, least_bytes(base, config, dtype, trust_remote_code))):
                 err_console().print(f"warning: {warning}", markup=False, soft_wrap=True)
         with complete_folder(out) if ranks.first else nullcontext() as partial:
-            report = run(model, config, partial, dtype, local_device(device), max_shard_size, ranks)
+            report = run(model, config, partial, dtype, local_device(device), max_shard_size, ranks, trust_remote_code)
     if not ranks.first:
         return
     seconds = time.monotonic() - start
@@ -238,9 +240,9 @@ def build_config(method: Method, preset: str | None, mode: str | None, **fields:
     return OmniQuantConfig(**given)
 
 
-def check_base(model: str) -> Any:
+def check_base(model: str, trust_remote_code: bool = False) -> Any:
     """Transformers' config of the base model; CommandError when it is quantized already."""
-    config = read_config(model)
+    config = read_config(model, trust_remote_code)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = dict(quantization)["quant_method"]
@@ -253,7 +255,7 @@ def positions(base: Any) -> int:
     return getattr(base.get_text_config(), "max_position_embeddings", None) or MOST_SEQLEN
 
 
-def least_bytes(base: Any, config: PackedConfig, dtype: Dtype) -> int:
+def least_bytes(base: Any, config: PackedConfig, dtype: Dtype, trust_remote_code: bool = False) -> int:
     """What the quantized model takes at least, from an empty model; before any weight is read.
 
     Raises UnsupportedLayerError where there is nothing to quantize.
@@ -264,7 +266,7 @@ def least_bytes(base: Any, config: PackedConfig, dtype: Dtype) -> int:
     from hf_spqr.report.model_classes import without_weights
 
     wanted = (base.dtype or torch.bfloat16) if dtype is Dtype.auto else getattr(torch, dtype.value)
-    return driver.least_bytes(without_weights(base, wanted), config)
+    return driver.least_bytes(without_weights(base, wanted, trust_remote_code), config)
 
 
 def run(
@@ -275,14 +277,15 @@ def run(
     device: str | None,
     max_shard_size: str,
     ranks: Ranks,
+    trust_remote_code: bool = False,
 ) -> QuantizationReport:
     """Quantize and, where there is a ``folder``, save into it; return the report."""
     from hf_spqr.integrations.processor import copy_processor
 
     with ranks.together():
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, trust_remote_code)
     config.tokenizer = tokenizer
-    quantized: Any = load_model(model, dtype, device, quantization_config=config)
+    quantized: Any = load_model(model, dtype, device, trust_remote_code=trust_remote_code, quantization_config=config)
     report: QuantizationReport = quantized.quantization_report
     with ranks.together():
         if folder is not None:

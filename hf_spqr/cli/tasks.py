@@ -28,6 +28,7 @@ def run_tasks(
     batch_size: int,
     dtype: Dtype,
     device: str | None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Score the models ``names`` (the base first, if there are two) on ``tasks``, a list with commas.
 
@@ -39,12 +40,13 @@ def run_tasks(
     if not wanted:
         raise CommandError("--tasks: give names of lm-eval tasks with commas between them")
     for name in names:
-        check_writes_text(name)
+        check_writes_text(name, trust_remote_code)
     manager = find_tasks(wanted, folder)
     results = []
     for name in names:
         err_console().print(f"evaluating {name}", markup=False, soft_wrap=True)
-        tokenizer, model = load_tokenizer(name), load_model(name, dtype, device)
+        tokenizer = load_tokenizer(name, trust_remote_code)
+        model = load_model(name, dtype, device, trust_remote_code=trust_remote_code)
         found = evaluate_tasks(
             model, tokenizer, wanted, manager, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
         )

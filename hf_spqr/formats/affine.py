@@ -166,13 +166,22 @@ def unpack(layout: AffineLayout, tensors: dict[str, Tensor]) -> AffineWeight:
     )
 
 
-def check_zeros(layout: AffineLayout, packed: Tensor) -> None:
-    """Raise ValueError unless each zero point fits the bits of a code (kernels trust it); ``packed`` [..., words].
+def check_statistics(layout: AffineLayout, packed: Tensor) -> None:
+    """Raise ValueError unless scales are finite and zero points fit the bits of a code; ``packed`` [..., words].
 
-    Only those of whole rows have more room than that. They are in the first vector of a row block.
+    Kernels trust the zero points. Only those of whole rows have more room than that.
     """
-    if layout.per_channel and not layout.symmetric and bool((packed[..., :ROWS] >> 16 + layout.bits).any()):
-        raise ValueError(f"a zero point does not fit {layout.bits} bits")
+    if layout.per_channel:
+        rows = packed[..., :ROWS]
+        if not layout.symmetric and bool((rows >> 16 + layout.bits).any()):
+            raise ValueError(f"a zero point does not fit {layout.bits} bits")
+        scales = [rows.to(torch.int16)]
+    else:
+        vectors = packed.unflatten(-1, (-1, ROWS))
+        starts = [(panel.start, panel.start + layout.scale_vectors(panel.groups)) for panel in layout.panels]
+        scales = [vectors[..., start:end, :].contiguous() for start, end in starts]
+    if not all(bool(halves.view(layout.scale_dtype).isfinite().all()) for halves in scales):
+        raise ValueError("a scale is infinite or NaN")
 
 
 def _scale_vectors(scales: Tensor) -> Tensor:

@@ -226,8 +226,20 @@ def split_outliers(outlier: Tensor) -> tuple[Tensor, Tensor]:
     return column, (outlier >> shift).to(torch.int16).view(torch.float16)
 
 
+def check_statistics(layout: SpQRLayout, packed: Tensor) -> None:
+    """Raise ValueError unless all second-level statistics are finite; ``packed`` [..., words]."""
+    vectors = packed.unflatten(-1, (-1, ROWS))
+    for panel in layout.panels:
+        second = vectors[..., panel.start + layout.code_vectors(panel.groups) : panel.tiles_start, :]
+        if not bool(second.contiguous().view(torch.float16).isfinite().all()):
+            raise ValueError("a second-level scale or zero point is infinite or NaN")
+
+
 def check_outliers(layout: SpQRLayout, outlier_row: Tensor, outlier: Tensor) -> None:
-    """Raise ValueError unless the outliers are a well-formed CSR matrix of the layout's shape (kernels trust them)."""
+    """Raise ValueError unless the outliers are finite and a well-formed CSR matrix of the layout's shape.
+
+    Kernels trust the latter.
+    """
     if outlier_row.shape != (layout.out_features + 1,) or outlier_row.dtype != torch.int32:
         wanted, found = f"torch.int32 [{layout.out_features + 1}]", f"{outlier_row.dtype} {list(outlier_row.shape)}"
         raise ValueError(f"outlier_row must be {wanted}, got {found}")
@@ -237,7 +249,9 @@ def check_outliers(layout: SpQRLayout, outlier_row: Tensor, outlier: Tensor) -> 
         raise ValueError(f"outlier must be {layout.outlier_dtype}, got {outlier.dtype}")
     if outlier.numel() == 0:
         return
-    column = split_outliers(outlier)[0]
+    column, value = split_outliers(outlier)
+    if not bool(value.isfinite().all()):
+        raise ValueError("an outlier is infinite or NaN")
     if int(column.max()) >= layout.in_features:
         raise ValueError(f"an outlier lies beyond the last column, {layout.in_features - 1}")
     row = torch.repeat_interleave(outlier_row.diff().long(), output_size=outlier.numel())

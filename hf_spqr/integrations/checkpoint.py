@@ -6,7 +6,7 @@ The headers decide how the model is built, and everything that can be wrong with
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_spqr.calibration.blocks import find_blocks
+from hf_spqr.calibration.blocks import stored_parts
 from hf_spqr.errors import CheckpointError
 from hf_spqr.integrations.experts import check_experts
 from hf_spqr.nn import dense
@@ -117,13 +117,13 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
     return contents
 
 
-def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], allowed: Mapping[str, Any]) -> None:
-    """Check that nothing is missing from the decoder blocks and nothing is left over in packed layers.
+def check_complete(model: nn.Module, contents: Contents, starts: Iterable[str], allowed: Mapping[str, Any]) -> None:
+    """Check that nothing is missing from the decoder and nothing is left over in packed layers.
 
     Args:
         model: the model, still unpacked.
         contents: see :func:`read_contents`.
-        blocks: names of the decoder blocks.
+        starts: starts of the names of parameters that must be there, but for those tied to one that is.
         allowed: names of the tensors that a packed layer must have; ``perm`` and ``bias`` come besides.
 
     Raises:
@@ -150,21 +150,22 @@ def check_complete(model: nn.Module, contents: Contents, blocks: Iterable[str], 
             raise CheckpointError(f"{module}.weight should be empty beside packed tensors, it is {tensors['weight']}.")
     for module in contents.experts:
         check_experts(module, describe(model.get_submodule(module)), contents.experts[module], allowed)
-    starts = tuple(f"{block}." for block in blocks)
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for name, _ in model.named_parameters():
-        inside = name.startswith(starts) and name.rpartition(".")[0] not in contents.packed
-        if inside and name not in contents.dense and not _ignored(name, model, "_keys_to_ignore_on_load_missing"):
+        inside = name.startswith(tuple(starts)) and name.rpartition(".")[0] not in contents.packed
+        if not inside or {name, tied.get(name)} & contents.dense:
+            continue
+        if not _ignored(name, model, "_keys_to_ignore_on_load_missing"):
             raise CheckpointError(f"The checkpoint lacks {name}: it is incomplete, damaged, or of another model.")
 
 
-def check_loaded(model: nn.Module, blocks: Iterable[str]) -> None:
-    """Check that all parameters in the ``blocks`` of an unquantized model came from its checkpoint.
+def check_loaded(model: nn.Module, starts: Iterable[str]) -> None:
+    """Check that all parameters of an unquantized model whose names begin so came from its checkpoint.
 
     Transformers fills those that a checkpoint lacks at random and only warns. Raises CheckpointError.
     """
-    starts = tuple(f"{block}." for block in blocks)
     for name, parameter in model.named_parameters():
-        missing = name.startswith(starts) and not getattr(parameter, "_is_hf_initialized", False)
+        missing = name.startswith(tuple(starts)) and not getattr(parameter, "_is_hf_initialized", False)
         if missing and not _ignored(name, model, "_keys_to_ignore_on_load_missing"):
             raise CheckpointError(
                 f"The checkpoint of the model to quantize lacks {name}, which would be random: it is incomplete,"
@@ -183,7 +184,8 @@ def check_order(name: str, expected: bool | None, found: bool) -> None:
 
 def _further_blocks(model: nn.Module) -> Callable[[str], bool]:
     """Says of the name of a module whether it lies in a block after the last one of ``model``."""
-    counts = Counter(block.name.rpartition(".")[0] for block in find_blocks(model))
+    lists = {start.removesuffix("."): model.get_submodule(start.removesuffix(".")) for start in stored_parts(model)}
+    counts = {name: len(part) for name, part in lists.items() if isinstance(part, nn.ModuleList)}
 
     def is_further(name: str) -> bool:
         rests = ((name.removeprefix(f"{path}.").partition(".")[0], count) for path, count in counts.items())

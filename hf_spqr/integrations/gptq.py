@@ -89,7 +89,7 @@ def load_gptq_v2(
     Raises:
         CheckpointError: the folder is in another format, or bits or group_size are missing or wrong.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code", False))
     stored = dict(getattr(config, "quantization_config", None) or {})
     if stored:
         form = stored.get("checkpoint_format", "gptq")

@@ -64,6 +64,7 @@ def push_folder(
     license: str | None = None,
     tags: list[str] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Pushed:
     """Upload a model folder that hf_spqr wrote, with a model card, as one commit.
 
@@ -73,7 +74,8 @@ def push_folder(
     the repository has a README.md of somebody's own words.
 
     license: by default that of the base model, where its card can be read. evaluation: see
-    :func:`hf_spqr.report.card.model_card`. The other arguments are those of ``huggingface_hub``.
+    :func:`hf_spqr.report.card.model_card`. trust_remote_code: run a model's own code, which checks the files more
+    thoroughly and is needed where a folder has no report. The other arguments are those of ``huggingface_hub``.
 
     Raises:
         CheckpointError: the folder is no complete quantized model. Nothing was sent.
@@ -84,7 +86,7 @@ def push_folder(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     folder = Path(folder)
-    files = complete_files(folder)
+    files = complete_files(folder, trust_remote_code)
     check_evaluation(evaluation)
     api = HfApi(token=token)
     with _failures_named(repo_id), tempfile.TemporaryDirectory() as staging:
@@ -94,22 +96,25 @@ def push_folder(
         head, there = _newest(api, repo_id, revision)
         extra: dict[str, Path] = {}
         if CARD not in there or not _is_foreign(api.hf_hub_download(repo_id, CARD, revision=revision)):
-            extra = _card_files(folder, Path(staging), repo_id, api, base_model, license, tags, evaluation)
+            extra = _card_files(
+                folder, Path(staging), repo_id, api, base_model, license, tags, evaluation, trust_remote_code
+            )
         names = sorted({*(path.relative_to(folder).as_posix() for path in files), *extra})
         removed = [n for n in there if n not in names and any(fnmatch(n, pattern) for pattern in WEIGHTS)]
         operations: list[Any] = [
             *(CommitOperationAdd(name, extra.get(name, folder / name)) for name in names),
             *(CommitOperationDelete(name) for name in removed),
         ]
-        done = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message or "Upload quantized model",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=head,
-        )
+        with _doubts_named(api, repo_id, revision, head):
+            done = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=commit_message or "Upload quantized model",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head,
+            )
     return Pushed(repo_id, done.oid, done.commit_url, names, removed)
 
 
@@ -122,6 +127,29 @@ def _newest(api: Any, repo_id: str, revision: str | None) -> tuple[str | None, l
     except RevisionNotFoundError:
         return None, []
     return head.sha, [sibling.rfilename for sibling in head.siblings or []]
+
+
+@contextmanager
+def _doubts_named(api: Any, repo_id: str, revision: str | None, head: str | None) -> Iterator[None]:
+    """Raise PushError where the connection broke and the repository has another commit than ``head`` now."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except (HTTPError, OSError) as error:
+        answer = getattr(error, "response", None)
+        if answer is not None and answer.status_code < 500:
+            raise
+        try:
+            if _newest(api, repo_id, revision)[0] == head:
+                raise error
+        except (HTTPError, OSError) as again:
+            if again is error:
+                raise
+        raise PushError(
+            f"The connection to {repo_id} broke at the end: the model may have been published. Push again to be sure;"
+            f" that does no harm. ({type(error).__name__}: {error})"
+        ) from error
 
 
 @contextmanager
@@ -201,7 +229,7 @@ def install() -> None:
     PreTrainedModel.push_to_hub = push  # type: ignore[assignment, method-assign]
 
 
-def complete_files(folder: Path) -> list[Path]:
+def complete_files(folder: Path, trust_remote_code: bool = False) -> list[Path]:
     """The files of a complete quantized model in ``folder``, hidden ones left out.
 
     Raises CheckpointError when config.json or a weight file is missing or damaged, nothing is quantized, or the files
@@ -214,9 +242,9 @@ def complete_files(folder: Path) -> list[Path]:
     weights = weight_files(folder)
     if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} lacks {SINGLE}: the model is incomplete.")
-    if not inspect_checkpoint(folder).layers:
+    if not inspect_checkpoint(folder, trust_remote_code).layers:
         raise CheckpointError(f"{folder} has no packed layers: push takes models that hf_spqr has quantized.")
-    check_folder(folder, weights)
+    check_folder(folder, weights, trust_remote_code)
     return [
         path
         for path in sorted(folder.rglob("*"))
@@ -242,25 +270,27 @@ def _card_files(
     license: str | None,
     tags: list[str] | None,
     evaluation: Mapping[str, Any] | None,
+    trust_remote_code: bool,
 ) -> dict[str, Path]:
     """Card and plot by their names in the repository; nothing where the folder has its own card."""
     if (folder / CARD).is_file():
         return {}
-    checkpoint = inspect_checkpoint(folder)
+    checkpoint = inspect_checkpoint(folder, trust_remote_code)
     report = QuantizationReport.load(folder)
     if report is None:
         report = _report_of(checkpoint, folder)
     base_model = base_model or hub_name(report.base_model)
     if license is None and base_model is not None:
         license = _license_of(base_model, api)
-    loader, task = auto_class(checkpoint.architecture)
-    own_code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map")
+    loader, task = auto_class(checkpoint.architecture, auto_map)
     made = {CARD: staging / CARD}
     if plot := _plot(report, staging / PLOT_NAME):
         made[PLOT_NAME] = plot
     text = model_card(
         report, repo_id, checkpoint=checkpoint, base_model=base_model, license=license, tags=tags or (),
-        evaluation=evaluation, plot=PLOT_NAME if plot else None, loader=loader, task=task, own_code=own_code,
+        evaluation=evaluation, plot=PLOT_NAME if plot else None, loader=loader, task=task,
+        own_code=auto_map is not None,
     )  # fmt: skip
     made[CARD].write_text(text, encoding="utf-8")
     return made

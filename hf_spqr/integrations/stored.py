@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_spqr.calibration.blocks import find_blocks
+from hf_spqr.calibration.blocks import stored_parts
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from hf_spqr.integrations import tensor_parallel
@@ -83,7 +83,7 @@ class ImportingQuantizer(PackedQuantizer):
         if not checkpoint_files:
             raise CheckpointError(f"{self.title} are loaded from .safetensors files: give their folder.")
         rename = Renamer(model)
-        starts = tuple(f"{block.name}." for block in find_blocks(model))
+        starts = tuple(stored_parts(model))
         headers = read_specs(checkpoint_files)
         packed = {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in self.needed}
         dense: set[str] = set()

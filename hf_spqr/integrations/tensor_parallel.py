@@ -260,13 +260,22 @@ def _check_heads(model: Any) -> None:
     divided = {key.rpartition(".")[2] for key, style in (model._tp_plan or {}).items() if style == "colwise"}
     if not sizes or not divided & set(KEYS):
         return
-    config, size = model.config.get_text_config(), max(sizes)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if any(number % size for number in ([heads] if isinstance(heads, int) else heads)):
-        raise ConfigError(
-            f"{heads} heads of keys and values cannot be divided among {size} ranks: use a number of ranks that"
-            " divides them."
-        )
+    size = max(sizes)
+    for heads in key_heads(model.config.get_text_config()):
+        if heads % size:
+            raise ConfigError(
+                f"{heads} heads of keys and values cannot be divided among {size} ranks: use a number of ranks that"
+                " divides them."
+            )
+
+
+def key_heads(config: Any) -> list[int]:
+    """The numbers of heads of keys and values that the blocks have."""
+    found: list[int] = []
+    for part in getattr(config, "per_layer_config", None) or [config]:  # a large Gemma 4 has others in some blocks
+        heads = getattr(part, "num_key_value_heads", None) or part.num_attention_heads
+        found += [heads] if isinstance(heads, int) else heads
+    return found
 
 
 def refuse_to_quantize(model: Any) -> None:

@@ -13,7 +13,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from hf_spqr import quantize
-from hf_spqr.calibration.blocks import find_blocks
+from hf_spqr.calibration.blocks import stored_parts
 from hf_spqr.config import FORMAT_VERSION, OmniQuantConfig, PackedConfig, SpQRConfig
 from hf_spqr.errors import CheckpointError, ConfigError, UnsupportedLayerError
 from hf_spqr.integrations import activations, tensor_parallel
@@ -94,8 +94,7 @@ class PackedQuantizer(HfQuantizer):
                 "A packed model is loaded from .safetensors files, not from state_dict=: use from_pretrained(folder)."
             )
         contents = read_contents(model, checkpoint_files)
-        blocks = [block.name for block in find_blocks(model)]
-        check_complete(model, contents, blocks, dict.fromkeys(self.module_class.tensor_names))
+        check_complete(model, contents, stored_parts(model), dict.fromkeys(self.module_class.tensor_names))
         for name, tensors in contents.packed.items():
             model.set_submodule(name, self._empty_module(model, name, tensors, contents))
         for name, projections in contents.experts.items():
@@ -159,7 +158,7 @@ class PackedQuantizer(HfQuantizer):
             _drop_conversions(model)
             return
         tensor_parallel.refuse_to_quantize(model)
-        check_loaded(model, [block.name for block in find_blocks(model)])
+        check_loaded(model, stored_parts(model))
         config = self.quantization_config
         quantize.quantize_model(model, config, device=_calibration_device(self.requested_device_map))
         config.forget_data()
@@ -362,10 +361,11 @@ def _place(model: Any, device_map: Any, quantizer: HfQuantizer) -> None:
     """Send a quantized model from the CPU to the devices that ``from_pretrained`` was asked for."""
     if device_map is None:
         return
-    from accelerate import dispatch_model
-    from transformers.integrations.accelerate import _get_device_map
+    from transformers.integrations.accelerate import _get_device_map, accelerate_dispatch
 
     device_map = _get_device_map(model, device_map, None, quantizer)
-    if set(map(str, device_map.values())) != {"cpu"}:
-        dispatch_model(model, device_map)
-    model.hf_device_map = device_map
+    devices = set(device_map.values())
+    if len(devices) == 1:  # as after a load: no hooks, and no note that Transformers would take for offload
+        model.to(devices.pop())
+    else:
+        accelerate_dispatch(model, quantizer, device_map, None, None, False)

@@ -14,19 +14,19 @@ from hf_spqr.report.model import empty_model, packed_config
 __all__ = ["check_folder"]
 
 
-def check_folder(folder: Path, files: Iterable[Path]) -> None:
+def check_folder(folder: Path, files: Iterable[Path], trust_remote_code: bool = False) -> None:
     """Check that the weight ``files`` of ``folder`` are those of the model that its config.json describes.
 
-    Only headers are read. A model whose code is in the folder is not checked: that would have to be run.
+    Only headers are read. A model whose code is in the folder is checked with ``trust_remote_code``, which runs it.
 
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape, or the config is damaged.
     """
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = packed_config(folder, stored["quantization_config"])
-    if config is None or "auto_map" in stored:
+    if config is None or ("auto_map" in stored and not trust_remote_code):
         return
-    model, names = empty_model(folder), [str(file) for file in files]
+    model, names = empty_model(folder, trust_remote_code), [str(file) for file in files]
     further = read_contents(model, names).further  # a load leaves them out, as of any checkpoint
     if further:
         raise CheckpointError(

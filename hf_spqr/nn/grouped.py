@@ -15,14 +15,14 @@ from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.columns import check_perm, nbytes
 from hf_spqr.formats.spqr import SpQRLayout
 from hf_spqr.nn.affine import AffineLinear, describe_activations
-from hf_spqr.nn.packed import Backend, PackedLinear, Spec
+from hf_spqr.nn.packed import Backend, Checked, PackedLinear, Spec
 from hf_spqr.nn.spqr import SpQRLinear
 from hf_spqr.ops import grouped
 
 __all__ = ["AffineGroupedLinear", "GroupedLinear", "SpQRGroupedLinear"]
 
 
-class GroupedLinear(nn.Module):
+class GroupedLinear(Checked):
     """``y = x W_e^T`` for rows x [S, in_features] sorted by expert e, all W_e packed.
 
     A tensor that has the same shape for every expert is stacked, [E, ...]; one whose length differs (``ragged``) is
@@ -167,6 +167,7 @@ class SpQRGroupedLinear(GroupedLinear):
 
     def _check_trusted(self) -> None:
         super()._check_trusted()
+        spqr.check_statistics(self.layout, self.packed)
         for row, outlier in zip(self.outlier_row, self._split_ragged(self.outlier), strict=True):
             spqr.check_outliers(self.layout, row, outlier)
 
@@ -185,7 +186,7 @@ class AffineGroupedLinear(GroupedLinear):
 
     def _check_trusted(self) -> None:
         super()._check_trusted()
-        affine.check_zeros(self.layout, self.packed)
+        affine.check_statistics(self.layout, self.packed)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         if self.act_bits is None:

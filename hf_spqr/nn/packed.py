@@ -27,7 +27,27 @@ def wrong_columns(x: Tensor, in_features: int) -> ValueError:
     return ValueError(f"x must have in_features={in_features} columns in its last dimension, got {list(x.shape)}")
 
 
-class PackedLinear(nn.Module):
+class Checked(nn.Module):
+    """A module of packed tensors, whose ``load_state_dict`` fails unless what it loads passes ``check``."""
+
+    packed: Tensor
+
+    def check(self) -> None:
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: Any, missing: Any, unexpected: Any, errors: list[str]
+    ) -> None:
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        if errors or self.packed.is_meta:
+            return
+        try:
+            self.check()
+        except CheckpointError as error:
+            errors.append(f"{prefix.removesuffix('.')}: {error}")
+
+
+class PackedLinear(Checked):
     """``y = x W^T + b`` with W held packed, x [..., in_features] float32, bfloat16 or float16.
 
     The packed tensors are int32 or int64 parameters without gradient, named as in the file, so that moves between

@@ -36,7 +36,12 @@ class SpQRLinear(PackedLinear):
     @staticmethod
     def _check_trusted(layout: SpQRLayout, tensors: Mapping[str, Tensor]) -> None:
         PackedLinear._check_trusted(layout, tensors)
+        spqr.check_statistics(layout, tensors["packed"])
         spqr.check_outliers(layout, tensors["outlier_row"], tensors["outlier"])
 
     def outliers(self) -> int:
         return self.outlier.numel()
+
+    def extra_repr(self) -> str:
+        share = self.outliers() / (self.layout.in_features * self.layout.out_features)
+        return f"{super().extra_repr()}, outliers={share:.2%}"

@@ -14,7 +14,7 @@ Ops raise on wrong dtypes, shapes and devices. They trust what only reading all 
 outliers and of ``perm``, and the zero points of whole rows, which have room for more than a code: what comes of wrong
 ones is not defined, and not the same everywhere. Modules check these when they are loaded
 (:func:`hf_spqr.formats.spqr.check_outliers`, :func:`hf_spqr.formats.columns.check_perm`,
-:func:`hf_spqr.formats.affine.check_zeros`). On GPUs ops trust the numbers of ``outlier_row``, too.
+:func:`hf_spqr.formats.affine.check_statistics`). On GPUs ops trust the numbers of ``outlier_row``, too.
 """
 
 import torch

@@ -8,13 +8,15 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_spqr.calibration.blocks import Block, Call
+from hf_spqr.calibration.blocks import HIDDEN, Block, Call
 from hf_spqr.config import OmniQuantConfig
 from hf_spqr.errors import CalibrationError, HfSpqrError, RankError
 from hf_spqr.methods import gptq
@@ -37,11 +39,14 @@ class OmniQuantRun(Run[OmniQuantConfig]):
     method = "omniquant"
     divides_data = False  # a step draws its samples from all of them
 
+    sequence_dim: int = field(default=0, init=False)
+    """The dimension of the hidden states that counts sequences; what is learned from has it first."""
+
     def quantize(self) -> None:
         full = quantized = self._samples()
         for index, block in enumerate(self.blocks):
             mine = self.targets_of(index)
-            with self.on_device(block):
+            with self.on_device(block), _sequences_first(block.module, self.sequence_dim):
                 calls = [_keywords(block.module, call) for call in self.recording.calls[index]]
                 inputs = quantized
                 if mine:
@@ -72,17 +77,19 @@ class OmniQuantRun(Run[OmniQuantConfig]):
                     linear.act_bits, linear.act_sym = self.config.act_bits, self.config.act_sym
 
     def _samples(self) -> Tensor:
-        """Inputs of the first block [samples, tokens, hidden]: the sequences of full length."""
-        lengths = [states.shape[1] for states in self.recording.hidden]
+        """Inputs of the first block [samples, tokens, ..., hidden]: the sequences of full length."""
+        lengths = [states.numel() for states in self.recording.hidden]
         keep = [i for i, length in enumerate(lengths) if length == max(lengths)]
         if len(keep) < len(lengths):
             self.report.notes.append(
-                f"{len(lengths) - len(keep)} calibration sequences shorter than {max(lengths)} tokens were not used."
+                f"{len(lengths) - len(keep)} calibration sequences shorter than the others were not used."
             )
-        if any(states.shape[0] != 1 for states in self.recording.hidden):
-            raise CalibrationError("OmniQuant needs one sequence per recorded batch.")
+        shape = self.recording.hidden[keep[0]].shape
+        if 1 not in shape:
+            raise CalibrationError(f"OmniQuant needs one sequence per recorded batch, the blocks get {list(shape)}.")
+        self.sequence_dim = shape.index(1)
         self.recording.calls = [[calls[i] for i in keep] for calls in self.recording.calls]
-        return torch.cat([self.recording.hidden[i] for i in keep])
+        return torch.cat([self.recording.hidden[i].movedim(self.sequence_dim, 0) for i in keep])
 
     def _learn(
         self, block: Block, mine: dict[str, Target], full: Tensor, quantized: Tensor, calls: list[dict[str, Any]]
@@ -148,6 +155,29 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         )
         self.report.blocks.append(learned)
         self.report.notes.append(learned.describe())
+
+
+@contextmanager
+def _sequences_first(block: nn.Module, dim: int) -> Iterator[None]:
+    """``block`` takes and gives hidden states with the sequences in dimension 0 instead of ``dim`` for a while."""
+    if dim == 0:
+        yield
+        return
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (args[0].movedim(0, dim), *args[1:]), kwargs
+        return args, {**kwargs, HIDDEN: kwargs[HIDDEN].movedim(0, dim)}
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple | list):
+            return (output[0].movedim(dim, 0), *output[1:])
+        return output.movedim(dim, 0)
+
+    with ExitStack() as hooks:
+        hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(block.register_forward_hook(leave).remove)
+        yield
 
 
 def _keywords(block: nn.Module, call: Call) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
@@ -62,14 +63,15 @@ def gather_hessians(
 ) -> dict[str, HessianAccumulator]:
     """Run the block on every batch and return the accumulated input moments of ``layers`` by name.
 
-    ``stop_early``: each pass ends as soon as all ``layers`` have been reached (each is called once).
+    ``stop_early``: each pass ends as soon as all ``layers`` have been reached as often as in the first pass.
 
     Raises:
         NonFiniteError, CalibrationError: from the accumulator, with the name of the layer in front.
     """
     device = next(block.parameters()).device
     sums: dict[str, HessianAccumulator] = {}
-    waiting: set[str] = set()
+    often: Counter[str] = Counter()  # calls in the first pass
+    waiting: Counter[str] = Counter()
     with ExitStack() as hooks:
         for name, layer in layers.items():
             sums[name] = HessianAccumulator(dense.features(layer)[1], device)
@@ -79,13 +81,15 @@ def gather_hessians(
                     sums[name].add(args[0])
                 except HfSpqrError as error:
                     raise type(error)(f"{name}: {error}") from error
-                waiting.discard(name)
-                if stop_early and not waiting:
+                often[name] += first
+                waiting[name] -= 1
+                if stop_early and not first and all(left <= 0 for left in waiting.values()):
                     raise _Enough
 
             hooks.callback(layer.register_forward_pre_hook(add).remove)
-        for states, call in zip(hidden, calls, strict=True):
-            waiting |= set(layers)
+        for number, (states, call) in enumerate(zip(hidden, calls, strict=True)):
+            first = number == 0
+            waiting = Counter({name: often[name] or 1 for name in layers})
             try:
                 replay(block, states, call)
             except _Enough:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_spqr.calibration.blocks import Block, attending_parts, check_reads_text, find_stacks, record
+from hf_spqr.calibration.blocks import Block, attending_parts, check_reads_text, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows, check_tokens
 from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig, name_matches
 from hf_spqr.nn.dense import features, matrix
@@ -22,13 +22,25 @@ from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import ExpertsTarget, find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
 from hf_spqr.quantize.ranks import Ranks
-from hf_spqr.quantize.targets import Target, check_weights, find_targets, left_alone, nothing_to_quantize, selectable
+from hf_spqr.quantize.targets import (
+    Target,
+    check_weights,
+    find_targets,
+    left_alone,
+    nothing_to_quantize,
+    refuse_packed,
+    selectable,
+)
+from hf_spqr.quantize.trial import Trial, try_out
 from hf_spqr.report import CalibrationReport, QuantizationReport
 from hf_spqr.report.card import hub_name
 
 __all__ = ["least_bytes", "quantize_model", "tokenizer_beside"]
 
 logger = logging.getLogger(__name__)
+
+Work = tuple[list[Block], list[Target], list[ExpertsTarget]]
+"""A stack of blocks with what is quantized in it."""
 
 
 def quantize_model(
@@ -59,7 +71,8 @@ def quantize_model(
         The report; it is also kept as ``model.quantization_report``.
 
     Raises:
-        UnsupportedLayerError: no blocks, or nothing to quantize in them.
+        UnsupportedLayerError: nothing to quantize, or a model that is packed already or cannot be calibrated on text;
+            for OmniQuant also one whose blocks are no chain.
         NonFiniteError: NaN or infinity in a weight or an activation.
         CalibrationError: no or too little calibration data, or fewer batches of it than processes.
         RankError: another process has failed.
@@ -83,20 +96,22 @@ def _quantize(
     config.settle()
     spqr = isinstance(config, SpQRConfig)
     with ranks.together():
-        stacks = _find_work(model, config)
-        targets = [target for _, found, _ in stacks for target in found]
-        experts = [target for _, _, found in stacks for target in found]
-        chosen = {t.name: t.linear for t in targets} | {t.name: t.module for t in experts}
-        check_weights(model, chosen, config)
+        refuse_packed(model)
+        check_weights(model, _chosen(_find_work(model, config)), config)
     windows = ranks.from_first(lambda: _windows(model, config, config.tokenizer if tokenizer is None else tokenizer))
+    with _evaluating(model):
+        trial = ranks.from_first(lambda: try_out(model, config, windows[0]))
+    with ranks.together():
+        stacks = _find_work(model, config, trial)
     report = QuantizationReport(
         method=str(config.quant_method),
         config=config.to_dict(),
         calibration=CalibrationReport(
             _describe(config.dataset), len(windows), sum(w.numel() for w in windows), config.seqlen
         ),
-        skipped=left_alone(model, chosen),
+        skipped=left_alone(model, _chosen(stacks)),
         base_model=_hub_source(model),
+        notes=trial.notes(),
     )
     if isinstance(config, OmniQuantConfig):
         _settle_attention(model, config, report)
@@ -105,7 +120,7 @@ def _quantize(
     if kind.divides_data:
         with ranks.together():
             batches = ranks.part(batches)
-    names = _names_in_order(model, targets, experts)
+    names = _names_in_order(model, stacks)
     for pattern in config.overrides:
         if not any(name_matches(pattern, name) for name in names):
             report.notes.append(f"overrides: {pattern!r} selects no layer that is quantized.")
@@ -131,7 +146,7 @@ def least_bytes(model: nn.Module, config: PackedConfig) -> int:
     """What the weights of ``model`` take at least once they are quantized and saved, in bytes.
 
     Outliers are not counted, but where ``config.target_bits`` says how many there are. ``model`` may be on the meta
-    device. Raises UnsupportedLayerError: no blocks, or nothing to quantize in them.
+    device. Raises UnsupportedLayerError: nothing to quantize.
     """
     dense = sum(parameter.nbytes for parameter in model.parameters())
     packed = weights = 0
@@ -150,16 +165,27 @@ def least_bytes(model: nn.Module, config: PackedConfig) -> int:
     return dense + (packed if target_bits is None else max(packed, int(weights * target_bits / 8)))
 
 
-def _find_work(model: nn.Module, config: PackedConfig) -> list[tuple[list[Block], list[Target], list[ExpertsTarget]]]:
-    """The stacks of blocks of ``model`` with what is quantized in each."""
+def _find_work(model: nn.Module, config: PackedConfig, trial: Trial | None = None) -> list[Work]:
+    """The stacks of blocks of ``model`` with what is quantized in each, after the ``trial`` or before it."""
     check_reads_text(model)
+    trial = trial or Trial.ahead(model)
     stacks = [
-        (blocks, find_targets(model, blocks, config), find_experts(model, blocks, config))
-        for blocks in find_stacks(model)
+        (
+            blocks,
+            [target for target in find_targets(model, blocks, config) if target.name not in trial.read],
+            find_experts(model, blocks, config),
+        )
+        for blocks in trial.stacks(model)
     ]
     if not any(targets or experts for _, targets, experts in stacks):
         raise nothing_to_quantize(model, [block for blocks, _, _ in stacks for block in blocks])
     return stacks
+
+
+def _chosen(stacks: Sequence[Work]) -> dict[str, nn.Module]:
+    """The modules that are quantized by name."""
+    linears = {target.name: target.linear for _, targets, _ in stacks for target in targets}
+    return linears | {target.name: target.module for _, _, experts in stacks for target in experts}
 
 
 def _windows(model: nn.Module, config: SpQRConfig | OmniQuantConfig, tokenizer: Any) -> list[Tensor]:
@@ -210,9 +236,10 @@ def _attends_by_sdpa(part: Any) -> bool:
     return without_cap and part._supports_sdpa and part._can_set_attn_implementation()
 
 
-def _names_in_order(model: nn.Module, targets: Sequence[Target], experts: Sequence[ExpertsTarget]) -> list[str]:
+def _names_in_order(model: nn.Module, stacks: Sequence[Work]) -> list[str]:
     """The names of the layers to quantize, projections of experts among them, in the order of the model."""
-    named = {target.name: [target.name] for target in targets} | {t.name: list(t.projections) for t in experts}
+    named = {target.name: [target.name] for _, targets, _ in stacks for target in targets}
+    named |= {target.name: list(target.projections) for _, _, experts in stacks for target in experts}
     return [layer for name, _ in model.named_modules() for layer in named.get(name, ())]
 
 

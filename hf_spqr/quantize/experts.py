@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_spqr.calibration.blocks import Block, Call, replay
 from hf_spqr.calibration.hessian import HessianAccumulator
 from hf_spqr.config import PackedConfig
-from hf_spqr.errors import CalibrationError
+from hf_spqr.errors import MISFITS, CalibrationError
 from hf_spqr.formats import affine, spqr
 from hf_spqr.formats.affine import AffineWeight
 from hf_spqr.formats.spqr import SpQRLayout, SpQRWeight
@@ -29,7 +29,7 @@ from hf_spqr.methods.base import LayerResult, energy_ratio, output_energy
 from hf_spqr.nn.experts import ExpertsKind, PackedExperts, activate, describe, pack_experts
 from hf_spqr.nn.grouped import AffineGroupedLinear, GroupedLinear, SpQRGroupedLinear
 from hf_spqr.quantize.ranks import Ranks
-from hf_spqr.quantize.targets import MISFITS, kept_in_float32
+from hf_spqr.quantize.targets import kept_in_float32, shared_parameters
 from hf_spqr.report import LayerReport
 
 __all__ = [
@@ -137,13 +137,13 @@ def find_experts(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
     A module is left alone as a whole where the config excludes one of its projections, and where it computes something
     else than packed experts do.
     """
-    keep = kept_in_float32(model)
+    keep, shared = kept_in_float32(model), shared_parameters(model)
     found = []
     for index, block in enumerate(blocks):
         for local_name, module in block.module.named_modules():
             kind = describe(module)
-            name = f"{block.name}.{local_name}"
-            if kind is None or any(part in keep for part in name.split(".")):
+            name = block.inside(local_name)
+            if kind is None or f"{name}.down_proj" in shared or any(part in keep for part in name.split(".")):
                 continue
             target = ExpertsTarget(name, local_name, index, module, kind)
             if any(config.excludes(projection) for projection in target.projections):

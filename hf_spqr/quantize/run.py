@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -156,7 +157,7 @@ class Run(Generic[ConfigT]):
         self.report.layers.append(layer)
         if layer.bits_per_weight > PLAIN_BITS:
             note = f"{layer.name}: {layer.bits_per_weight:.1f} bits per weight, more than the {PLAIN_BITS} of bfloat16"
-            if layer.outliers:
+            if self.config.layout(*layer.shape, layer.name).fixed_bytes * 8 <= PLAIN_BITS * math.prod(layer.shape):
                 note += (
                     f": {layer.outlier_share:.0%} of its weights are outliers. Raise outlier_threshold, or set a lower"
                     " target_bits."

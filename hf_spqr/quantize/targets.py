@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,18 +11,18 @@ from torch import Tensor, nn
 
 from hf_spqr.calibration.blocks import Block
 from hf_spqr.config import PackedConfig
-from hf_spqr.errors import NonFiniteError, UnsupportedLayerError
-from hf_spqr.nn import dense
+from hf_spqr.errors import MISFITS, NonFiniteError, UnsupportedLayerError
+from hf_spqr.nn import GroupedLinear, PackedLinear, dense
 from hf_spqr.nn.experts import describe
 
-__all__ = ["MISFITS", "Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize", "selectable"]
+__all__ = [
+    "Target", "check_weights", "find_targets", "left_alone", "nothing_to_quantize", "refuse_packed",
+    "selectable", "shared_parameters",
+]  # fmt: skip
 
 
 PIECE = 1 << 22
 """Numbers that are looked at together."""
-
-MISFITS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model's own code raises when it is called with a token of another shape, or in another way."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +38,47 @@ class Target:
 def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig) -> list[Target]:
     """The linear layers inside ``blocks`` that ``config`` does not exclude, in the model's order.
 
-    Left out are layers whose weight is tied to another parameter, layers that must stay in float32 for the model, and
-    layers that are so narrow that packing would not make them smaller.
+    Left out are layers whose weight has more than one place in the model, layers that must stay in float32 for the
+    model, layers that score experts, and layers that are so narrow that packing would not make them smaller.
     """
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    tied_names = {*tied, *tied.values()}
+    shared = shared_parameters(model)
     keep = kept_in_float32(model)
     targets = []
     for index, block in enumerate(blocks):
+        experts = _experts_beside(block.module)
         for local_name, module in block.module.named_modules():
-            name = f"{block.name}.{local_name}"
-            if not _is_linear(module) or config.excludes(name) or f"{name}.weight" in tied_names:
+            name = block.inside(local_name)
+            if not _is_linear(module) or config.excludes(name) or f"{name}.weight" in shared:
                 continue
-            if any(part in keep for part in name.split(".")):
+            if any(part in keep for part in name.split(".")) or _scores(local_name, module, experts):
                 continue
             if config.layout(*dense.features(module), name).fixed_bytes < dense.matrix(module).nbytes:
                 targets.append(Target(name, local_name, index, module))
     return targets
 
 
+def shared_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that are tied to others, or that modules with several places in ``model`` have."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    named = [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
+    places = Counter(parameter for _, parameter in named)
+    return {*tied, *tied.values(), *(name for name, parameter in named if places[parameter] > 1)}
+
+
 def kept_in_float32(model: nn.Module) -> set[str]:
     """Parts of module names that the model wants in float32 whatever its dtype."""
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     return {part for name in names for part in getattr(model, name, None) or ()}
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Raise UnsupportedLayerError for a model with packed layers: one config cannot describe both runs."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | GroupedLinear):
+            raise UnsupportedLayerError(
+                f"{type(model).__name__} is quantized already ({name} is packed): quantize the model that it was made"
+                " from, or what model.dequantize() gives."
+            )
 
 
 def nothing_to_quantize(model: nn.Module, blocks: Sequence[Block]) -> UnsupportedLayerError:
@@ -70,6 +89,29 @@ def nothing_to_quantize(model: nn.Module, blocks: Sequence[Block]) -> Unsupporte
         f" that the config allows and that packing makes smaller (they hold {', '.join(kinds)}). Check"
         " modules_to_not_convert and group_size."
     )
+
+
+def _experts_beside(block: nn.Module) -> dict[str, set[int]]:
+    """How many experts there are, or other modules in a list, by the name of the module that has them and others."""
+    found: dict[str, set[int]] = {}
+    for name, module in block.named_modules():
+        if not isinstance(module, nn.ModuleList) and not _holds_matrices(module):
+            continue
+        owner = name.rpartition(".")[0]
+        if owner and all(map(_holds_matrices, block.get_submodule(owner).children())):  # it is all of the experts
+            owner = owner.rpartition(".")[0]
+        if isinstance(module, nn.ModuleList):
+            sizes = {len(module)}
+        else:
+            sizes = {len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3}
+        found.setdefault(owner, set()).update(sizes)
+    return found
+
+
+def _scores(name: str, layer: nn.Module, experts: Mapping[str, set[int]]) -> bool:
+    """Whether ``layer`` is the one of a router that has an output for every expert beside it."""
+    outputs = dense.features(layer)[0]
+    return any(outputs in sizes and (not owner or name.startswith(f"{owner}.")) for owner, sizes in experts.items())
 
 
 def _is_linear(module: nn.Module) -> bool:

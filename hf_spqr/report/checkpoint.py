@@ -187,8 +187,10 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
+def inspect_checkpoint(folder: str | Path, trust_remote_code: bool = False) -> CheckpointReport:
     """Describe the checkpoint in ``folder``, quantized or not.
+
+    trust_remote_code: run a model's own code in ``folder``, where nothing else says what its layers are.
 
     Raises:
         CheckpointError: no config.json, no safetensors files, a damaged file, or a packed layer whose shape is known
@@ -210,7 +212,7 @@ def inspect_checkpoint(folder: str | Path) -> CheckpointReport:
     for name in names:
         parts = {part: tensors.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in tensors}
         layers.setdefault(without_number(name), {})[name] = parts
-    shapes = LayerShapes(folder, quantization, QuantizationReport.load(folder))
+    shapes = LayerShapes(folder, quantization, QuantizationReport.load(folder), trust_remote_code)
     for found in layers.values():
         first, matrices = next(iter(found)), list(found.values())
         name, entry = without_number(shapes.in_model(first)), shapes.entry(first)

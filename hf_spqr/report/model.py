@@ -34,15 +34,20 @@ def packed_config(folder: Path, quantization: Mapping[str, Any]) -> PackedConfig
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
 
-def empty_model(folder: Path) -> transformers.PreTrainedModel:
+def empty_model(folder: Path, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
     """The model that config.json in ``folder`` describes, not quantized and without memory for weights.
 
     Raises CheckpointError where it describes none.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        return without_weights(config)
+        return without_weights(config, trust_remote_code=trust_remote_code)
     except BAD_CONFIG as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{folder} has code of its own, without which its layers are not known: read it, then allow it to run"
+                " (--trust-remote-code, in Python trust_remote_code=True)"
+            ) from error
         raise CheckpointError(f"{folder / 'config.json'} describes no model that can be built: {error}") from error

@@ -32,12 +32,20 @@ class LayerShapes:
 
     The model, the report and the patterns of the config may call a layer by another name, :meth:`in_model`.
 
-    quantization   ``quantization_config`` of config.json
-    report         the report beside the weights, None without one
+    quantization        ``quantization_config`` of config.json
+    report              the report beside the weights, None without one
+    trust_remote_code   whether code beside the weights may be run, to know the model
     """
 
-    def __init__(self, folder: Path, quantization: Mapping[str, Any], report: QuantizationReport | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        quantization: Mapping[str, Any],
+        report: QuantizationReport | None,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.folder = folder
+        self.trust_remote_code = trust_remote_code
         self.quantization = quantization
         self.report = report
 
@@ -85,7 +93,7 @@ class LayerShapes:
     def _model(self) -> PreTrainedModel:
         from hf_spqr.report.model import empty_model
 
-        return empty_model(self.folder)
+        return empty_model(self.folder, self.trust_remote_code)
 
     @cached_property
     def _find_expert(self) -> ExpertFinder:

@@ -5,9 +5,19 @@ import torch
 from torch import nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from hf_spqr.calibration.blocks import Block, check_reads_text, find_blocks, find_stacks, record, replay
+from hf_spqr.calibration.blocks import (
+    Block,
+    NoChainError,
+    check_reads_text,
+    find_blocks,
+    find_stacks,
+    find_wholes,
+    record,
+    replay,
+    stored_parts,
+)
 from hf_spqr.errors import CalibrationError, UnsupportedLayerError
-from tests.architectures.matrix import ARCHITECTURES as MATRIX
+from tests.architectures.rows import ARCHITECTURES as MATRIX
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 MORE = ("bloom", "gpt2", "mixtral", "qwen3_moe", "starcoder2", "stablelm", "granite", "phi", "glm4", "smollm3")
@@ -100,6 +110,35 @@ def test_equal_arguments_are_kept_once():
     assert first.kwargs["position_embeddings"][0] is second.kwargs["position_embeddings"][0]
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_cache_that_the_model_fills_by_itself_is_not_kept(name):
+    """It would hold the tokens of the recording when the block is called again."""
+
+    class AddsAll(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, hidden_states, **kwargs):
+            if kwargs[name] is not None:
+                kwargs[name].append(hidden_states)
+                hidden_states = torch.cat(kwargs[name], dim=1)
+            return hidden_states.sum(1, keepdim=True) @ self.weight
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([AddsAll()])
+
+        def forward(self, input_ids, use_cache):
+            return self.layers[0](input_ids[..., None].expand(-1, -1, 4).float(), **{name: []})
+
+    model = Model()
+    recording = record(model, find_blocks(model), [torch.arange(8)[None]])
+    replayed = [replay(model.layers[0], recording.hidden[0], recording.calls[0][0]) for _ in range(2)]
+    assert torch.equal(replayed[0], torch.full((1, 1, 4), 4 * 28.0)) and torch.equal(*replayed)
+
+
 def test_gradients_flow_through_replay():
     model = tiny_model("llama")
     blocks = find_blocks(model)
@@ -108,33 +147,106 @@ def test_gradients_flow_through_replay():
     assert blocks[0].module.mlp.up_proj.weight.grad is not None
 
 
+IDS = torch.arange(8)[None]
+
+
+class Chain(nn.Module):
+    """Two linear layers as blocks; ``run(blocks, hidden)`` says how they are called."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.run = run
+
+    def forward(self, input_ids, use_cache=False):
+        return self.run(self.layers, input_ids[..., None].expand(-1, -1, 4).float())
+
+
 def test_model_without_blocks():
-    with pytest.raises(UnsupportedLayerError, match="ModuleList"):
-        find_blocks(nn.Sequential(nn.Linear(4, 4)))
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(NoChainError, match="ModuleList"):
+        find_blocks(model)
+    assert issubclass(NoChainError, UnsupportedLayerError)
+    assert find_wholes(model) == [[Block("", model)]] and stored_parts(model) == [""]
 
 
-def test_block_that_is_called_without_hidden_states():
-    class Block0(nn.Linear):
-        def forward(self, x):
-            return super().forward(x)
+def test_block_that_is_called_by_a_name_of_its_own():
+    model = Chain(lambda blocks, hidden: blocks[1](input=blocks[0](input=hidden)))
+    blocks = find_blocks(model)
+    recording = record(model, blocks, [IDS])
+    hidden = recording.hidden[0]
+    for block, calls in zip(blocks, recording.calls, strict=True):
+        hidden = replay(block.module, hidden, calls[0])
+    assert torch.equal(hidden, model(IDS))
 
-    class Model(nn.Module):
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda b, h: b[1](b[0](b[0](h))), "layers.0 is called more than once"),
+        (lambda b, h: b[0](b[1](h)), "layers.0 is not called before layers.1"),
+        (lambda b, h: b[0](h), "layers.1 is not called"),
+        (lambda b, h: b[1](b[0](h) * 2), "layers.1 is not given what layers.0 gives"),
+        (lambda b, h: b[1](b[0](h)[:, 1:]), "layers.1 is not given what layers.0 gives"),
+        (lambda b, h: b[0]([h]), r"layers.0 \(Linear\) is not called with hidden states"),
+    ],
+)
+def test_blocks_that_are_no_chain(run, message):
+    model = Chain(run)
+    with pytest.raises(NoChainError, match=message):
+        record(model, find_blocks(model), [IDS])
+    assert all("forward" not in block.__dict__ for block in model.layers)
+
+
+def test_hidden_states_may_change_their_dtype_between_blocks():
+    model = Chain(lambda b, h: b[1](b[0](h.bfloat16().float()).float()))
+    assert len(record(model, find_blocks(model), [IDS, IDS]).calls[1]) == 2
+
+
+def test_no_calibration_batches():
+    with pytest.raises(CalibrationError, match="no calibration batches"):
+        record(Chain(None), find_blocks(Chain(None)), [])
+
+
+def test_a_model_as_a_whole_is_a_block_that_reads_token_ids():
+    model = tiny_model("llama")
+    [[whole]] = find_wholes(model)
+    assert whole.name == "model" and whole.inside("norm") == "model.norm"
+    recording = record(model, [whole], [IDS, IDS + 1])
+    assert torch.equal(recording.hidden[1], IDS + 1) and recording.calls[0][0].keyword == "input_ids"
+    with torch.no_grad():
+        assert torch.equal(replay(whole.module, IDS, recording.calls[0][0]), model.model(IDS).last_hidden_state)
+
+
+def test_a_decoder_that_is_only_a_linear_layer_is_none():
+    """What ``get_decoder`` of a model with a head for masked words gives."""
+    model = next(a for a in MATRIX if a.kind == "modernbert").build()
+    assert isinstance(model.get_decoder(), nn.Linear)
+    assert [block.name for block in find_blocks(model)] == ["model.layers.0", "model.layers.1"]
+
+
+def test_a_language_model_with_an_encoder_and_a_decoder_has_two_stacks():
+    text = next(a for a in MATRIX if a.kind == "bart").build().model
+
+    class Florence(nn.Module):
+        config = text.config
+
         def __init__(self):
             super().__init__()
-            self.layers = nn.ModuleList([Block0(4, 4)])
+            self.language_model = text
 
-        def forward(self, input_ids, use_cache):
-            return self.layers[0](x=input_ids[..., None].expand(-1, -1, 4).float())
+        def get_encoder(self):
+            return self.language_model
 
-    model = Model()
-    with pytest.raises(UnsupportedLayerError, match=r"layers.0 \(Block0\) is not called with hidden states"):
-        record(model, find_blocks(model), [torch.arange(8)[None]])
+        get_decoder = get_encoder
+
+    names = [[block.name.split(".")[1] for block in stack] for stack in find_stacks(Florence())]
+    assert names == [["encoder"] * 2, ["decoder"] * 2]
 
 
-def test_block_that_is_never_called():
-    model = tiny_model("llama")
-    blocks = [*find_blocks(model), Block("elsewhere", nn.Linear(4, 4))]
-    with pytest.raises(CalibrationError, match="elsewhere was called 0 times"):
-        record(model, blocks, [torch.arange(8)[None]])
-    with pytest.raises(CalibrationError, match="no calibration batches"):
-        record(model, blocks, [])
+def test_what_a_checkpoint_must_have():
+    assert stored_parts(tiny_model("llama")) == ["model.layers."]
+    loop = next(a for a in MATRIX if a.kind == "hrm_text").build()
+    assert stored_parts(loop) == ["model.L_module.layers.", "model.H_module.layers."]
+    experts = nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])})])
+    assert stored_parts(nn.ModuleDict({"layers": experts})) == ["layers."]

@@ -2,6 +2,7 @@ import importlib.util
 
 import pytest
 
+from hf_spqr.bench import check
 from hf_spqr.cli import doctor
 
 
@@ -49,6 +50,31 @@ def test_a_broken_registration_fails(run, monkeypatch) -> None:
     result = run("doctor", "--json")
     assert result.code == 1
     assert "broken" in result.json["advice"][0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hf_spqr._C") is None, reason="needs the compiled kernels")
+def test_tries_the_kernels(run) -> None:
+    found = run("doctor", "--json").json["tried"]["cpu"]
+    assert found["products"] > 100 and found["wrong"] == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hf_spqr._C") is None, reason="needs the compiled kernels")
+def test_wrong_kernels_fail(run, monkeypatch) -> None:
+    monkeypatch.setattr(check, "check_kernels", lambda device: check.Findings(9, ["a [3 bit]: off by 9%", "b"]))
+    result = run("doctor")
+    assert result.code == 1
+    assert "wrong on cpu (a [3 bit]: off by 9% and 1 more)" in result.out
+    assert 'SpQRConfig(backend="reference")' in result.out and "not usable" in result.out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hf_spqr._C") is None, reason="needs the compiled kernels")
+def test_kernels_that_cannot_run_fail(run, monkeypatch) -> None:
+    def fail(device: str) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(check, "check_kernels", fail)
+    data = run("doctor", "--json").json
+    assert not data["ok"] and data["tried"]["cpu"]["wrong"] == ["RuntimeError: no kernel image is available"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hf_spqr._C") is None, reason="needs the compiled kernels")

@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,20 @@ def test_new_empty_and_old_folders_are_replaced(tmp_path: Path) -> None:
         assert [path.name for path in out.iterdir()] == ["new"]
         assert out.stat().st_mode & 0o700 == 0o700
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["empty", "new", "old"]
+
+
+@pytest.mark.parametrize(("mask", "folder", "file"), [(0o022, 0o755, 0o644), (0o027, 0o750, 0o640)])
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path, mask: int, folder: int, file: int) -> None:
+    """safetensors writes weights that only their owner may read."""
+    before = os.umask(mask)
+    try:
+        with complete_folder(tmp_path / "out") as partial:
+            (partial / "deep").mkdir(0o700)
+            (partial / "deep" / "weights").touch(0o600)
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "out", *sorted((tmp_path / "out").rglob("*")))]
+    assert modes == [folder, folder, file]
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:

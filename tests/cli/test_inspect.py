@@ -6,7 +6,8 @@ import pytest
 
 from hf_spqr.integrations.transformers import quantize_model
 from hf_spqr.report import QuantizationReport
-from tests.architectures.matrix import ARCHITECTURES, METHODS
+from tests.architectures.matrix import METHODS
+from tests.architectures.rows import ARCHITECTURES
 
 
 def test_json_agrees_with_the_report(run, quantized: Path) -> None:

@@ -58,15 +58,3 @@ def test_eval_needs_a_causal_model(
         monkeypatch.setattr(f"hf_spqr.cli.{module}.load_model", lambda *arguments: pytest.fail("was loaded"))
     done = run("eval", base_of(kind, tmp_path), *(("-d", dataset) if how == "dataset" else ("--tasks", "arc_easy")))
     assert done.code == 1 and f"is a {cls}, no causal language model" in " ".join(done.err.split())
-
-
-def test_code_of_its_own_is_not_run(run: Callable, base: Path, dataset: Path, tmp_path: Path) -> None:
-    config = json.loads((base / "config.json").read_text())
-    for file in base.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "configuration_custom.py").write_text("raise SystemError('was run')\n")
-    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "configuration_custom.CustomConfig"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    for command in (("quantize", tmp_path, tmp_path / "out", "-d", dataset), ("eval", tmp_path, "-d", dataset)):
-        done = run(*command)
-        assert done.code == 1 and "has code of its own, which commands do not run" in " ".join(done.err.split())

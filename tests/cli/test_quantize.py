@@ -167,8 +167,10 @@ def test_nothing_is_left_after_a_failure(run, base: Path, dataset: Path, tmp_pat
         assert result.json["error"] == "no space left on device"
 
 
-def test_nothing_is_left_after_a_signal(base: Path, dataset: Path, tmp_path: Path) -> None:
-    script = """
+@pytest.mark.parametrize(("name", "word"), [("SIGTERM", "terminated"), ("SIGINT", "interrupted")])
+@pytest.mark.parametrize("then", ["", "except BaseException: raise ImportError('halfway')"])
+def test_nothing_is_left_after_a_signal(base: Path, dataset: Path, tmp_path: Path, name, word, then) -> None:
+    script = f"""
         import signal, sys
         from pathlib import Path
         from transformers import LlamaForCausalLM
@@ -176,14 +178,16 @@ def test_nothing_is_left_after_a_signal(base: Path, dataset: Path, tmp_path: Pat
 
         def end(self, folder, **kwargs):
             Path(folder, "model.safetensors").write_bytes(b"half")
-            signal.raise_signal(signal.SIGTERM)
+            try: signal.raise_signal(signal.{name})
+            {then or "finally: pass"}
 
         LlamaForCausalLM.save_pretrained = end
         main(sys.argv[1:])
     """
     arguments = ["quantize", str(base), str(tmp_path / "q"), "-d", str(dataset), *FAST]
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *arguments], capture_output=True)
-    assert done.returncode == 128 + signal.SIGTERM
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.Signals[name]
+    assert done.stderr.rstrip().splitlines()[-1].endswith(word)
     assert names(tmp_path) == set()
 
 

@@ -223,13 +223,23 @@ class Stretch:
 
 @dataclass
 class Parts(Stretch):
-    """In how many parts the columns of SpQR's usual layout are cut for the tiled kernel."""
+    """In how many parts the columns of SpQR's layout of 3 bits are cut for the tiled kernel."""
 
     shared_bytes: int = 227 << 10
+    group: int = 16
 
     def encode(self) -> bytes:
-        shape = (3, 16, self.rows, self.columns, 3, 1, 0, 0, self.tokens, 0, 0, 0, 0, 1)
+        shape = (3, self.group, self.rows, self.columns, 3, 1, 0, 0, self.tokens, 0, 0, 0, 0, 1)
         return struct.pack("18q", 6, 0, *shape, self.multiprocessors, self.shared_bytes)
+
+
+@dataclass
+class Refused(Parts):
+    """Whether affine weights of 4 bits and one scale per row go another way than through the kernel for few tokens."""
+
+    def encode(self) -> bytes:
+        shape = (4, -1, self.rows, self.columns, 0, 0, 0, 0, self.tokens, 0, 0, 0, 0, 1)
+        return struct.pack("18q", 7, 1, *shape, self.multiprocessors, self.shared_bytes)
 
 
 def _bytes(tensor: Tensor | None) -> bytes:

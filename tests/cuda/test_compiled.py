@@ -12,7 +12,8 @@ from tests.cuda.emulator import CSRC
 
 ARCHS = ("80", "86", "89", "90a", "100f", "120f")
 FILES = sorted(path.stem for path in CSRC.glob("cuda/*.cu"))
-QUICK = {("linear_spqr16", "90a"), ("linear_affine128", "90a"), ("tiled_spqr16", "90a")}
+QUICK = {("linear_spqr16", "90a"), ("linear_affine128", "90a"), ("tiled_spqr16", "90a"),
+         ("resident_affine64", "90a")}  # fmt: skip
 WEIGHTS_PER_LANE = 16 * 256 // 32  # of a step of one row block; a step is one turn of the main loop
 # Of the kernel for 1 to 8 tokens, with all that its loop holds for 8 of them: (file, bits, most per weight).
 BUDGETS = [
@@ -21,6 +22,8 @@ BUDGETS = [
     ("linear_spqr16", 4, 2.85),
     ("linear_affine128", 4, 1.8),
     ("linear_affine128", 2, 1.75),
+    ("linear_affine64", 4, 2.85),
+    ("linear_affine32", 3, 3.6),
 ]
 # Of resident.cuh, likewise.
 RESIDENT_BUDGETS = [
@@ -29,6 +32,10 @@ RESIDENT_BUDGETS = [
     ("resident_spqr16", 4, 2.65),
     ("resident_affine128", 4, 1.8),
     ("resident_affine128", 2, 1.7),
+    ("resident_affine64", 4, 2.5),
+    ("resident_affine64", 3, 3.2),
+    ("resident_affine64", 2, 2.55),
+    ("resident_affine32", 4, 2.6),
 ]
 # Of tiled.cuh for 64 tokens, with all that a step of two row blocks takes, its outliers but for rows of more than six.
 TILED_BUDGETS = [
@@ -37,6 +44,9 @@ TILED_BUDGETS = [
     ("tiled_spqr16", 4, 6.9),
     ("tiled_affine128", 4, 5.25),
     ("tiled_affine128", 2, 5.25),
+    ("tiled_affine64", 4, 4.9),
+    ("tiled_affine64", 2, 4.95),
+    ("tiled_affine32", 3, 5.75),
 ]
 DENSE_WEIGHTS_PER_THREAD = 64
 
@@ -56,19 +66,23 @@ def test_compiles_without_spills(cubin: Callable, name: str, arch: str) -> None:
     assert sum(spilled) == 0, [line for line in log.splitlines() if "spill" in line]
 
 
+QUICK_OVERLAP = [("kernels", "90a"), ("resident_spqr16", "90a"), ("tiled_spqr16", "90a"), ("tiled_affine64", "120f")]
+
+
 @pytest.mark.usefixtures("disassembler")
 @pytest.mark.parametrize(
-    "name",
+    ("name", "arch"),
     [
-        pytest.param(name, marks=[] if name in ("kernels", "resident_spqr16", "tiled_spqr16") else [pytest.mark.slow])
+        pytest.param(name, arch, marks=[] if (name, arch) in QUICK_OVERLAP else [pytest.mark.slow])
         for name in FILES
         if name.startswith(("kernels", "resident", "tiled"))
+        for arch in ("90a", "100f", "120f")
     ],
 )
-def test_memory_waits_for_the_kernel_before(cubin: Callable, name: str) -> None:
+def test_memory_waits_for_the_kernel_before(cubin: Callable, name: str, arch: str) -> None:
     """Kernels that start while another one ends touch global memory only when it has ended."""
     waiting = 0
-    for function, code in sass.functions(cubin(name, "90a")[0]).items():
+    for function, code in sass.functions(cubin(name, arch)[0]).items():
         waits = [i for i, (_, text) in enumerate(code) if "ACQBULK" in text]
         touches = [i for i, (_, text) in enumerate(code) if re.search(r"\b(LDG|LDGSTS|STG|ATOMG|REDG?)\b", text)]
         assert not waits or waits[0] < touches[0], function

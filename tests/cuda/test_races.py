@@ -38,6 +38,7 @@ def test_barriers_order(program: Path, kind: int) -> None:
     [
         (1, "written by thread"), (2, "written by thread"), (3, "read by thread"), (4, "still being copied"),
         (5, "no barrier"), (6, "written by thread"), (7, "written by thread"), (9, "no barrier"),
+        (10, "ends without"),
     ],
 )  # fmt: skip
 def test_mistake_is_found(program: Path, kind: int, words: str) -> None:

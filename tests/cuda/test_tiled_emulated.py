@@ -96,6 +96,15 @@ def test_parts_of_the_columns(run_emulated: Callable) -> None:
     assert torch.equal(one_block, two_blocks)  # of a multiprocessor
 
 
+def test_parts_know_how_many_blocks_a_multiprocessor_holds(run_emulated: Callable) -> None:
+    """Statistics of groups of 8 take 27 KB of a block's 83: 164 KB hold one of these, and two of the usual layout."""
+    shape, kib = (4096, 4096, 64), 1 << 10
+    one, two, few = run_emulated(
+        [Parts(*shape, 132, 163 * kib, group=8), Parts(*shape, 66, 163 * kib), Parts(*shape, 132, 163 * kib)]
+    )
+    assert int(one) == int(two) != int(few)
+
+
 def outliers_at(rows: list[list[int]], seed: int) -> dict[str, Tensor]:
     """Of each row at these columns."""
     count = torch.tensor([0] + [len(row) for row in rows]).cumsum(0)

@@ -186,6 +186,9 @@ def test_bad_tensors_are_refused():
         spqr.check_outliers(layout, tensors["outlier_row"], twice)
     with pytest.raises(ValueError, match="beyond the last column"):
         spqr.check_outliers(spqr.SpQRLayout(32, 10), tensors["outlier_row"], tensors["outlier"])
+    infinite = tensors["outlier"] & 0xFFFF | 0x7C00 << 16
+    with pytest.raises(ValueError, match="an outlier is infinite or NaN"):
+        spqr.check_outliers(layout, tensors["outlier_row"], infinite)
     with pytest.raises(ValueError, match="perm"):
         columns.check_perm(torch.zeros(64, dtype=torch.int32), 64)
     with pytest.raises(ValueError, match=r"perm must be torch.int32, got torch.int64"):
@@ -210,6 +213,34 @@ def test_bad_affine_tensors_are_refused(symmetric):
         affine.unpack(dataclasses.replace(layout, in_features=96), tensors)
     with pytest.raises(ValueError, match=r"packed must be int32 .* got torch.int64"):
         affine.unpack(layout, {"packed": tensors["packed"].long()})
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("group", [-1, 8, 128])
+def test_statistics_that_are_not_finite_are_refused(group, value):
+    """Wherever they lie; the largest and smallest finite ones pass."""
+    for place in ((0, 0, 0), (2, -1, 3)):
+        layout = spqr.SpQRLayout(40, 300, group_size=group)
+        weight = random_spqr(layout)
+        second = weight.second.fill_(-65504).clone()
+        spqr.check_statistics(layout, spqr.pack(weight)["packed"])
+        second[place] = value
+        with pytest.raises(ValueError, match="second-level scale or zero point is infinite or NaN"):
+            spqr.check_statistics(layout, spqr.pack(dataclasses.replace(weight, second=second))["packed"])
+    for dtype, symmetric in ((torch.float16, False), (torch.bfloat16, True)):
+        layout = affine.AffineLayout(40, 300, 4, group, symmetric, dtype)
+        weight = random_affine(layout)
+        weight.scales[0] = torch.finfo(dtype).max
+        weight.scales[1] = torch.finfo(dtype).tiny / 4
+        affine.check_statistics(layout, affine.pack(weight)["packed"])
+        for place in ((0, 0), (39, -1)):
+            scales = weight.scales.clone()
+            scales[place] = value
+            packed = affine.pack(dataclasses.replace(weight, scales=scales))["packed"]
+            with pytest.raises(ValueError, match="a scale is infinite or NaN"):
+                affine.check_statistics(layout, packed)
+            with pytest.raises(ValueError, match="a scale is infinite or NaN"):
+                affine.check_statistics(layout, torch.stack([torch.zeros_like(packed), packed]))  # of experts
 
 
 @pytest.mark.parametrize("bad", [{"bits": 9}, {"group_size": 17}, {"stat_bits": 1}, {"second_group": 48}])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_spqr.bench.check import check_kernels
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 from tests.cuda.test_kernels_emulated import ERROR, natural_affine, natural_spqr
@@ -140,3 +141,8 @@ def test_compile_with_graphs() -> None:
     x = some_x(1, 512, F16)
     for _ in range(4):
         assert torch.allclose(compiled(x), twice(x), rtol=1e-2, atol=1e-2)
+
+
+def test_the_doctor_finds_nothing() -> None:
+    found = check_kernels("cuda:0")
+    assert found.products > 100 and found.wrong == []

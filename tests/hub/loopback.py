@@ -13,6 +13,7 @@ import re
 import struct
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -58,6 +59,13 @@ class Fault:
     times: int
 
 
+@dataclass
+class Visit:
+    part: str
+    before: Callable[[], None] | None
+    drop: bool
+
+
 class Reply(Exception):
     """Ends a request with a status, a body and headers."""
 
@@ -81,6 +89,7 @@ class LoopbackHub:
         self.blobs: dict[str, bytes] = {}
         self.log: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
+        self.visits: list[Visit] = []
         self.xet = xet
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -98,6 +107,17 @@ class LoopbackHub:
     def fail(self, part: str, status: int, times: int = 1) -> None:
         """Answer the next ``times`` requests whose path contains ``part`` with ``status``."""
         self.faults.append(Fault(part, status, times))
+
+    def visit(self, part: str, before: Callable[[], None] | None = None, drop: bool = False) -> None:
+        """Call ``before`` at the next request whose path contains ``part``; ``drop``: do it, but never answer."""
+        self.visits.append(Visit(part, before, drop))
+
+    def visited(self, path: str) -> Visit | None:
+        with self.lock:
+            found = next((visit for visit in self.visits if visit.part in path), None)
+            if found is not None:
+                self.visits.remove(found)
+        return found
 
     def count(self, method: str, part: str) -> int:
         return sum(m == method and part in path for m, path in self.log)
@@ -336,7 +356,13 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
         def handle_any(self) -> None:
             address = urlsplit(self.path)
             body = self.read_body()
+            visit = hub.visited(address.path)
+            if visit and visit.before:
+                visit.before()
             reply = hub.answer(self.command, unquote(address.path), parse_qs(address.query), body, self.headers)
+            if visit and visit.drop:
+                self.close_connection = True
+                return
             self.send_response(reply.status)
             for name, value in {**reply.headers, "Content-Length": str(len(reply.body))}.items():
                 self.send_header(name, value)

@@ -9,11 +9,13 @@ import transformers
 from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_spqr.errors import CheckpointError, ConfigError
 from hf_spqr.integrations.hub import PushError, push_folder, push_to_hub
 from hf_spqr.report.card import PLOT_NAME
-from tests.architectures.matrix import ARCHITECTURES, METHODS, assert_same
+from tests.architectures.matrix import METHODS, assert_same
+from tests.architectures.rows import ARCHITECTURES
 from tests.tiny_models import byte_tokenizer, tiny_model
 
 IDS = torch.arange(40)[None] * 5 % 258
@@ -73,7 +75,7 @@ def test_what_is_not_a_packed_model_is_pushed_as_by_transformers(hub, make_model
     model = make_model().dequantize()
     model.push_to_hub("tester/plain")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained("tester/plain")), logits(model))
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)  # what add_adapter asks for
     model = make_model()
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
     model.push_to_hub("tester/adapter")

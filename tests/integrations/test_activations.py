@@ -11,7 +11,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, GenerationCon
 
 import hf_spqr
 from hf_spqr.nn import AffineLinear
-from tests.architectures.matrix import ARCHITECTURES, calibration_ids
+from tests.architectures.matrix import calibration_ids
+from tests.architectures.rows import ARCHITECTURES
 from tests.tiny_models import tiny_model
 
 

@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_spqr import CheckpointError, SpQRConfig
+from hf_spqr.integrations.transformers import quantize_model
+from tests.architectures.matrix import METHODS
+from tests.architectures.rows import ARCHITECTURES
 from tests.tiny_models import tiny_model
 
 UP = "model.layers.0.mlp.up_proj"
@@ -198,3 +201,21 @@ except (RuntimeError, ValueError) as error:
     environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "refused: RuntimeError" in result.stdout, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "gone"),
+    [
+        ("hrm_text", "model.H_module.layers.1.mlp.up_proj"),  # not in the first list of blocks
+        ("zamba2", "model.layers.1.shared_transformer.self_attn.q_proj"),  # another block has it from here
+    ],
+)
+def test_missing_layer_of_an_unusual_model(kind, gone, tmp_path):
+    model = next(one for one in ARCHITECTURES if one.kind == kind).build()
+    quantize_model(model, METHODS["SpQR"](), progress=False)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{gone}.")}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    fails(tmp_path, f"lacks {gone}.weight")

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_spqr.errors import UnsupportedLayerError
 from hf_spqr.integrations.transformers import quantize_model
 from hf_spqr.nn import PackedLinear
-from tests.architectures.matrix import ARCHITECTURES, IDS, METHODS, assert_same, distance, logits
+from tests.architectures.matrix import IDS, METHODS, assert_same, distance, logits
+from tests.architectures.rows import ARCHITECTURES
 from tests.tiny_models import tiny_model
 
 

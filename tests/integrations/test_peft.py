@@ -278,7 +278,7 @@ def test_an_older_version_is_named(folder, monkeypatch):
 
 def test_hf_spqr_does_not_import_peft_and_finds_it_later():
     code = (
-        "import sys, hf_spqr\n"
+        "import sys, hf_spqr.integrations\n"
         "assert 'peft' not in sys.modules\n"
         "import peft\n"
         "from peft.tuners.lora import model\n"

@@ -154,9 +154,7 @@ def test_what_is_wrong_is_said():
         shards(SPQR, [Part("x.o_proj", 64, 0, 64)]).modules(None)
     with pytest.raises(CheckpointError, match=r"x.o_proj: 'packed' should be"):
         made({"packed": found["packed"][:, :-16]})
-    with pytest.raises(
-        CheckpointError, match=r"x.o_proj: damaged packed layer: outlier_row must be .* \[65\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"x.o_proj: damaged packed layer: outlier_row must be .* \[65\]"):
         made({"outlier_row": found["outlier_row"][:-1]})
     with pytest.raises(CheckpointError, match=r"x.o_proj.weight should be \(64, 384\)"):
         made({"weight": torch.zeros(64, 100)})

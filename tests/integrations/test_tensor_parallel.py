@@ -41,7 +41,9 @@ CASES = {
     "spqr, mixed": ("llama", {}, SpQRConfig(**SPQR, modules_to_not_convert=["layers.0.mlp", "layers.1.self_attn"])),
     "W4A16g32": ("llama", {"intermediate_size": 104}, OmniQuantConfig(4, 32, **OMNI)),
     "W4A16g32, mixed": (
-        "llama", {}, OmniQuantConfig(4, 32, overrides={"down_proj": {"bits": 8, "group_size": -1}}, **OMNI)
+        "llama",
+        {},
+        OmniQuantConfig(4, 32, overrides={"down_proj": {"bits": 8, "group_size": -1}}, **OMNI),
     ),
     "W3A16": ("qwen2", {"intermediate_size": 104}, OmniQuantConfig(3, -1, **OMNI)),
     "W8A8": ("llama", {"intermediate_size": 104}, OmniQuantConfig(8, -1, 8, **OMNI)),

@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from hf_spqr import CheckpointError, ConfigError, SpQRConfig, UnsupportedLayerError
 from hf_spqr.nn import SpQRLinear
-from tests.architectures.matrix import ARCHITECTURES as MATRIX
 from tests.architectures.matrix import METHODS
+from tests.architectures.rows import ARCHITECTURES as MATRIX
 from tests.integrations.conftest import IDS, quantize_folder
 from tests.tiny_models import ARCHITECTURES, byte_tokenizer
 
@@ -173,9 +173,13 @@ def test_device_maps(folder, quantized, device_map):
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
-def test_device_maps_while_quantizing(base_folder, texts, quantized, device_map):
+def test_device_maps_while_quantizing(base_folder, texts, quantized, device_map, tmp_path):
     config = SpQRConfig(bits=3, dataset=texts, nsamples=8, seqlen=64, act_order=True)
-    assert_same(quantized, load(base_folder, quantization_config=config, device_map=device_map))
+    model = load(base_folder, quantization_config=config, device_map=device_map)
+    assert_same(quantized, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of offloaded weights
+        model.save_pretrained(tmp_path)
 
 
 def test_offload_to_disk(folder, quantized, tmp_path):

@@ -43,8 +43,7 @@ def decode(forward: Callable[..., Any], tokens: Tensor) -> list[Tensor]:
         position = torch.tensor([[at]])
         mask = (torch.arange(16) <= position)[None, None]
         with torch._dynamo.config.patch(error_on_recompile=at > 1):  # the first step also sets up the cache
-            given = {"attention_mask": mask, "position_ids": position, "past_key_values": cache, "use_cache": True}
-            found.append(forward(input_ids=tokens[:, at : at + 1], **given).logits)
+            found.append(forward(tokens[:, at : at + 1], mask, position, cache, use_cache=True).logits)
     return found
 
 

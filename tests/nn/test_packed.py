@@ -175,6 +175,25 @@ def test_check_finds_zero_points_that_no_code_has(bits):
             damaged.check()
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_refuses_indices_that_would_read_out_of_bounds(assign):
+    module = spqr_module()
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    module.load_state_dict(state, assign=assign)
+    state["outlier"][0] |= 0xFFFF
+    with pytest.raises(RuntimeError, match="beyond the last column"):
+        module.load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize("make", [spqr_module, affine_module])
+def test_check_finds_statistics_that_are_not_finite(make):
+    module = make()
+    module.packed.data.fill_(-1)  # NaN in every dtype
+    with pytest.raises(CheckpointError, match=r"damaged packed layer: .* infinite or NaN"):
+        module.check()
+
+
 def test_repr_tells_the_bits_that_the_bytes_take():
-    module = spqr_module(256, 256, perm=False, share=0.0)
+    module = spqr_module(256, 256, perm=False, share=0.05)
     assert f"bits_per_weight={8 * module.nbytes() / 65536:.3f}" in repr(module)
+    assert f"outliers={module.outlier.numel() / 65536:.2%}" in repr(module)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from hf_spqr import ConfigError
@@ -60,7 +61,43 @@ def test_packed_layers_compute_what_their_matrices_say(texts, tokenizer):
 def test_sequences_of_other_lengths_are_left_out(tokenizer):
     ids = [torch.randint(0, 256, (n,)) for n in (32, 32, 20, 32)]
     report = run(tiny_model("llama"), ids, tokenizer)
-    assert report.notes[0].startswith("1 calibration sequences shorter than 32 tokens")
+    assert report.notes[0].startswith("1 calibration sequences shorter than the others")
+
+
+class Streams(nn.Module):
+    """A decoder whose hidden states are [streams, sequences, tokens, features], as those of Gemma 3n."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+
+        def forward(self, hidden_states):
+            assert hidden_states.shape[0] == 4 and hidden_states.shape[2:] == (32, 64)
+            return hidden_states + self.down(self.up(hidden_states).tanh())
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(258, 64)
+        self.layers = nn.ModuleList([self.Block(), self.Block()])
+
+    def forward(self, input_ids, use_cache=False):
+        hidden = self.embed(input_ids) * torch.arange(1, 5).view(4, 1, 1, 1)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden.mean(0)
+
+
+def test_sequences_need_not_come_first_in_hidden_states(texts, tokenizer):
+    torch.manual_seed(0)
+    model = Streams()
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        before = model(ids)
+        report = run(model, texts, tokenizer, let=False)
+        assert len(report.layers) == 4 and all(block.final <= block.nearest for block in report.blocks)
+        assert 0 < float((model(ids) - before).norm() / before.norm()) < 0.1
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.layers)
 
 
 def test_progress_shows_step_loss_best_and_time_left(texts, tokenizer, monkeypatch, capsys):

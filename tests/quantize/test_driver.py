@@ -75,6 +75,15 @@ def test_least_bytes_with_a_target_and_without_work():
         least_bytes(model, SpQRConfig(modules_to_not_convert=["layers"]))
 
 
+def test_a_packed_model_is_not_quantized_again(texts, tokenizer):
+    """Also where a layer was left that could be."""
+    model = tiny_model("llama", torch.bfloat16)
+    config = make_config(texts, modules_to_not_convert=["layers.0"])
+    quantize_model(model, config, tokenizer=tokenizer, progress=False)
+    with pytest.raises(UnsupportedLayerError, match=r"already \(model\.layers\.1\.self_attn\.q_proj is"):
+        quantize_model(model, make_config(texts), tokenizer=tokenizer, progress=False)
+
+
 def test_more_bits_than_bfloat16_are_reported(texts, tokenizer, caplog):
     config = make_config(texts, overrides={"layers.1.mlp.down_proj": {"outlier_threshold": 1e-9}})
     model = tiny_model("llama", torch.bfloat16)
@@ -86,9 +95,10 @@ def test_more_bits_than_bfloat16_are_reported(texts, tokenizer, caplog):
     assert caplog.messages == [note]
 
 
-def test_narrow_layers_of_more_bits_have_no_outliers_to_blame(texts, tokenizer):
+@pytest.mark.parametrize("threshold", ["inf", 0.2])
+def test_narrow_layers_of_more_bits_have_no_outliers_to_blame(threshold, texts, tokenizer):
     model = tiny_model("llama", hidden_size=16, intermediate_size=64)
-    config = make_config(texts, bits=8, outlier_threshold="inf")
+    config = make_config(texts, bits=8, outlier_threshold=threshold)
     report = quantize_model(model, config, tokenizer=tokenizer, progress=False)
     notes = [note for note in report.notes if "more than the 16 of bfloat16" in note]
     assert len(notes) == sum(layer.bits_per_weight > 16 for layer in report.layers) > 0

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_spqr import SpQRConfig
-from hf_spqr.calibration.blocks import Block
+from hf_spqr.calibration.blocks import Block, find_blocks
+from hf_spqr.quantize.experts import find_experts
 from hf_spqr.quantize.targets import find_targets, left_alone
+from tests.architectures.rows import ARCHITECTURES
 
 
 class Same(nn.Linear):
@@ -60,3 +62,59 @@ def test_experts_of_an_unknown_shape_are_listed_as_left_alone():
     model["conv"].place = nn.Parameter(torch.zeros(1, 4, 3))
     assert left_alone(model, []) == ["experts", "gate"]
     assert left_alone(model, ["gate"]) == ["experts"]
+
+
+def names(model, config=None):
+    blocks = [Block(str(index), block) for index, block in enumerate(model)]
+    return [target.name for target in find_targets(model, blocks, config or SpQRConfig(bits=4))]
+
+
+class Fused(nn.Module):
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(experts, 96, 64))
+        self.down_proj = nn.Parameter(torch.randn(experts, 64, 96))
+        self.act_fn = nn.SiLU()
+
+
+class Gemm(nn.Module):
+    """A projection of all experts, as Aria had two of in Transformers 5.17."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, 64, 96))
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        Fused(24),
+        nn.ModuleList([nn.Linear(64, 64) for _ in range(24)]),
+        nn.ModuleDict({"fc1": Gemm(24), "fc2": Gemm(24)}),
+    ],
+)
+def test_the_layer_that_scores_the_experts_is_left_alone(experts):
+    """By its number of outputs, beside the experts: other layers may have as many."""
+    router = nn.ModuleDict({"inner": nn.Linear(64, 64), "scores": nn.Linear(64, 24)})
+    mlp = nn.ModuleDict({"router": router, "experts": experts, "shared": nn.Linear(64, 96)})
+    block = nn.ModuleDict({"attention": nn.Linear(64, 24), "mlp": mlp})
+    found = [name for name in names(nn.ModuleList([block])) if ".experts." not in name]
+    assert found == ["0.attention", "0.mlp.router.inner", "0.mlp.shared"]
+
+
+def test_layers_with_several_places_are_left_alone():
+    """A module, or a parameter, that two blocks have: packing it in one would take it from the other."""
+    shared, one, other = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+    other.weight = one.weight
+    blocks = [nn.ModuleDict({"own": nn.Linear(64, 64), "shared": shared, "tied": tied}) for tied in (one, other)]
+    assert names(nn.ModuleList(blocks)) == ["0.own", "1.own"]
+    experts = Fused(4)
+    twice = nn.ModuleList([nn.ModuleDict({"experts": experts}), nn.ModuleDict({"experts": experts})])
+    found = find_experts(twice, [Block(str(i), b) for i, b in enumerate(twice)], SpQRConfig(bits=4))
+    assert found == []
+
+
+def test_blocks_that_zamba_shares_are_left_alone():
+    model = next(a for a in ARCHITECTURES if a.kind == "zamba2").build()
+    found = find_targets(model, find_blocks(model), SpQRConfig(bits=4))
+    assert found and not any("shared_transformer" in target.name for target in found)

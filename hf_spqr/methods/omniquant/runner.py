@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_spqr.errors import CalibrationError, UnsupportedLayerError
+from hf_spqr.errors import MISFITS, CalibrationError, UnsupportedLayerError
 
 from .attention import QuantizedAttention
 from .double import cast
@@ -94,13 +94,14 @@ class BlockRunner:
     def batches(self, hidden: Tensor) -> bool:
         """Whether the first samples ``hidden [B, T, H]`` can be run together.
 
-        They cannot where an argument folds the batch into the heads, as Bloom's position bias does.
+        They cannot where an argument folds the batch into the heads, as Bloom's position bias does, or belongs to one
+        sequence only.
         """
         samples = list(range(len(hidden)))
         alone = torch.cat([self(hidden[i : i + 1], [i]) for i in samples])
         try:
             together = self(hidden, samples)
-        except (RuntimeError, CalibrationError):
+        except MISFITS:
             return False
         return together.shape == alone.shape and torch.allclose(together, alone, rtol=1e-2, atol=1e-2)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_spqr.errors import MISFITS
+
 from .runner import BlockRunner
 
 TOLERANCE = 1e-4
@@ -27,7 +29,7 @@ def short_call(runner: BlockRunner, hidden: Tensor, tokens: int = 48) -> tuple[T
     whole = runner(hidden, [0])[:, :tokens]
     try:
         part = BlockRunner(runner.block, short, [])(hidden[:, :tokens], [0])
-    except (RuntimeError, ValueError, IndexError):  # an argument that cannot be cut this way
+    except MISFITS:  # an argument that cannot be cut this way
         return hidden, kwargs
     if part.shape != whole.shape or not bool((part - whole).norm() <= TOLERANCE * whole.norm()):
         return hidden, kwargs

@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["when_imported"]
 
 
-def when_imported(name: str, action: Callable[[], None]) -> None:
+def when_imported(name: str, action: Callable[[], object]) -> None:
     """Call ``action`` once the module ``name`` has been imported: now, if it is already there, else when it is."""
     if name in sys.modules:
         action()
@@ -23,7 +23,7 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 class _Waiting:
     """Stands first in ``sys.meta_path`` until its module is looked for, and then steps aside."""
 
-    def __init__(self, name: str, action: Callable[[], None]) -> None:
+    def __init__(self, name: str, action: Callable[[], object]) -> None:
         self.name, self.action = name, action
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:

@@ -1,0 +1,13 @@
+#include "cuda/resident_launch.cuh"
+#include "cuda/stats_affine_tile.cuh"
+
+namespace hf_spqr {
+
+int resident_affine64(const ResidentArgs& a, void* stream) {
+    if (a.weight.bits == 2) return launch_resident<StatsAffineTile<64, 2>, 2>(a, stream);
+    if (a.weight.bits == 3) return launch_resident<StatsAffineTile<64, 3>, 3>(a, stream);
+    if (a.weight.bits == 4) return launch_resident<StatsAffineTile<64, 4>, 4>(a, stream);
+    return launch_resident<StatsAffineTile<64, 8>, 8>(a, stream);
+}
+
+}  // namespace hf_spqr
