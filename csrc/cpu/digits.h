@@ -1,6 +1,6 @@
 // A token's activations as integers of 24 bits, scale * (65536 a + 256 b + c), in three planes of signed bytes for
-// ARM's integer dot product. A block of columns shares a scale: an activation is off by at most 2^-24 of the largest
-// of its block (2^-23 where codes come doubled), as a float of that size is anyway. Internal linkage (see vec.h).
+// ARM's integer dot product. A block of columns shares a scale: an activation is off by at most 2^-22 of the largest
+// of its block, and mostly by a quarter of that. Internal linkage (see vec.h).
 #pragma once
 #include "cpu/code_bytes.h"
 #include "cpu/kernels.h"

@@ -34,9 +34,10 @@ __attribute__((always_inline)) inline void add_block(const int32x4_t (*sums)[kDi
 }
 
 // Tiles [tile, tile + tiles) of a panel, whole blocks unless the matrix ends: sum[token][row] += their products with T
-// tokens. Statistics and blocks are those of the first of them, Short: of 16 columns.
+// tokens. Statistics and activations are those of the first of them; from block to block statistics go on by
+// `group_step`. Short: groups of 16, two to a tile.
 template <int B, int T, bool Short>
-void add_stretch(const uint32_t* codes, int tiles, int block_tiles, int groups_per_block, const int8_t* x,
+void add_stretch(const uint32_t* codes, int tiles, int block_tiles, int group_step, const int8_t* x,
                  const BlockOfToken* blocks, const float* scale, const float* shift, float* sum) {
     constexpr int L = T == 1 ? 4 : T == 2 ? 2 : 1;
     for (int lane = 0; lane < kRows; lane += 4 * L) {
@@ -64,7 +65,7 @@ void add_stretch(const uint32_t* codes, int tiles, int block_tiles, int groups_p
             }
             if (Short) continue;
             add_block<L, T>(s, block, scale + group, shift + group, y);
-            block += T, group += groups_per_block;
+            block += T, group += group_step;
         }
         for (int l = 0; l < L; ++l) {
             for (int t = 0; t < T; ++t) {
@@ -93,17 +94,18 @@ AddStretch stretch_of(const Matrix& m, int tokens) {
 }
 
 void add_panel(const Matrix& m, const Panel& panel, const Statistics& statistics, const Digits& digits, float* sum) {
-    const int columns = block_columns(m), block_tiles = columns < kColumns ? 1 : columns / kColumns;
-    const int64_t block_columns = columns;
+    const int64_t columns = block_columns(m);
+    const int block_tiles = columns < kColumns ? 1 : int(columns / kColumns);
+    const int group_step = m.group == columns ? kRows : 0;  // a longer group has several blocks
     for (int64_t tile = 0; tile < panel.count; tile += kStretch) {
         const int tiles = int(panel.count - tile < kStretch ? panel.count - tile : kStretch);
         const int group = group_of_tile(m, tile) * kRows;
-        const int64_t first = panel.first_tile + tile, block = first * kColumns / block_columns;
+        const int64_t first = panel.first_tile + tile, block = first * kColumns / columns;
         for (int64_t share = 0; share < digits.shares; ++share) {
-            stretch_of(m, digits.count(share))(panel.tiles + tile * m.bits * kRows, tiles, block_tiles,
-                                               m.group == columns ? kRows : 0, digits.tile(share, first),
-                                               digits.block(share, block), statistics.scale + group,
-                                               statistics.shift + group, sum + digits.begin(share) * kRows);
+            stretch_of(m, digits.count(share))(panel.tiles + tile * m.bits * kRows, tiles, block_tiles, group_step,
+                                               digits.tile(share, first), digits.block(share, block),
+                                               statistics.scale + group, statistics.shift + group,
+                                               sum + digits.begin(share) * kRows);
         }
     }
 }

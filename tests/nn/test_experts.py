@@ -243,6 +243,8 @@ def test_check_finds_damage():
     linear.outlier_row.data[1, -1] += 1
     with pytest.raises(CheckpointError, match="damaged"):
         linear.check()
+    with pytest.raises(RuntimeError, match="damaged packed experts"):
+        linear.load_state_dict(linear.state_dict())
     layout = AffineLayout(48, 96, 4, -1)
     experts = AffineGroupedLinear.join(layout, [affine.pack(random_affine(layout, seed=e)) for e in range(EXPERTS)])
     experts.check()
