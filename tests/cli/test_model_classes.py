@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from hf_spqr.integrations.processor import PROCESSOR
-from tests.architectures.matrix import ARCHITECTURES
+from tests.architectures.rows import ARCHITECTURES
 from tests.tiny_models import byte_tokenizer
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
