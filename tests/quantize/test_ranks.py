@@ -127,7 +127,7 @@ def fail_on_one(what: str) -> tuple[type, str, bool]:
     if what == "weight" and rank == 1:
         model.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
     if what == "activation" and rank == 1:
-        model.model.layers[0].register_forward_hook(lambda *args: args[2] * math.inf)
+        model.model.layers[1].input_layernorm.weight.data.fill_(3e38)  # times what is about 1
     if what == "data" and rank == 0:
         config.dataset = []
     try:
