@@ -4,7 +4,7 @@
 #include "cpu/amx.h"
 #include "cpu/panels.h"
 #include "emu/amx.h"
-#include "emu/cases.h"
+#include "weight_case.h"
 
 namespace hf_spqr {
 namespace {
@@ -59,24 +59,8 @@ void run_int8_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y)
 }
 
 void run_case(const Header& h, FILE* in, FILE* out) {
-    const auto packed = read_tensor(in), outlier_row = read_tensor(in), outlier = read_tensor(in);
-    Matrix m{};
-    m.format = Format(h.format);
-    m.bits = int(h.bits);
-    m.group = int(h.group);
-    m.rows = h.rows;
-    m.columns = h.columns;
-    m.packed = packed->as<uint32_t>();
-    m.words = packed->size / 4 / ceil_div(m.rows, kRows);
-    m.stat_bits = int(h.stat_bits);
-    m.groups_per_second = int(h.groups_per_second);
-    if (outlier->size > 0) {
-        m.outlier_row = outlier_row->as<int32_t>();
-        m.outlier = h.wide ? nullptr : outlier->as<uint32_t>();
-        m.outlier_wide = h.wide ? outlier->as<uint64_t>() : nullptr;
-    }
-    m.symmetric = h.symmetric;
-    m.scale_bf16 = h.scale_bf16;
+    const Weight weight(h, in);
+    const Matrix& m = weight.m;
     const Bytes y(h.tokens * h.rows * (DType(h.dtype) == DType::f32 ? 4 : 2));
     memset(y.data, 0xEE, size_t(y.size));
     if (Job(h.job) == Job::linear) {

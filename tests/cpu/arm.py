@@ -43,7 +43,8 @@ def flags(source: Path) -> list[str]:
 
 def build(folder: Path) -> Path:
     """The program, compiled unless ``folder`` holds one of the same sources."""
-    texts = [path.read_bytes() for path in [*sources(), *sorted(CSRC.glob("*/*.h")), Path(__file__)]]
+    headers = [*sorted(CSRC.glob("*/*.h")), ROOT / "tests/cpu/weight_case.h"]
+    texts = [path.read_bytes() for path in [*sources(), *headers, Path(__file__)]]
     key = hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
     program = folder / f"arm-{key}"
     if program.exists():

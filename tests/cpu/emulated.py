@@ -32,7 +32,9 @@ def missing() -> str | None:
 
 def build(folder: Path) -> Path:
     """The program, compiled unless ``folder`` holds one of the same sources."""
-    texts = [path.read_bytes() for path in [*SOURCES, *sorted(CSRC.glob("cpu/*.h")), *sorted(CSRC.glob("emu/*.h"))]]
+    places = (CSRC / "cpu", CSRC / "emu", ROOT / "tests/cpu")
+    headers = [path for place in places for path in sorted(place.glob("*.h"))]
+    texts = [path.read_bytes() for path in [*SOURCES, *headers]]
     key = hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS).encode()])).hexdigest()[:16]
     program = folder / f"amx-{key}"
     if program.exists():

@@ -123,14 +123,6 @@ INTEGERS = [
 ]
 
 
-def reference_of(case: Int8Linear) -> Tensor:
-    lay = case.weight.layout
-    return reference.w_int8_linear(
-        case.code, case.scale, case.zero, affine.pack(case.weight)["packed"], case.bias, lay.out_features, lay.bits,
-        lay.group_size, lay.symmetric, lay.scale_dtype == BF16, case.dtype,
-    )  # fmt: skip
-
-
 def test_integers_to_the_bit(run_emulated: Callable) -> None:
     cases = []
     for seed, (*layout, act_bits, tokens, dtype) in enumerate(INTEGERS):
@@ -141,7 +133,7 @@ def test_integers_to_the_bit(run_emulated: Callable) -> None:
         bias = torch.randn(weight.layout.out_features, generator=gen).to(dtype) if seed % 3 else None
         cases.append(Int8Linear(weight, *codes, bias, dtype))
     for case, y in zip(cases, run_emulated(cases), strict=True):
-        want = reference_of(case)
+        want = case.expected()
         assert torch.equal(y, want) and torch.equal(y.signbit(), want.signbit()), case.weight.layout
 
 
@@ -158,4 +150,4 @@ def test_the_largest_integers(run_emulated: Callable, group_size: int) -> None:
     zero[0], zero[1] = -128, 127
     case = Int8Linear(weight, code, torch.rand(18, 1), zero, None, F32)
     (y,) = run_emulated([case])
-    assert torch.equal(y, reference_of(case))
+    assert torch.equal(y, case.expected())

@@ -145,14 +145,6 @@ def test_activations_become_the_same_integers(emulated: Callable) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def reference_of(case: Int8Linear) -> Tensor:
-    lay = case.weight.layout
-    return reference.w_int8_linear(
-        case.code, case.scale, case.zero, affine.pack(case.weight)["packed"], case.bias, lay.out_features, lay.bits,
-        lay.group_size, lay.symmetric, lay.scale_dtype == BF16, case.dtype,
-    )  # fmt: skip
-
-
 def test_integers_to_the_bit(emulated: Callable) -> None:
     cases: list[Any] = []
     for seed, weight in enumerate(w for w in weights() if isinstance(w, affine.AffineWeight)):
@@ -164,7 +156,7 @@ def test_integers_to_the_bit(emulated: Callable) -> None:
             bias = torch.randn(weight.layout.out_features, generator=gen).to(dtype) if seed % 3 else None
             cases.append(Int8Linear(weight, *codes, bias, dtype))
     for case, y in zip(cases, emulated(cases), strict=True):
-        want = reference_of(case)
+        want = case.expected()
         assert torch.equal(y, want) and torch.equal(y.signbit(), want.signbit()), case.weight.layout
 
 
@@ -182,4 +174,4 @@ def test_the_largest_integers(emulated: Callable, group_size: int) -> None:
     for count in (2, 6):
         case = Int8Linear(weight, code[:count], torch.rand(count, 1), zero[:count], None, F32)
         (y,) = emulated([case])
-        assert torch.equal(y, reference_of(case))
+        assert torch.equal(y, case.expected())

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_spqr.formats import affine, spqr
+from hf_spqr.ops import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -201,6 +202,14 @@ class Int8Linear:
     @property
     def outputs(self) -> list[Output]:
         return [(self.dtype, (self.code.shape[0], self.weight.layout.out_features))]
+
+    def expected(self) -> Tensor:
+        """What the reference gives."""
+        lay = self.weight.layout
+        return reference.w_int8_linear(
+            self.code, self.scale, self.zero, affine.pack(self.weight)["packed"], self.bias, lay.out_features,
+            lay.bits, lay.group_size, lay.symmetric, lay.scale_dtype == torch.bfloat16, self.dtype,
+        )  # fmt: skip
 
 
 @dataclass

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_spqr.formats import affine
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.ops import reference
 from tests.cuda.emulator import SMALLEST_DEVICE, Int8Linear, Quantize
@@ -129,17 +128,9 @@ def linear_case(args: tuple, seed: int, extreme: bool = False) -> Int8Linear:
     return Int8Linear(weight, code, torch.rand(tokens, 1, generator=gen) * 1e-3, zero, bias, dtype, seed)
 
 
-def expected(case: Int8Linear) -> Tensor:
-    lay = case.weight.layout
-    return reference.w_int8_linear(
-        case.code, case.scale, case.zero, affine.pack(case.weight)["packed"], case.bias, lay.out_features, lay.bits,
-        lay.group_size, lay.symmetric, lay.scale_dtype == BF16, case.dtype,
-    )  # fmt: skip
-
-
 def check(run: Callable, cases: list[Int8Linear]) -> None:
     for case, y in zip(cases, run(cases), strict=True):
-        want = expected(case)
+        want = case.expected()
         assert torch.equal(y, want), f"{case.weight.layout}, {case.code.shape[0]} tokens"
 
 
