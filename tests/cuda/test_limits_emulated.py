@@ -13,7 +13,6 @@ import torch
 from hf_spqr.formats.affine import AffineLayout
 from hf_spqr.formats.spqr import SpQRLayout
 from tests.cuda.emulator import Case, Finish, Int8Linear, Refused
-from tests.cuda.test_integer_emulated import expected as expected_integers
 from tests.weights import random_affine, random_spqr
 
 BLOCKS = 64
@@ -51,7 +50,7 @@ def test_integers_of_more_tokens_than_a_grid_has_blocks(
     for dtype in (F32, F16):
         case = Int8Linear(weight, code, scale, zero, None, dtype)
         (y,) = run_emulated([case])
-        assert torch.equal(y, expected_integers(case))
+        assert torch.equal(y, case.expected())
 
 
 def test_x_that_is_far_too_large_for_shared_memory(run_emulated: Callable) -> None:
