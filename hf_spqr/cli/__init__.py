@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import getdoc  # the name inspect is a command here
 from typing import Annotated
 
 import typer
@@ -52,14 +53,26 @@ def _options(
     pass
 
 
-app.command("quantize")(quantize_command)
-app.command("eval")(eval_command)
-app.command("inspect")(inspect_command)
-app.command("bench")(bench_command)
-app.command("convert")(convert_command)
-app.command("export")(export_command)
-app.command("push")(push_command)
-app.command("doctor")(doctor_command)
+COMMANDS = {
+    "quantize": quantize_command,
+    "eval": eval_command,
+    "inspect": inspect_command,
+    "bench": bench_command,
+    "convert": convert_command,
+    "export": export_command,
+    "push": push_command,
+    "doctor": doctor_command,
+}
+
+
+def _help(command: Callable[..., None]) -> str:
+    """The docstring, each paragraph on one line for the terminal to wrap; indented ones, the examples, as they are."""
+    paragraphs = (getdoc(command) or "").split("\n\n")
+    return "\n\n".join(text if text.startswith(" ") else text.replace("\n", " ") for text in paragraphs)
+
+
+for name, command in COMMANDS.items():
+    app.command(name, help=_help(command))(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
