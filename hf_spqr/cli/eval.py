@@ -32,7 +32,6 @@ from hf_spqr.cli.common import (
 )
 from hf_spqr.cli.tasks import run_tasks, show_tasks
 
-
 PERPLEXITY, TASKS = "With --dataset: perplexity", "With --tasks: lm-eval"  # panels of --help
 
 
