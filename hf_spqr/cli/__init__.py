@@ -75,6 +75,13 @@ for name, command in COMMANDS.items():
     app.command(name, help=_help(command))(command)
 
 
+def message(error: Exception) -> str:
+    """What ``error`` says; of one of the system, the file and the reason without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code: 0, 1 when the work failed, 2 when the call was wrong.
 
@@ -91,6 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_shown_elsewhere(error):
             raise SystemExit(1) from None
         if "--json" in arguments:
-            print_json({"error": str(error), "type": type(error).__name__})
-        err_console().print("[red]error:[/red]", escape(str(error)), soft_wrap=True)
+            print_json({"error": message(error), "type": type(error).__name__})
+        err_console().print("[red]error:[/red]", escape(message(error)), soft_wrap=True)
         raise SystemExit(1) from None

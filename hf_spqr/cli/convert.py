@@ -133,6 +133,8 @@ def read(
 
         transformers.utils.logging.disable_progress_bar()
         return load_gptq_v2(model, bits, group_size, dtype=dtype.value, trust_remote_code=trust_remote_code)
+    if method in ("hf_spqr", "omniquant"):
+        raise CommandError(f"{model} is in our format already: it loads as it is, and `hf-spqr export` writes others")
     found = f'its quant_method is "{method}"' if method else "it is not quantized"
     raise CommandError(
         f'{model}: convert reads official SpQR (quant_method "spqr") and GPTQ v2 checkpoints, {found}. A GPTQ folder'

@@ -165,9 +165,7 @@ def quantize_command(
     ] = None,
     act_bits: Annotated[
         int | None,
-        typer.Option(
-            "--act-bits", help="Bits of the activations, 2 to 8. Default: none.", rich_help_panel=OMNIQUANT
-        ),
+        typer.Option("--act-bits", help="Bits of the activations, 2 to 8. Default: none.", rich_help_panel=OMNIQUANT),
     ] = None,
     act_sym: Annotated[
         bool | None,
@@ -175,9 +173,7 @@ def quantize_command(
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(
-            "--epochs", help="Passes over the calibration data for each block.", rich_help_panel=OMNIQUANT
-        ),
+        typer.Option("--epochs", help="Passes over the calibration data for each block.", rich_help_panel=OMNIQUANT),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Sequences in a step.", rich_help_panel=OMNIQUANT)
