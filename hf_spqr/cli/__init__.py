@@ -53,7 +53,7 @@ def _options(
     pass
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize_command,
     "eval": eval_command,
     "inspect": inspect_command,
