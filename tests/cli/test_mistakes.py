@@ -30,7 +30,7 @@ MISTAKES = {
     "eval {quantized} -d {empty}": "nothing to score: the text gives no window",
     "eval {quantized} -d {data} --stride 4": "stride has no meaning for protocol 'per-document'",
     "inspect {quantized} --csv {out}/layers.csv": "out/layers.csv: No such file or directory",
-    "export {quantized} {out} -f gptq_v2": "is of SpQR: GPTQ v2 holds what OmniQuant gives",
+    "export {quantized} {out} -f gptq_v2": "is of SpQR: GPTQ v2 holds affine models only, as OmniQuant gives",
     "convert {quantized} {out}": "is in our format already: it loads as it is",
     "convert {base} {out} --bits 4 --group-size 128": "its files have no qweight of any layer",
     "convert {base} {out} --omniquant {empty} --bits 3": "is no file of OmniQuant parameters, or it is damaged",
