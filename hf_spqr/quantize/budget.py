@@ -153,12 +153,13 @@ class Budget:
         """The threshold of the model: the mean of those of its layers, on a logarithmic scale."""
         return math.exp(sum(map(math.log, self.used.values())) / len(self.used)) if self.used else self.first
 
-    def summary(self, bits: float) -> str:
-        """What was chosen and what came out, in words."""
+    def summary(self, codes: str, bits: float) -> str:
+        """What was chosen and what came out, in words; ``codes``: what was chosen besides."""
         used = self.used.values()
         spread = f" (per layer {min(used):.4g} to {max(used):.4g})" if used else ""
         text = (
-            f"target_bits={self.target_bits:g}: outlier_threshold {self.chosen():.4g}{spread} gives {bits:.3f} bits."
+            f"target_bits={self.target_bits:g}: {codes}, outlier_threshold={self.chosen():.4g}{spread}"
+            f" gives {bits:.3f} bits."
         )
         if abs(bits / self.target_bits - 1) > TOLERANCE:
             text += " That is more than 1 % off the target: the model is too small to correct it."
