@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 0.01
 MOST_OUTLIERS = 0.2
 """Share of outliers beyond which more bits in the codes are always better."""
+FEW = 1e-3
+"""Share of outliers that says nothing about the counts to come: 0.03 bits per weight."""
 LOWEST, HIGHEST, BINS = -10.0, 10.0, 640
 """Thresholds from 2^-10 to 2^10 in steps of 2^(1/32)."""
 
@@ -169,11 +171,12 @@ class Budget:
         return text
 
     def _factor(self, layer: LayerScores) -> float:
-        """True count over predicted count, as far as it is known."""
+        """True count over predicted count, as far as it is known: near 1 while hardly any were predicted."""
+        few = FEW * layer.weights
         for kind in (layer.kind, ""):
             true, predicted = self.factors.get(kind, (0.0, 0.0))
             if predicted > 0:
-                return true / predicted
+                return (true + few) / (predicted + few)
         return 1.0
 
     def _size(self, threshold: float) -> float:

@@ -7,7 +7,7 @@ from hf_spqr import ConfigError, SpQRConfig
 from hf_spqr.methods.base import SpQRParams
 from hf_spqr.nn import SpQRLinear
 from hf_spqr.quantize import layerwise, quantize_model
-from hf_spqr.quantize.budget import BINS, HIGHEST, LOWEST, LayerScores, survey_layer
+from hf_spqr.quantize.budget import BINS, HIGHEST, LOWEST, Budget, LayerScores, survey_layer
 from tests.tiny_models import tiny_model
 
 
@@ -107,6 +107,21 @@ def test_histogram_counts_fall_with_the_threshold():
     counts = [scores.count(t) for t in (1e-9, 0.01, 0.1, 1.0, 100.0, float("inf"))]
     assert counts == sorted(counts, reverse=True) and counts[-1] == 0 and counts[0] > 0.5 * 32 * 64
     assert scores.fixed_bytes == 4 * 2 * 16 * 8 + 4 * 33  # 1 vector of codes, 1 of second level, 6 of weights
+
+
+def test_a_layer_without_outliers_is_no_reason_for_any_number_of_them():
+    """Where there is room for a handful, a layer that took none says little about the next of its kind."""
+    budget = Budget(3 + 32 * 1e-4)
+    above = [10 * (BINS - i) for i in range(BINS + 1)]
+    for index in range(3):
+        budget.add(LayerScores(f"layers.{index}.q_proj", 40_000, 15_000, 4, above))
+    budget.start()
+    first = budget.threshold("layers.0.q_proj")
+    assert 1 < budget.layers["layers.0.q_proj"].count(first) < 5
+    budget.spend("layers.0.q_proj", outliers=0, nbytes=15_000)
+    following = budget.threshold("layers.1.q_proj")
+    assert following < first
+    assert budget.layers["layers.1.q_proj"].count(following) < 10
 
 
 def test_counts_between_two_thresholds_of_the_grid():
