@@ -28,9 +28,9 @@ WAYS: dict[float, dict[str, tuple[int, int]]] = {
     2.5: {CHOSEN: (2, 32), LARGER: (2, 64)},
     3.0: {CHOSEN: (2, 16), LARGER: (2, 32)},
     3.16: {CHOSEN: (3, 64), LARGER: (3, 128), FEWER: (2, 16)},
-    3.6: {CHOSEN: (3, 16), LARGER: (3, 32), FEWER: (2, 16)},
+    3.6: {CHOSEN: (3, 16), LARGER: (3, 32), FEWER: (2, 8)},
     4.16: {CHOSEN: (4, 64), LARGER: (4, 128), FEWER: (3, 16)},
-    4.6: {CHOSEN: (4, 16), LARGER: (4, 32), FEWER: (3, 16)},
+    4.6: {CHOSEN: (4, 16), LARGER: (4, 32), FEWER: (3, 8)},
 }
 """Bits and group size; outliers take what is left of the size, which is one of wide layers."""
 

@@ -39,7 +39,7 @@ class SpQRConfig(PackedConfig):
         second_group: 16 or 32, how many first-level statistics (16 rows times 1 or 2 groups) share the second level.
         outlier_threshold: the paper's tau; smaller means more outliers. ``math.inf`` (or ``"inf"``) keeps none.
         target_bits: bits per weight that the packed layers shall take (within 1 %). Of ``bits`` and ``group_size``,
-            what is None becomes the most bits that fit, then the smallest groups from 16 on that fit; the threshold
+            what is None becomes the most bits that fit, then the smallest groups that fit; the threshold
             is such that outliers take what is left.
         act_order: quantize columns in order of activation energy. ``None`` takes the default of the mode.
         percdamp: damping of the Hessian relative to its mean diagonal. ``None`` takes the default of the mode.

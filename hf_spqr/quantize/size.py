@@ -21,8 +21,8 @@ __all__ = ["Matrices", "Work", "choose", "fixed_bytes", "matrices", "smallest"]
 Work = tuple[list[Block], list[Target], list[ExpertsTarget]]
 """A stack of blocks with what is quantized in it."""
 FEWEST_BITS, MOST_BITS = 2, 8
-GROUPS = (16, 32, 64, 128)
-"""Group sizes that are chosen among. Groups of 8 cost as much as more bits, and do less."""
+GROUPS = (8, 16, 32, 64, 128)
+"""Sizes of groups, the dearest first."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def _with(config: SpQRConfig, bits: int, group_size: int) -> SpQRConfig:
     return changed
 
 
-def _out_of_reach(config: SpQRConfig, smallest: SpQRConfig, least: float) -> str:
+def _out_of_reach(config: SpQRConfig, tried: SpQRConfig, least: float) -> str:
     given = [name for name in ("bits", "group_size") if getattr(config, name) is not None]
     return (
         f"target_bits={config.target_bits:g} cannot be reached: without outliers the layers take {least:.3f} bits per"
-        f" weight with bits={smallest.bits}, group_size={smallest.group_size}. Set target_bits to at least that"
+        f" weight with bits={tried.bits}, group_size={tried.group_size}. Set target_bits to at least that"
         + (f", or leave {' and '.join(given)} out, to be chosen for it." if given else ".")
     )

@@ -24,7 +24,7 @@ def counted(model):
 
 @pytest.mark.parametrize(("bits", "target"), [(3, 4.2), (3, 5.2), (2, 4.6)])
 def test_lands_within_one_percent(texts, tokenizer, target, bits):
-    report, config, model = run(texts, tokenizer, bits=bits, target_bits=target)
+    report, config, model = run(texts, tokenizer, bits=bits, group_size=16, target_bits=target)
     assert counted(model) == pytest.approx(report.bits_per_weight)
     assert report.bits_per_weight == pytest.approx(target, rel=0.01)
     chosen = f"target_bits={target:g}: bits={bits}, group_size=16, outlier_threshold="
@@ -42,25 +42,36 @@ def test_bits_and_groups_are_chosen_too(texts, tokenizer, target, bits, group_si
 
 
 def test_more_bits_are_a_lower_threshold(texts, tokenizer):
-    low, high = (run(texts, tokenizer, bits=3, target_bits=t)[1].outlier_threshold for t in (4.2, 5.0))
+    low, high = (run(texts, tokenizer, bits=3, group_size=16, target_bits=t)[1].outlier_threshold for t in (4.2, 5.0))
     assert high < low
 
 
 def test_reference_mode_and_sequential(texts, tokenizer):
-    fields = {"bits": 3, "mode": "reference", "percdamp": 1.0, "act_order": True, "true_sequential": True}
+    fields = {
+        "bits": 3,
+        "group_size": 16,
+        "mode": "reference",
+        "percdamp": 1.0,
+        "act_order": True,
+        "true_sequential": True,
+    }
     report, _, _ = run(texts, tokenizer, target_bits=4.8, **fields)
     assert report.bits_per_weight == pytest.approx(4.8, rel=0.01)
 
 
 def test_layers_with_a_threshold_of_their_own_keep_it(texts, tokenizer):
-    report, _, _ = run(texts, tokenizer, bits=3, target_bits=4.6, overrides={"q_proj": {"outlier_threshold": "inf"}})
+    report, _, _ = run(
+        texts, tokenizer, bits=3, group_size=16, target_bits=4.6, overrides={"q_proj": {"outlier_threshold": "inf"}}
+    )
     assert all(layer.outliers == 0 for layer in report.layers if layer.name.endswith("q_proj"))
     assert report.bits_per_weight == pytest.approx(4.6, rel=0.01)
 
 
 def test_a_threshold_of_its_own_may_be_the_default_one(texts, tokenizer):
     alone, _, _ = run(texts, tokenizer)
-    report, _, _ = run(texts, tokenizer, bits=3, target_bits=5.0, overrides={"q_proj": {"outlier_threshold": 0.2}})
+    report, _, _ = run(
+        texts, tokenizer, bits=3, group_size=16, target_bits=5.0, overrides={"q_proj": {"outlier_threshold": 0.2}}
+    )
     name = "model.layers.0.self_attn.q_proj"  # of the first block: its inputs are the same in both
     assert report.layer(name).outliers == alone.layer(name).outliers
     assert report.bits_per_weight == pytest.approx(5.0, rel=0.01)
