@@ -46,8 +46,8 @@ def table(results: list[dict[str, Any]]) -> str:
     """Divergence in thousandths of a nat (mean over seeds) and bits, a line for each model and size."""
     lines = [f"| | bits | {CHOSEN} | {LARGER} | {FEWER} |", "|---|---|---|---|---|"]
     for result in results:
-        for size, ways in WAYS.items():
-            cells = []
+        for size in sorted({float(row["size"]) for row in result["rows"]}):
+            ways, cells = WAYS[size], []
             for way in (CHOSEN, LARGER, FEWER):
                 rows = [r for r in result["rows"] if r["size"] == f"{size:g}" and r["method"] == way]
                 if not rows:
