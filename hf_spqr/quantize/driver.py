@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from hf_spqr.calibration.blocks import attending_parts, check_reads_text, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows, check_tokens
 from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig, name_matches
+from hf_spqr.errors import CalibrationError, ConfigError
 from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
@@ -89,6 +90,8 @@ def _quantize(
     ranks: Ranks,
 ) -> QuantizationReport:
     started = time.perf_counter()
+    if not isinstance(config, SpQRConfig | OmniQuantConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: pass an SpQRConfig or an OmniQuantConfig.")
     spqr = isinstance(config, SpQRConfig)
     with ranks.together():
         refuse_packed(model)
@@ -117,12 +120,19 @@ def _quantize(
         with ranks.together():
             batches = ranks.part(batches)
     names = _names_in_order(model, stacks)
-    for pattern in config.overrides:
-        if not any(name_matches(pattern, name) for name in names):
-            report.notes.append(f"overrides: {pattern!r} selects no layer that is quantized.")
-    for pattern in config.modules_to_not_convert or ():
-        if not any(name_matches(pattern, name) for name in selectable(model)):
-            report.notes.append(f"modules_to_not_convert: {pattern!r} selects no module.")
+    idle = [
+        f"overrides: {pattern!r} selects no layer that is quantized."
+        for pattern in config.overrides
+        if not any(name_matches(pattern, name) for name in names)
+    ]
+    idle += [
+        f"modules_to_not_convert: {pattern!r} selects no module."
+        for pattern in config.modules_to_not_convert or ()
+        if not any(name_matches(pattern, name) for name in selectable(model))
+    ]
+    for note in idle if ranks.first else ():
+        logger.warning(note)  # a slip of the pen, while the work can still be stopped
+    report.notes += idle
     shown = progress and ranks.first
     bar = tqdm(total=len(names), desc="Quantizing", unit="layer", miniters=0, disable=not shown)
     with bar, _evaluating(model):
@@ -263,7 +273,10 @@ def _tokenizer(model: nn.Module, tokenizer: Any) -> Any:
     """A tokenizer object, loaded by name where it is one; None for none, and token ids need none."""
     if tokenizer is None:
         return tokenizer_beside(model)
-    return _load_tokenizer(tokenizer, False) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+    found = _load_tokenizer(tokenizer, False) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+    if not callable(found):
+        raise CalibrationError(f"tokenizer={tokenizer!r} is no tokenizer, nor the name of one that can be loaded.")
+    return found
 
 
 def _load_tokenizer(name: str | os.PathLike[str] | None, trusted: bool) -> Any:
