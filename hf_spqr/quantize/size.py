@@ -77,7 +77,7 @@ def choose(config: SpQRConfig, stacks: Sequence[Sequence[Matrices]]) -> None:
     """
     target = config.target_bits
     assert target is not None
-    all_bits = range(min(int(target), MOST_BITS), FEWEST_BITS - 1, -1) if config.bits is None else [config.bits]
+    all_bits = range(int(min(target, MOST_BITS)), FEWEST_BITS - 1, -1) if config.bits is None else [config.bits]
     groups = GROUPS if config.group_size is None else [config.group_size]
     for bits, group_size in itertools.product(all_bits, groups):
         tried = _with(config, bits, group_size)
