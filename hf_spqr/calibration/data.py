@@ -160,9 +160,12 @@ def _document(item: Any, index: int) -> str | Tensor:
         if TOKEN_FIELD in item:
             return _tokens(item[TOKEN_FIELD], index)
         texts = [str(name) for name, value in item.items() if isinstance(value, str)]
-        known = [name for name in TEXT_FIELDS if name in texts]
-        if known or len(texts) == 1:
-            return item[(known or texts)[0]]
+        known = [name for name in TEXT_FIELDS if name in item]
+        for name in known or (texts if len(texts) == 1 else ()):
+            if name in texts:
+                return str(item[name])
+        if known:
+            raise CalibrationError(f"Item {index} of the dataset has no text in {known[0]!r}: leave such items out.")
         found = f"several texts ({', '.join(sorted(texts))})" if texts else "no text and no input_ids"
         raise CalibrationError(
             f"Item {index} of the dataset has {found}: call the field that holds the text 'text'. Its fields are"

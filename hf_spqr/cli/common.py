@@ -107,9 +107,9 @@ def size_of(nbytes: float) -> str:
     return f"{nbytes:.2f} GiB"
 
 
-def first_line(error: Exception) -> str:
-    """What ``error`` says, without the advice that libraries add in further lines."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+def one_line(error: Exception) -> str:
+    """What ``error`` of another library says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def number_or_none(value: float | None, digits: int = 4) -> str:
@@ -162,11 +162,10 @@ def read_config(model: str, trust_remote_code: bool = False) -> Any:
     except BAD_CONFIG as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise untrusted(model) from error
-        raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
+        raise CommandError(f"{model}: its config.json cannot be read: {one_line(error)}") from error
     except OSError as error:
-        if Path(model).is_dir():
-            raise CommandError(f"{model}: its config.json cannot be read: {first_line(error)}") from error
-        raise CommandError(f"{model} is no folder here, nor a model of the Hub: {first_line(error)}") from error
+        place = ": its config.json" if Path(model).is_dir() else " is no folder here, and on the Hub it"
+        raise CommandError(f"{model}{place} cannot be read: {one_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = dict(quantization).get("quant_method")
@@ -233,7 +232,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
                 f"{model} has no tokenizer: copy tokenizer.json and tokenizer_config.json, or what the model has"
                 " instead, into this folder"
             ) from error
-        raise CommandError(f"{model} has no tokenizer that can be loaded: {first_line(error)}") from error
+        raise CommandError(f"{model} has no tokenizer that can be loaded: {one_line(error)}") from error
 
 
 def load_model(

@@ -88,13 +88,15 @@ def quantize_command(
     ] = 0,
     method: Annotated[Method, typer.Option("--method", help="Quantization method.")] = Method.spqr,
     bits: Annotated[
-        int | None, typer.Option("--bits", help="Bits of a weight code, 2 to 8. Default: 3; OmniQuant 4.")
+        int | None,
+        typer.Option("--bits", help="Bits of a weight code, 2 to 8. Default: 3, or by --target-bits; OmniQuant 4."),
     ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
             "--group-size",
-            help="Inputs that share a scale: 8, 16, 32, 64, 128, or -1 for a whole row. Default: 16; OmniQuant 128.",
+            help="Inputs that share a scale: 8, 16, 32, 64, 128, or -1 for a whole row. Default: 16, or by"
+            " --target-bits; OmniQuant 128.",
         ),
     ] = None,
     mode: Annotated[
@@ -113,7 +115,8 @@ def quantize_command(
         float | None,
         typer.Option(
             "--target-bits",
-            help="Choose the threshold so that the layers take this many bits per weight.",
+            help="Bits per weight that the layers shall take: chooses bits, group size and outliers, or what of them"
+            " is not given.",
             rich_help_panel=SPQR,
         ),
     ] = None,
@@ -211,7 +214,7 @@ def quantize_command(
       hf-spqr quantize examples/demo-model out/demo \\
           -d examples/demo-calibration.jsonl
 
-      hf-spqr quantize MODEL OUT -d c4.jsonl --target-bits 4.0 --seqlen 2048
+      hf-spqr quantize MODEL OUT -d c4.jsonl --target-bits 4.2 --seqlen 2048
 
       hf-spqr quantize MODEL OUT -d text.txt --skip layers.0 \\
           --overrides '{"down_proj": {"bits": 4}}'
@@ -259,7 +262,13 @@ def quantize_command(
                 modules_to_not_convert=skip,
                 overrides=parse_json_object("--overrides", overrides),
             )
-            if ranks.first and (warning := check_space(out, least_bytes(base, config, dtype, trust_remote_code))):
+            least = plan(base, config, dtype, trust_remote_code)
+            if ranks.first and target_bits is not None:
+                chosen = (
+                    f"--target-bits {target_bits:g}: bits={config.get('bits')}, group_size={config.get('group_size')}"
+                )
+                err_console().print(chosen, markup=False, soft_wrap=True)
+            if ranks.first and (warning := check_space(out, least)):
                 err_console().print(f"warning: {warning}", markup=False, soft_wrap=True)
         with complete_folder(out) if ranks.first else nullcontext() as partial:
             report = run(model, config, partial, dtype, local_device(device), max_shard_size, ranks, trust_remote_code)
@@ -320,10 +329,11 @@ def positions(base: Any) -> int:
     return getattr(base.get_text_config(), "max_position_embeddings", None) or MOST_SEQLEN
 
 
-def least_bytes(base: Any, config: PackedConfig, dtype: Dtype, trust_remote_code: bool = False) -> int:
-    """What the quantized model takes at least, from an empty model; before any weight is read.
+def plan(base: Any, config: PackedConfig, dtype: Dtype, trust_remote_code: bool = False) -> int:
+    """Settle ``config`` for this model; the bytes that it takes at least once it is quantized.
 
-    Raises UnsupportedLayerError where there is nothing to quantize.
+    From an empty model, before any weight is read. Raises ConfigError where ``target_bits`` is out of reach and
+    UnsupportedLayerError where there is nothing to quantize.
     """
     import torch
 
@@ -331,7 +341,9 @@ def least_bytes(base: Any, config: PackedConfig, dtype: Dtype, trust_remote_code
     from hf_spqr.report.model_classes import without_weights
 
     wanted = (base.dtype or torch.bfloat16) if dtype is Dtype.auto else getattr(torch, dtype.value)
-    return driver.least_bytes(without_weights(base, wanted, trust_remote_code), config)
+    empty = without_weights(base, wanted, trust_remote_code)
+    driver.settle(empty, config)
+    return driver.least_bytes(empty, config)
 
 
 def run(

@@ -105,7 +105,7 @@ def to_official_spqr(model: nn.Module, layers: Layers) -> Written:
     tensors = {}
     for name, matrix in layers.items():
         if not isinstance(matrix.layout, SpQRLayout):
-            raise UnsupportedLayerError(f"{name} is affine: official SpQR holds what SpQR gives.")
+            raise UnsupportedLayerError(f"{name} is not of SpQR: official SpQR holds SpQR models only.")
         if matrix.bias is not None:
             raise UnsupportedLayerError(f"{name} has a bias, which official SpQR does not know.")
         tensors[name] = _written(name, official_spqr.encode, spqr.unpack(matrix.layout, matrix.tensors))
@@ -246,7 +246,7 @@ def _affine_weights(layers: Layers, format: str) -> dict[str, AffineWeight]:
     weights = {}
     for name, matrix in layers.items():
         if not isinstance(matrix.layout, AffineLayout):
-            raise UnsupportedLayerError(f"{name} is of SpQR: {format} holds what OmniQuant gives.")
+            raise UnsupportedLayerError(f"{name} is of SpQR: {format} holds affine models only, as OmniQuant gives.")
         weights[name] = affine.unpack(matrix.layout, matrix.tensors)
     return weights
 

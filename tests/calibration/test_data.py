@@ -138,6 +138,7 @@ def test_little_data_is_used_and_said(tokenizer, caplog):
         (["text"], "pass tokenizer="),
         (7, "dataset is a int"),
         ([{"label": 1}], "no text and no input_ids"),
+        ([{"text": None, "url": "a"}], "Item 0 of the dataset has no text in 'text': leave such items out"),
         ([{"id": "a1", "body": "long text"}], "several texts .body, id.: call the field that holds the text 'text'"),
         ([[0.5, 1.0]], "must be integers"),
         ([object()], "neither text nor"),

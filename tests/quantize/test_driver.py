@@ -68,7 +68,7 @@ def test_least_bytes_are_those_of_the_files_without_outliers(kind, make, texts, 
 def test_least_bytes_with_a_target_and_without_work():
     model = tiny_model("llama", torch.bfloat16)
     weights = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n)
-    least = {bits: least_bytes(model, SpQRConfig(target_bits=bits)) for bits in (3.1, 8, 12)}
+    least = {bits: least_bytes(model, SpQRConfig(3, 16, target_bits=bits)) for bits in (3.1, 8, 12)}
     assert least[12] - least[8] == weights // 2
     assert least[3.1] == least_bytes(model, SpQRConfig()) < least[8]  # what cannot be reached is refused later
     with pytest.raises(UnsupportedLayerError, match="Nothing to quantize"):
