@@ -27,6 +27,7 @@ from hf_spqr.integrations.experts import (
     split_experts,
 )
 from hf_spqr.nn import (
+    FLOATS,
     AffineGroupedLinear,
     AffineLinear,
     GroupedLinear,
@@ -77,6 +78,11 @@ class PackedQuantizer(HfQuantizer):
                 "Cannot quantize a model that is offloaded to disk. Quantize without 'disk' in device_map (weights are"
                 " mapped from the file, one block is in memory at a time), save, and load the result with offload."
             )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in FLOATS:
+            raise ConfigError(f"dtype={dtype}: quantized models compute in float32, bfloat16 or float16.")
+        return dtype
 
     def update_device_map(self, device_map: Any) -> Any:
         if self.pre_quantized:
@@ -185,7 +191,7 @@ class PackedQuantizer(HfQuantizer):
     def dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         # Transformers would take the dtype of loading for None, whatever the model was cast to since
         dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        if dtype not in (None, *FLOATS):
             raise ConfigError(f"dtype={dtype}: dequantize to float32, bfloat16 or float16.")
         model = self._dequantize(model, dtype)
         self.remove_quantization_config(model)

@@ -5,8 +5,10 @@ from hf_spqr.nn.experts import PackedExperts
 from hf_spqr.nn.grouped import AffineGroupedLinear, GroupedLinear, SpQRGroupedLinear
 from hf_spqr.nn.packed import PackedLinear
 from hf_spqr.nn.spqr import SpQRLinear
+from hf_spqr.ops.schema import FLOATS
 
 __all__ = [
+    "FLOATS",
     "AffineGroupedLinear",
     "AffineLinear",
     "GroupedLinear",

@@ -352,6 +352,11 @@ def test_dequantize_to_no_float_changes_nothing(folder, quantized):
     assert_same(quantized, model)
 
 
+def test_a_dtype_that_no_kernel_computes_in_is_refused_on_load(folder):
+    with pytest.raises(ConfigError, match=r"dtype=.*float64: quantized models compute in float32, bfloat16 or"):
+        load(folder, dtype=torch.float64)
+
+
 def test_a_dequantized_model_can_be_trained(folder):
     model = load(folder).dequantize()
     assert all(p.requires_grad for p in model.parameters())
