@@ -52,11 +52,11 @@ def through_block(call: Callable[[Tensor], Tensor], hidden: Tensor, gradient: Te
 
 
 class FisherSum:
-    """Sums over gradients g [H], in host memory: ``moments`` of g g^T [H, H] and ``totals``, of 1 and of |g|^4."""
+    """Sum of g g^T over gradients g [H], ``moments`` [H, H] in host memory, and their number, ``tokens`` [1]."""
 
     def __init__(self, width: int) -> None:
         self.moments = torch.zeros(width, width)
-        self.totals = torch.zeros(2, dtype=torch.float64)
+        self.tokens = torch.zeros(1, dtype=torch.int64)
 
     def add(self, gradient: Tensor) -> None:
         """Add the gradients [..., H] of some tokens, unless one of them is not finite."""
@@ -64,23 +64,16 @@ class FisherSum:
         product = rows.T @ rows
         if bool(torch.isfinite(product).all()):
             self.moments += product.cpu()
-            squares = rows.square().sum(-1).double()
-            self.totals += torch.stack([torch.ones_like(squares).sum(), squares.square().sum()]).cpu()
+            self.tokens += len(rows)
 
     def information(self) -> Tensor | None:
         """F as float32 [H, H], divided by the mean of its diagonal; None where no gradient but zero has come.
 
-        Few tokens overrate some directions and know nothing of others: so much of the identity is mixed in as lowers
-        the expected error most (Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance
-        matrices").
+        Few tokens know nothing of some directions: F is that of the gradients and of H more, one for each direction,
+        of the same mean square.
         """
-        tokens, fourth = self.totals.tolist()
         mean = float(self.moments.diagonal().mean())
         if not mean > 0:
             return None
-        fisher = self.moments / mean
-        plain = torch.eye(len(fisher))
-        squared = float(fisher.square().sum())
-        variance = (fourth / mean**2 - squared / tokens) if tokens else 0.0
-        share = min(1.0, max(0.0, variance) / max(squared - len(fisher), 1e-9))
-        return fisher.lerp_(plain, share)
+        width, tokens = len(self.moments), int(self.tokens)
+        return (self.moments / mean).lerp_(torch.eye(width), width / (width + tokens))

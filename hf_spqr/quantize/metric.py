@@ -54,7 +54,7 @@ def output_metrics(run: Run[Any], states: Tensor, sequence_dim: int) -> dict[int
         return {}
     found = {}
     for index, sums in enumerate(gradients.sums):
-        sums.moments, sums.totals = run.ranks.add(sums.moments), run.ranks.add(sums.totals)
+        sums.moments, sums.tokens = run.ranks.add(sums.moments), run.ranks.add(sums.tokens)
         if (fisher := sums.information()) is not None:
             found[index] = fisher
     return found

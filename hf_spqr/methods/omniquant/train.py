@@ -126,7 +126,7 @@ def quantize_block(
     written.
 
     Raises:
-        CalibrationError: shapes of the two streams differ, or there are no samples.
+        CalibrationError: shapes of the two streams differ, there are no samples, or the metric is not ``[H, H]``.
         ConfigError: a layout is not that of its layer.
         NonFiniteError: the block's full-precision output, or its output before training, is not finite.
     """
@@ -135,6 +135,9 @@ def quantize_block(
             f"expected two streams [samples, tokens, ..., hidden] of one shape, got {tuple(inputs_fp.shape)}"
             f" and {tuple(inputs_q.shape)}"
         )
+    width = inputs_fp.shape[-1]
+    if metric is not None and metric.shape != (width, width):
+        raise CalibrationError(f"expected a metric [{width}, {width}], got {list(metric.shape)}")
     job = _Job(block, inputs_fp, inputs_q, kwargs, params, linears, layouts or {}, metric, team or Team())
     return job.run(probe, pairs, progress)
 
