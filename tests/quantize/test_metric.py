@@ -141,11 +141,11 @@ def test_running_out_of_memory_is_no_missing_gradient(monkeypatch):
 
 
 def test_the_quantized_model_diverges_less(monkeypatch):
-    """Where the head reads few of the channels, the others are of no use to the end of the model."""
+    """Where the head reads few of the channels, errors in the others of the last block do not matter."""
     divergences = []
     for fisher in (False, True):
         model = Turned()
-        model.head.weight.data[:, 8:] *= 0.05
+        model.head.weight.data[:, 4:] = 0
         test = torch.randint(0, 250, (16, 32), generator=torch.Generator().manual_seed(1))
         fields = {"bits": 2, "epochs": 20, "rounding_lr": 0.03, "learning": {"fisher": fisher}}
         with torch.no_grad():
