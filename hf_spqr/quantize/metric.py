@@ -1,7 +1,8 @@
 """The metric in which OmniQuant measures the errors of a block's output, and how it calls blocks.
 
 Some of the calibration samples go through the model as it is, forwards and then backwards, a block at a time on the
-device. What is kept between the two passes takes no more memory than the activations of the training do.
+device. So many go together that what they leave behind in all blocks is about as large as the inputs of one block for
+all samples.
 """
 
 from __future__ import annotations
