@@ -63,8 +63,8 @@ def affine(size: str, bits: int, group: int) -> list[Method]:
     ]
 
 
-def spqr(size: str, nominal: float, **fields: Any) -> Method:
-    return Method(size, "SpQR", "ours", {"method": "spqr", "nominal": nominal, **fields})
+def spqr(size: str, nominal: float) -> Method:
+    return Method(size, "SpQR", "ours", {"method": "spqr", "nominal": nominal})
 
 
 def llama_cpp(size: str, kind: str, importance: bool = True) -> Method:
@@ -73,24 +73,23 @@ def llama_cpp(size: str, kind: str, importance: bool = True) -> Method:
 
 
 METHODS = [
-    spqr("2", 2.5625, bits=2, group_size=32),
+    spqr("2", 2.5625),
     *affine("2", 2, 32),
     Method("2", "HQQ", "hqq", {"bits": 2, "group": 64}),
     llama_cpp("2", "Q2_K", False), llama_cpp("2", "Q2_K"), llama_cpp("2", "IQ2_S"),
-    spqr("3", 3.59375, bits=3, group_size=32),
+    spqr("3", 3.59375),
     *affine("3", 3, 32),
     Method("3", "HQQ", "hqq", {"bits": 3, "group": 64}),
     llama_cpp("3", "Q3_K", False), llama_cpp("3", "Q3_K"), llama_cpp("3", "IQ3_S"),
-    spqr("4", 4.625, bits=4, group_size=32),
+    spqr("4", 4.625),
     *affine("4", 4, 32),
     Method("4", "HQQ", "hqq", {"bits": 4, "group": 64}),
     Method("4", "bitsandbytes NF4", "bitsandbytes", {"double": False}),
     llama_cpp("4", "Q4_0"), llama_cpp("4", "Q4_K", False), llama_cpp("4", "Q4_K"), llama_cpp("4", "IQ4_NL"),
-    spqr("3 g128", 3.1484375, bits=3, group_size=128),
+    spqr("3 g128", 3.1484375),
     *affine("3 g128", 3, 128),
     llama_cpp("3 g128", "IQ3_XXS"),
-    spqr("4 g128", 4.15625, bits=3, group_size=16),
-    spqr("4 g128", 4.15625, bits=4, group_size=64)._replace(name="SpQR, 4 bit without outliers"),
+    spqr("4 g128", 4.15625),
     *affine("4 g128", 4, 128),
     Method("4 g128", "bitsandbytes NF4, double", "bitsandbytes", {"double": True}),
     llama_cpp("4 g128", "IQ4_XS"),

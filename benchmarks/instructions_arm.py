@@ -4,7 +4,7 @@
 
 Needs what tests/cpu/test_arm_emulated.py needs. Each number is the difference between a program that multiplies twice
 and one that does so once, so that reading the files and preparing activations are left out. Activations are fp32,
-dense weights bf16, and the matrix has 32 rows of 1024 columns. Prints the table of docs/cpu.md; takes three minutes.
+dense weights bf16, and the matrix has 32 rows of 1024 columns. Prints the table of docs/arm.md; takes three minutes.
 """
 
 from __future__ import annotations

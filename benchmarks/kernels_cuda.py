@@ -84,7 +84,7 @@ def integer_calls(
 
     def call(weight: Tensor) -> Tensor:
         given = ops.quantize_activation(x, None, act_bits, False) if quantize else codes
-        return ops.w_int8_linear(*given, weight, None, rows, *numbers)
+        return ops.w_int8_linear(*given, weight, None, rows, *numbers, act_bits)
 
     return [lambda w=w: call(w) for w in weights], nbytes
 
@@ -107,7 +107,7 @@ def integer_kinds(rows: int, columns: int, x: Tensor) -> dict[str, Callable[[], 
         "W8A8, linear only": maker(8, 8, -1, False),
         "W8A8": maker(8, 8, -1, True),
         "W6A6": maker(6, 6, -1, True),
-        "W4A4 (as int8)": maker(4, 4, -1, True),
+        "W4A4": maker(4, 4, -1, True),
         "W4A8 g128": maker(4, 8, 128, True),
     }
     if x.shape[0] > 16:  # torch's takes no fewer

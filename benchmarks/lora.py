@@ -34,7 +34,7 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 QUANTIZED = {"dataset": str(CALIBRATION), "nsamples": 32, "seqlen": SEQLEN}
 CONFIGS = {
     "unquantized": lambda: None,
-    "SpQR 2 bit, groups of 16": lambda: hf_spqr.SpQRConfig(bits=2, target_bits=3.0, **QUANTIZED),
+    "SpQR 2 bit, groups of 16": lambda: hf_spqr.SpQRConfig(2, 16, target_bits=3.0, **QUANTIZED),
     "OmniQuant 2 bit, groups of 32": lambda: hf_spqr.OmniQuantConfig(bits=2, group_size=32, epochs=1, **QUANTIZED),
 }
 

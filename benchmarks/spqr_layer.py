@@ -1,7 +1,8 @@
-"""SpQR on the synthetic layer: the published settings, the default, what each choice of the default gives, and time.
+"""SpQR on the synthetic layer: the published settings, the default, what each of its choices gives, sizes, and time.
 
     python -m benchmarks.spqr_layer accuracy --shared ../shared
     python -m benchmarks.spqr_layer choices --shared ../shared
+    python -m benchmarks.spqr_layer sizes --shared ../shared
     python -m benchmarks.spqr_layer time --shared ../shared
 
 Error: ||X W - X W_q|| / ||X W||, on the 4096 tokens of the Hessian (fit) and on 2048 others (held-out). Bits per
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import save
+from benchmarks.spqr_sizes import WAYS
 from hf_spqr.formats import spqr as spqr_format
 from hf_spqr.formats.columns import nbytes
 from hf_spqr.formats.spqr import SpQRWeight
@@ -108,13 +110,15 @@ def refit_outliers(state: State[Any], original: Tensor, hessian: Tensor) -> None
             state.value[at, row] -= torch.linalg.solve(hessian[at][:, at], gradient[at, row])
 
 
-def at_bits(method: Method, layer: Layer, bits: float, **fields: Any) -> dict[str, float]:
-    """The smallest threshold that stays within `bits` per weight in the file."""
+def at_bits(
+    method: Method, layer: Layer, size: float, /, count: Callable[[SpQRWeight], float] = file_bits, **fields: Any
+) -> dict[str, float]:
+    """The smallest threshold that stays within `size` bits per weight, in the file or as `count` counts."""
     low, high = 0.01, 20.0
     for _ in range(12):
         middle = math.sqrt(low * high)
         tried = method(layer[0], layer[3], SpQRParams(outlier_threshold=middle, **fields))
-        low, high = (middle, high) if file_bits(tried) > bits else (low, middle)
+        low, high = (middle, high) if count(tried) > size else (low, middle)
     found = measure(layer, method(layer[0], layer[3], SpQRParams(outlier_threshold=high, **fields)))
     return {"outlier_threshold": high, **found}
 
@@ -170,6 +174,18 @@ def choices(shared: Path) -> list[dict[str, Any]]:
     ]
 
 
+def sizes(shared: Path) -> list[dict[str, Any]]:
+    """The alternatives of benchmarks/spqr_sizes.py, at sizes of wide layers."""
+    rows = []
+    for seed in (0, 1):
+        layer = load(shared, 512, seed)
+        for size, ways in WAYS.items():
+            for way, (bits, group_size) in ways.items():
+                found = at_bits(whole, layer, size, paper_bits, bits=bits, group_size=group_size)
+                rows.append({"seed": seed, "size": size, "way": way, "bits": bits, "group_size": group_size, **found})
+    return rows
+
+
 def timing(shared: Path) -> list[dict[str, Any]]:
     rows = []
     for size in (256, 512, 1024, 2048):
@@ -201,12 +217,12 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["accuracy", "choices", "time"])
+    parser.add_argument("what", choices=["accuracy", "choices", "sizes", "time"])
     parser.add_argument("--shared", type=Path, required=True, help="folder with fixtures/synthetic_layer.py")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/spqr_layer_<what>.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = {"accuracy": accuracy, "choices": choices, "time": timing}[arguments.what](arguments.shared)
+    rows = {"accuracy": accuracy, "choices": choices, "sizes": sizes, "time": timing}[arguments.what](arguments.shared)
     show(rows)
     if arguments.save:
         save(f"spqr_layer_{arguments.what}", {"rows": rows})

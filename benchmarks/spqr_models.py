@@ -35,8 +35,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("default, 3 bit, damping 0.1", {"percdamp": 0.1}),
     ("default, 3 bit, permuted", {"act_order": True}),
     ("default, 3 bit, no outliers", {"outlier_threshold": math.inf}),
-    ("default, 3 bit, 4.14 bits in the file", {"target_bits": 4.14}),
-    ("default, 3 bit, 4.63 bits in the file", {"target_bits": 4.63}),
+    ("default, 3 bit, 4.14 bits in the file", {"bits": 3, "group_size": 16, "target_bits": 4.14}),
+    ("default, 3 bit, 4.63 bits in the file", {"bits": 3, "group_size": 16, "target_bits": 4.63}),
     ("default, 4 bit", {"bits": 4}),
     ("default, 4 bit, no outliers", {"bits": 4, "outlier_threshold": math.inf}),
 ]

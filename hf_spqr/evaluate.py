@@ -148,8 +148,8 @@ def perplexity(
         windows = list(_windows(stream, seqlen, stride, keep_rest=protocol == "sliding-window"))
     if not windows:
         raise CalibrationError(
-            f"nothing to score: {len(documents)} documents give no window under protocol {protocol!r} with "
-            f"seqlen={seqlen}. Give more text or a smaller seqlen."
+            f"nothing to score: the text gives no window under protocol {protocol!r} with seqlen={seqlen}. Give more"
+            " text or a smaller seqlen."
         )
     check_tokens(model, min(min(w.tokens) for w in windows), max(max(w.tokens) for w in windows))
     start = time.monotonic()

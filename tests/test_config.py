@@ -41,6 +41,15 @@ def test_full_round_trip():
     assert back.layer_fields("a.q_proj")["outlier_threshold"] == math.inf
 
 
+def test_a_target_leaves_bits_and_group_size_open():
+    assert (SpQRConfig(None, None).bits, SpQRConfig(None, None).group_size) == (3, 16)
+    config = SpQRConfig(target_bits=4.2)
+    assert (config.bits, config.group_size) == (None, None)
+    assert SpQRConfig.from_dict(json.loads(config.to_json_string())) == config
+    assert (SpQRConfig(4, target_bits=4.2).bits, SpQRConfig(4, target_bits=4.2).group_size) == (4, None)
+    assert SpQRConfig(group_size=64, target_bits=4.2).group_size == 64
+
+
 def test_runtime_fields_are_never_stored():
     config = SpQRConfig(dataset=["text"], tokenizer="name", backend="int8_activations")
     for stored in (config.to_dict(), dict(config), json.loads(config.to_json_string()), config.to_diff_dict()):
@@ -63,7 +72,11 @@ def test_runtime_fields_are_never_stored():
         ({"outlier_threshold": 0}, "above 0"),
         ({"outlier_threshold": math.nan}, "above 0"),
         ({"outlier_threshold": "many"}, "use a number"),
-        ({"target_bits": 3}, "above 3"),
+        ({"target_bits": 3, "bits": 3}, "above 3"),
+        ({"target_bits": 2}, "above 2"),
+        ({"target_bits": 4, "bits": 1}, "bits=1: use a whole number from 2 to 8"),
+        ({"target_bits": 4, "group_size": 12}, "use one of -1, 8, 16"),
+        ({"overrides": {"q_proj": {"bits": None}}}, "bits=None"),
         ({"act_order": 1}, "True or False"),
         ({"percdamp": -0.1}, "at least 0"),
         ({"mode": "fast"}, "'default', 'reference'"),

@@ -78,6 +78,14 @@ def test_ops_are_there_with_torch(order: str) -> None:
     assert python(f"import {order}\nprint(torch.ops.hf_spqr.spqr_linear.default)") == ["hf_spqr.spqr_linear.default"]
 
 
+@pytest.mark.parametrize(("version", "enough"), [("4.57.3", False), ("5.16.1", False), ("5.17.0.dev0", True)])
+def test_an_older_transformers_is_named(version: str, enough: bool) -> None:
+    code = f"import transformers\ntransformers.__version__ = {version!r}\ntry:\n    import hf_spqr.integrations\n"
+    said = python(f"{code}except ImportError as error:\n    print(error)")
+    assert (said == []) == enough
+    assert enough or "needs Transformers 5.17 or newer, and " + version in said[0]
+
+
 def test_public_names() -> None:
     assert set(hf_spqr.__all__) <= set(dir(hf_spqr))
     for name in hf_spqr.__all__:

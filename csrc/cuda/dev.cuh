@@ -53,6 +53,13 @@ HF_DEVICE void wait_for_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// Whether the generation that is compiled for has tensor cores of int4 (8.0 to 8.9); others go through int8.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kInt4Cores = false;
+#else
+constexpr bool kInt4Cores = true;
+#endif
+
 // Asks for the line of 128 bytes to come into the L2 cache; reads nothing.
 HF_DEVICE void prefetch(const void* p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -165,6 +172,12 @@ HF_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
 // c += a b: a 16 x 32 unsigned bytes (row), b 32 x 8 signed bytes (column), c int32 modulo 2^32.
 HF_DEVICE void mma_u8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Codes of half a byte, 64 columns of them; lane's words hold eight each. Native where kInt4Cores says so.
+HF_DEVICE void mma_u4s4(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k64.row.col.s32.u4.s4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

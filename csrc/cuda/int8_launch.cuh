@@ -3,6 +3,7 @@
 #include "cuda/int8_channel.cuh"
 #include "cuda/int8_groups.cuh"
 #include "cuda/int8_many_groups.cuh"
+#include "cuda/int8_many_launch.cuh"
 #include "cuda/int8_slices.cuh"
 #include "cuda/launch.cuh"
 
@@ -22,17 +23,6 @@ int launch_int8_groups(const Int8Args& a, void* stream) {
     return launch<int8_groups_kernel<BITS, NT, WIDTH>>(grid, Shape::kThreads, Shape::shared(a.weight.group), stream,
                                                        a);
 }
-
-// Many tokens take the largest tile of rows x tokens that makes about as many blocks as there are multiprocessors.
-struct Tiles {
-    int rows, tokens;
-    DeviceLimits device;
-
-    bool enough(int tile_rows, int tile_tokens) const {
-        const int64_t blocks = int64_t(ceil_div(rows, tile_rows)) * ceil_div(tokens, tile_tokens);
-        return blocks >= device.multiprocessors - device.multiprocessors / 16;
-    }
-};
 
 constexpr int kSlicesShared = 96 * 1024;  // fits a block of every architecture
 constexpr int kNarrowGroup = 32;          // below, terms in shared memory would be too many
@@ -76,24 +66,6 @@ int launch_int8_groups(const Int8Args& a, void* stream) {
     return launch_int8_groups<BITS, 4, 4>(a, stream);
 }
 
-template <int BITS, int MT, int NT, int WM, int WN, int BLOCKS_PER_SM>
-int launch_int8_many(const Int8Args& a, void* stream) {
-    using Shape = Int8ManyShape<MT, NT, WM, WN>;
-    const Grid grid{ceil_div(a.weight.rows, Shape::kBlockRows), ceil_div(a.tokens, Shape::kTokens)};
-    return launch<int8_many_kernel<BITS, MT, NT, WM, WN, BLOCKS_PER_SM>>(grid, Shape::kThreads, Shape::kShared, stream,
-                                                                         a);
-}
-
-template <int BITS>
-int launch_int8_many(const Int8Args& a, const Tiles& tiles, void* stream) {
-    if constexpr (BITS != 7) {  // whose planes leave too few registers for so large a tile
-        const bool full = ceil_div(a.tokens, 256) * 256 <= a.tokens + a.tokens / 4;
-        if (full && tiles.enough(128, 256)) return launch_int8_many<BITS, 4, 8, 2, 4, 1>(a, stream);
-    }
-    if (tiles.enough(128, 128)) return launch_int8_many<BITS, 4, 8, 2, 2, 2>(a, stream);
-    return launch_int8_many<BITS, 2, 4, 2, 2, 4>(a, stream);  // 64 x 64
-}
-
 template <int BITS>
 int launch_int8(const Int8Args& a, void* stream) {
     const bool channel = a.weight.group == kPerChannel;
@@ -101,7 +73,8 @@ int launch_int8(const Int8Args& a, void* stream) {
         (channel ? a.weight.columns <= kInt32Columns : a.weight.group >= kNarrowGroup)) {
         Tiles tiles{a.weight.rows, a.tokens, {}};
         if (const int status = device_limits(tiles.device)) return status;
-        return channel ? launch_int8_many<BITS>(a, tiles, stream) : launch_int8_many_groups<BITS>(a, tiles, stream);
+        return channel ? launch_int8_many<WholeBytes<BITS>, BITS != 7>(a, tiles, stream)
+                       : launch_int8_many_groups<BITS>(a, tiles, stream);
     }
     if (!channel) return launch_int8_groups<BITS>(a, stream);
     if (a.tokens <= 8) return launch_int8_channel<BITS, 1, 1, 8>(a, stream);

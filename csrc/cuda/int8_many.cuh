@@ -1,10 +1,11 @@
-// Many tokens: a block takes 128 rows and 8 * NT * WN tokens, set by set of 128 columns. All threads unpack the codes
-// of a set into shared memory, once for all tokens of the block; x comes beside it by cp.async, one set ahead; words
-// of the next set are in flight while the tensor cores work.
+// Many tokens: a block takes 128 rows and 8 * NT * WN tokens, set by set of 128 bytes of columns: 128 columns as
+// bytes, 256 as half bytes (int4.cuh). All threads unpack the codes of a set into shared memory, once for all tokens
+// of the block; x comes beside it by cp.async, one set ahead; words of the next set are in flight while the tensor
+// cores work.
 //
 // Shared memory: rows of 128 bytes in chunks of 16, chunk c of row r at chunk c ^ key(r), the key being r / 2 for
 // weights and r for x, so that neither writing nor ldmatrix collides. A rows of an mma are the row pairs of a row
-// block as in int8_x.cuh; columns are in order.
+// block as in int8_x.cuh; columns are in the order of x.
 #pragma once
 #include "cuda/int8_product.cuh"
 #include "cuda/int8_x.cuh"
@@ -17,13 +18,13 @@ struct Int8ManyShape {
     static constexpr int kWarps = WM * WN, kThreads = 32 * kWarps;
     static constexpr int kRowBlocks = MT * WM, kBlockRows = kRowBlocks * kRows, kTokens = 8 * NT * WN;
     static constexpr int kItems = kRowBlocks / kWarps;  // row blocks that a warp unpacks
-    static constexpr int kWeightBytes = kBlockRows * kSetColumns, kXBytes = kTokens * kSetColumns;
+    static constexpr int kWeightBytes = kBlockRows * kOperandBytes, kXBytes = kTokens * kOperandBytes;
     static constexpr int kBuffer = kWeightBytes + kXBytes;
     static constexpr int kShared = 2 * kBuffer;
     static_assert(kRowBlocks % kWarps == 0);
 };
 
-// Row blocks of a warp, which unpacks them for the whole block.
+// Codes of one row block after the other of a warp, which unpacks them for the whole block.
 template <int BITS, int ITEMS>
 class Unpacker {
   public:
@@ -60,7 +61,7 @@ class Unpacker {
                 uint32_t w[BITS];
 #pragma unroll
                 for (int v = 0; v < BITS; ++v) w[v] = r ? words_[i][v].y : words_[i][v].x;
-                const uint32_t row = to + (i * kRows + 2 * g_ + r) * kSetColumns;
+                const uint32_t row = to + (i * kRows + 2 * g_ + r) * kOperandBytes;
                 store_half<0>(row, w, sums[i][r]);
                 store_half<1>(row, w, sums[i][r]);
             }
@@ -83,26 +84,42 @@ class Unpacker {
     uint2 words_[ITEMS][BITS];
 };
 
-// x of a set: tokens that are not there and columns past the end are zeros.
+// x of a set: tokens that are not there and bytes past the end are zeros.
 template <int THREADS, int TOKENS>
 HF_DEVICE void fetch_set(const Int8Args& a, int64_t first_token, int set, uint32_t to) {
     constexpr int kStride = THREADS / 8;  // of a thread's tokens: a multiple of 8, so that all have the same key
     const int chunk = dev::thread() & 7, first = dev::thread() >> 3, left = int(a.tokens - first_token) - first;
-    const int64_t column = int64_t(set) * kSetColumns + 16 * chunk;
-    const int8_t* from = a.x + (first_token + first) * a.x_stride + column;
-    to += first * kSetColumns + ((chunk ^ (first & 7)) << 4);
+    const int64_t byte = int64_t(set) * kOperandBytes + 16 * chunk;
+    const int8_t* from = a.x + (first_token + first) * a.x_stride + byte;
+    to += first * kOperandBytes + ((chunk ^ (first & 7)) << 4);
 #pragma unroll
     for (int i = 0; i < TOKENS / kStride; ++i) {
-        const bool there = i * kStride < left && column < a.x_stride;
-        dev::copy_async<0>(to + i * kStride * kSetColumns, from, there ? 16 : 0, true);
+        const bool there = i * kStride < left && byte < a.x_stride;
+        dev::copy_async<0>(to + i * kStride * kOperandBytes, from, there ? 16 : 0, true);
         from = dev::keep(from + kStride * a.x_stride);
     }
 }
 
+// What the tensor cores multiply.
+template <int BITS>
+struct WholeBytes {
+    static constexpr int kTiles = kTilesPerSet;  // of a set
+    static constexpr bool kServed = true;        // by the generation that is compiled for
+    template <int ITEMS>
+    using Weights = Unpacker<BITS, ITEMS>;
+
+    static HF_DEVICE void multiply(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        dev::mma_u8s8(c, a, b0, b1);
+    }
+    // sum + the codes of x in a word.
+    static HF_DEVICE int add(uint32_t x, int sum) { return dev::add_signed_bytes(x, sum); }
+};
+
 // Adds token tile 2 i + which of b, two words a lane, to a lane's sum of its token.
+template <class Codes>
 HF_DEVICE int add_tile(const uint32_t (&b)[4], int which, int sum) {
-    sum = dev::add_signed_bytes(which ? b[2] : b[0], sum);
-    return dev::add_signed_bytes(which ? b[3] : b[1], sum);
+    sum = Codes::add(which ? b[2] : b[0], sum);
+    return Codes::add(which ? b[3] : b[1], sum);
 }
 
 // The sum of a quad.
@@ -152,21 +169,22 @@ HF_DEVICE void write_two(const Int8Args& a, int64_t token, int64_t row, float fi
 }
 
 // One scale per row, up to kInt32Columns columns.
-template <int BITS, int MT, int NT, int WM, int WN, int BLOCKS_PER_SM>
+template <class Codes, int MT, int NT, int WM, int WN, int BLOCKS_PER_SM>
 HF_KERNEL(32 * WM * WN, BLOCKS_PER_SM)
 int8_many_kernel(const Int8Args a) {
     static_assert(WM == 2 && NT % 2 == 0, "the two warps of a token tile share its sums of x");
+    if constexpr (!Codes::kServed) return;
     using Shape = Int8ManyShape<MT, NT, WM, WN>;
     const Matrix& m = a.weight;
     const int lane = dev::thread() & 31, warp = dev::uniform(dev::thread() >> 5), g = lane >> 2, t = lane & 3;
     const int warp_m = warp % WM, warp_n = warp / WM;
     const int64_t first_row = dev::block_x() * Shape::kBlockRows, first_token = dev::block_y() * Shape::kTokens;
-    const int sets = (m.panels.tiles + kTilesPerSet - 1) / kTilesPerSet;
+    const int sets = (m.panels.tiles + Codes::kTiles - 1) / Codes::kTiles;
     const uint32_t shared = dev::shared_address();
-    Unpacker<BITS, Shape::kItems> unpacker(m, first_row / kRows + warp * Shape::kItems, lane);
-    const uint32_t unpack_to = shared + warp * Shape::kItems * kRows * kSetColumns;
-    const Operands operands(shared + warp_m * MT * kRows * kSetColumns,
-                            shared + Shape::kWeightBytes + warp_n * NT * 8 * kSetColumns, lane);
+    typename Codes::template Weights<Shape::kItems> unpacker(m, first_row / kRows + warp * Shape::kItems, lane);
+    const uint32_t unpack_to = shared + warp * Shape::kItems * kRows * kOperandBytes;
+    const Operands operands(shared + warp_m * MT * kRows * kOperandBytes,
+                            shared + Shape::kWeightBytes + warp_n * NT * 8 * kOperandBytes, lane);
     int product[MT][NT][4] = {}, w_sums[Shape::kItems][2] = {}, x_sums[NT / 2] = {};
     unpacker.fetch(0);
     fetch_set<Shape::kThreads, Shape::kTokens>(a, first_token, 0, shared + Shape::kWeightBytes);
@@ -186,14 +204,14 @@ int8_many_kernel(const Int8Args a) {
 #pragma unroll
             for (int j = 0; j < NT / 2; ++j) {
                 operands.x(x[j], buffer, j, k);
-                x_sums[j] = add_tile(x[j], warp_m, x_sums[j]);
+                x_sums[j] = add_tile<Codes>(x[j], warp_m, x_sums[j]);
             }
 #pragma unroll
             for (int i = 0; i < MT; ++i) {
                 operands.weights(w, buffer, i, k);
 #pragma unroll
                 for (int j = 0; j < NT; ++j)
-                    dev::mma_u8s8(product[i][j], w, x[j / 2][2 * (j % 2)], x[j / 2][2 * (j % 2) + 1]);
+                    Codes::multiply(product[i][j], w, x[j / 2][2 * (j % 2)], x[j / 2][2 * (j % 2) + 1]);
             }
             if (k == 2 && set + 1 < sets) unpacker.store(unpack_to + other, w_sums);
         }

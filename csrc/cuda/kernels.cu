@@ -58,6 +58,7 @@ bool is_served(const Matrix& m) {
 }
 
 int int8_linear(const Int8Args& a, void* stream) {
+    if (a.half_bytes) return int4_many(a, stream);
     if (a.weight.group == kPerChannel && a.weight.columns > kTermColumns) {
         const Grid grid{ceil_div(a.weight.rows, kRows), ceil_div(a.tokens, kWideTokens)};
         return launch<int8_wide_kernel>(grid, kRows * kWideTokens, 0, stream, a);
@@ -155,6 +156,19 @@ int hf_spqr_cuda_quantize(const QuantizeArgs* a, void* stream) {
 
 int hf_spqr_cuda_pad(const PadArgs* a, void* stream) {
     return launch<pad_kernel>({a->tokens, 1}, kPadThreads, 0, stream, *a);
+}
+
+int hf_spqr_cuda_takes_half_bytes(const Matrix* m, int tokens, int act_bits, bool* yes) {
+    *yes = false;
+    if (m->bits != 4 || act_bits > 4 || m->group != kPerChannel || m->columns > kInt32Columns) return 0;
+    DeviceLimits device{};
+    const int status = device_limits(device);
+    *yes = tokens > kFewIntegerTokens && device.generation == 8;
+    return status;
+}
+
+int hf_spqr_cuda_pack_half_bytes(const PadArgs* a, void* stream) {
+    return pack_half_bytes(*a, stream);
 }
 
 int hf_spqr_cuda_int8_linear(const Int8Args* whole, void* stream) {

@@ -115,16 +115,17 @@ struct QuantizeArgs {
 struct Int8Args {
     Matrix weight;       // affine
     const int8_t* x;     // [tokens, x_stride], 16-byte aligned rows, zeros past the end
-    int64_t x_stride;    // a multiple of 16, at least columns
+    int64_t x_stride;    // bytes, a multiple of 16, for at least `columns`
     const float* scale;  // [tokens]
     const int32_t* zero;
     int tokens;
     const void* bias;  // [rows] of dtype, or null
     void* y;           // [tokens, rows] of dtype
     DType dtype;
+    bool half_bytes;  // x is what `pack_half_bytes` writes, as `takes_half_bytes` asked
 };
 
-// Rows of `columns` bytes to rows of `stride`, filled up with zeros.
+// Rows of `columns` bytes to rows of `stride`, filled up with zeros; or to half bytes, `stride` a multiple of 16 too.
 struct PadArgs {
     const int8_t* x;
     int tokens, columns;
@@ -148,6 +149,9 @@ int hf_spqr_cuda_finish(const FinishArgs*, void* stream);
 int hf_spqr_cuda_dequantize(const DequantizeArgs*, void* stream);
 int hf_spqr_cuda_quantize(const QuantizeArgs*, void* stream);
 int hf_spqr_cuda_pad(const PadArgs*, void* stream);
+// Sets *yes where `int8_linear` is faster with half bytes for x, whose codes have act_bits, on the current device.
+int hf_spqr_cuda_takes_half_bytes(const Matrix*, int tokens, int act_bits, bool* yes);
+int hf_spqr_cuda_pack_half_bytes(const PadArgs*, void* stream);
 int hf_spqr_cuda_int8_linear(const Int8Args*, void* stream);
 int hf_spqr_cuda_multiprocessors(int* count);  // of the current device
 const char* hf_spqr_cuda_error(int status);

@@ -24,6 +24,7 @@ constexpr int kPlainShared = 48 * 1024;  // more than this must be asked for, on
 
 struct DeviceLimits {
     int multiprocessors, shared_bytes;  // of a block
+    int generation;                     // 8 of compute capability 8.6
 };
 
 // Whether KERNEL waits for the one before it (dev::wait_for_kernel): as the code says that this device runs, which may
@@ -49,7 +50,10 @@ inline int device_limits(DeviceLimits& limits) {
     if (const cudaError_t status =
             cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device))
         return status;
-    return cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (const cudaError_t status =
+            cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+        return status;
+    return cudaDeviceGetAttribute(&limits.generation, cudaDevAttrComputeCapabilityMajor, device);
 }
 
 template <auto KERNEL>

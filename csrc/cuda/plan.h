@@ -22,6 +22,11 @@ inline int64_t padded_stride(int64_t columns) {
     return (columns + 15) / 16 * 16;
 }
 
+// Bytes of a token's codes as half bytes: whole tiles of the weights.
+inline int64_t half_byte_stride(int64_t columns) {
+    return (columns + 31) / 32 * 16;
+}
+
 // fp32 x becomes fp16 in the tiled kernel. From 65 tokens on, where dense weights take not much longer, it stays.
 inline int most_tiled_tokens(DType dtype) {
     return dtype == DType::f32 ? 64 : kTiledTokens;

@@ -196,6 +196,27 @@ HF_EMU_CALL void mma_u8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
         c[e] = int(sum);
     }
 }
+inline int unsigned_nibble(uint32_t a, int i) {
+    return int(a >> 4 * i & 15);
+}
+inline int signed_nibble(uint32_t a, int i) {
+    return (unsigned_nibble(a, i) ^ 8) - 8;
+}
+HF_EMU_CALL void mma_u4s4(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const auto shown = emu::show({a[0], a[1], a[2], a[3], b0, b1});
+    const int g = (thread() & 31) >> 2, t = thread() & 3;
+    for (int e = 0; e < 4; ++e) {
+        const int row_half = e >> 1, column = 2 * t + (e & 1);
+        uint32_t sum = uint32_t(c[e]);
+        for (int k = 0; k < 64; ++k) {
+            const uint32_t left = shown[4 * g + k % 32 / 8][row_half + 2 * (k / 32)];
+            const uint32_t right = shown[4 * column + k % 32 / 8][4 + k / 32];
+            sum += uint32_t(unsigned_nibble(left, k % 8) * signed_nibble(right, k % 8));
+        }
+        c[e] = int(sum);
+    }
+}
+constexpr bool kInt4Cores = true;
 inline int add_signed_bytes(uint32_t a, int c) {
     return c + signed_byte(a, 0) + signed_byte(a, 1) + signed_byte(a, 2) + signed_byte(a, 3);
 }

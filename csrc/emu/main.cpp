@@ -90,13 +90,20 @@ void run_quantize(const Header& h, FILE* in, FILE* out) {
     write_result(zero, out);
 }
 
+// `wide` = bits of the activations.
 void run_int8_linear(const Header& h, const Matrix& m, FILE* in, const Bytes& y) {
     const auto bias = read_tensor(in), code = read_tensor(in), scale = read_tensor(in), zero = read_tensor(in);
     Int8Args a{
         m,      code->as<int8_t>(), h.columns, scale->as<float>(), zero->as<int32_t>(), int(h.tokens), bias->data,
-        y.data, DType(h.dtype)};
+        y.data, DType(h.dtype),     false};
+    expect(hf_spqr_cuda_takes_half_bytes(&m, a.tokens, int(h.wide), &a.half_bytes) == 0, "takes_half_bytes failed");
     const Bytes padded(h.tokens * padded_stride(h.columns));
-    if (needs_pad(h.columns)) {
+    if (a.half_bytes) {
+        const PadArgs p{a.x, a.tokens, m.columns, padded.as<int8_t>(), half_byte_stride(h.columns)};
+        expect(hf_spqr_cuda_pack_half_bytes(&p, nullptr) == 0, "pack_half_bytes failed");
+        a.x = p.out;
+        a.x_stride = p.stride;
+    } else if (needs_pad(h.columns)) {
         const PadArgs p{a.x, a.tokens, m.columns, padded.as<int8_t>(), padded_stride(h.columns)};
         expect(hf_spqr_cuda_pad(&p, nullptr) == 0, "pad failed");
         a.x = p.out;

@@ -27,6 +27,7 @@ constexpr int kMaxGridY = 64;          // devices have 65,535; so few that tests
 
 struct DeviceLimits {
     int multiprocessors, shared_bytes;
+    int generation = 8;
 };
 
 inline DeviceLimits& limits() {

@@ -59,7 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cuda(const char* op, const Tensor& x
 }
 
 Tensor int8_linear_cuda(const char* op, const Tensor& any_code, const Tensor& any_scale, const Tensor& any_zero,
-                        const Matrix& m, const OptionalTensor& bias, ScalarType dtype) {
+                        const Matrix& m, const OptionalTensor& bias, ScalarType dtype, int64_t act_bits) {
+    STD_TORCH_CHECK(act_bits >= 2 && act_bits <= 8, op, ": act_bits must be 2 to 8, got ", act_bits);
     const int device = int(any_code.get_device_index());
     const stable::accelerator::DeviceGuard guard(device);
     const Tensor code = stable::contiguous(any_code), scale = stable::contiguous(any_scale),
@@ -81,16 +82,19 @@ Tensor int8_linear_cuda(const char* op, const Tensor& any_code, const Tensor& an
                   int(tokens),
                   bias_of(op, device, bias, m.rows, dtype, "that of the result"),
                   y.mutable_data_ptr(),
-                  kind};
+                  kind,
+                  false};
     if (tokens > 0) {
         void* stream = current_stream(device);
+        check_launch(op, "takes_half_bytes",
+                     hf_spqr_cuda_takes_half_bytes(&m, args.tokens, int(act_bits), &args.half_bytes));
         OptionalTensor padded;
-        if (needs_pad(m.columns) || reinterpret_cast<uintptr_t>(args.x) % 16 != 0) {
-            const int64_t stride = padded_stride(m.columns);
+        if (args.half_bytes || needs_pad(m.columns) || reinterpret_cast<uintptr_t>(args.x) % 16 != 0) {
+            const int64_t stride = args.half_bytes ? half_byte_stride(m.columns) : padded_stride(m.columns);
             padded = stable::new_empty(code, {tokens, stride});
             const PadArgs pad{args.x, args.tokens, m.columns, static_cast<int8_t*>(padded->mutable_data_ptr()),
                               stride};
-            check_launch(op, "pad", hf_spqr_cuda_pad(&pad, stream));
+            check_launch(op, "pad", (args.half_bytes ? hf_spqr_cuda_pack_half_bytes : hf_spqr_cuda_pad)(&pad, stream));
             args.x = pad.out;
             args.x_stride = stride;
         }

@@ -9,8 +9,8 @@ namespace hf_spqr {
 std::tuple<Tensor, Tensor, Tensor> quantize_cuda(const char* op, const Tensor& x, const OptionalTensor& perm,
                                                  int64_t bits, bool symmetric);
 
-// code int8 [..., K], scale and zero [..., 1] -> [..., N] of dtype.
+// code int8 [..., K] of values of act_bits, scale and zero [..., 1] -> [..., N] of dtype.
 Tensor int8_linear_cuda(const char* op, const Tensor& code, const Tensor& scale, const Tensor& zero, const Matrix&,
-                        const OptionalTensor& bias, ScalarType dtype);
+                        const OptionalTensor& bias, ScalarType dtype, int64_t act_bits);
 
 }  // namespace hf_spqr

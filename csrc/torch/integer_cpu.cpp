@@ -56,11 +56,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, const st
 
 Tensor w_int8_linear(const Tensor& code, const Tensor& scale, const Tensor& zero, const Tensor& packed,
                      const std::optional<Tensor>& bias, int64_t out_features, int64_t bits, int64_t group_size,
-                     bool symmetric, bool scale_bf16, ScalarType dtype) {
+                     bool symmetric, bool scale_bf16, ScalarType dtype, int64_t act_bits) {
     constexpr const char* kOp = "w_int8_linear";
     STD_TORCH_CHECK(code.dim() >= 1, kOp, ": code must have at least one dimension");
     STD_TORCH_CHECK(code.is_cpu(), kOp, ": code must be on the CPU");
     STD_TORCH_CHECK(code.scalar_type() == ScalarType::Char, kOp, ": code must have dtype int8");
+    STD_TORCH_CHECK(act_bits >= 2 && act_bits <= 8, kOp, ": act_bits must be 2 to 8, got ", act_bits);
     const DType out_dtype = float_dtype(kOp, "dtype", dtype);
     const int64_t columns = code.size(-1);
     const Matrix m = affine_matrix(kOp, packed, columns, {out_features, bits, group_size, symmetric, scale_bf16});

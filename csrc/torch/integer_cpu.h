@@ -10,6 +10,6 @@ std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, const st
 
 Tensor w_int8_linear(const Tensor& code, const Tensor& scale, const Tensor& zero, const Tensor& packed,
                      const std::optional<Tensor>& bias, int64_t out_features, int64_t bits, int64_t group_size,
-                     bool symmetric, bool scale_bf16, ScalarType dtype);
+                     bool symmetric, bool scale_bf16, ScalarType dtype, int64_t act_bits);
 
 }  // namespace hf_spqr

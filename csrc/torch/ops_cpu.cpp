@@ -106,7 +106,7 @@ STABLE_TORCH_LIBRARY(hf_spqr, m) {
         "Tensor zero)");
     m.def(
         "w_int8_linear(Tensor code, Tensor scale, Tensor zero, Tensor packed, Tensor? bias, int out_features, "
-        "int bits, int group_size, bool symmetric, bool scale_bf16, ScalarType dtype) -> Tensor");
+        "int bits, int group_size, bool symmetric, bool scale_bf16, ScalarType dtype, int act_bits=8) -> Tensor");
     m.def("cpu_isa() -> str");
     m.def("set_cpu_isa(str name) -> str");
     m.def("read_memory(Tensor data) -> int");

@@ -56,12 +56,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize_activation(const Tensor& x, const Op
 
 Tensor w_int8_linear(const Tensor& code, const Tensor& scale, const Tensor& zero, const Tensor& packed,
                      const OptionalTensor& bias, int64_t out_features, int64_t bits, int64_t group_size,
-                     bool symmetric, bool scale_bf16, ScalarType dtype) {
+                     bool symmetric, bool scale_bf16, ScalarType dtype, int64_t act_bits) {
     constexpr const char* kOp = "w_int8_linear";
     STD_TORCH_CHECK(code.dim() >= 1, kOp, ": code must have at least one dimension");
     const Matrix m = affine_matrix(kOp, device_of(kOp, "code", code), packed, code.size(-1),
                                    {out_features, bits, group_size, symmetric, scale_bf16});
-    return int8_linear_cuda(kOp, code, scale, zero, m, bias, dtype);
+    return int8_linear_cuda(kOp, code, scale, zero, m, bias, dtype, act_bits);
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ KINDS = (
     Kind("affine", 4, -1),
     Kind("affine", 8, -1),
 )
-ACT_BITS = 8
+ACT_BITS = (8, 4)
 LIMITS = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 """Largest error of a token's outputs, relative to them as vectors. Weights may be rounded to 16 bits, sums in another
 order; a missing outlier or a wrong statistic gives ten times as much."""
@@ -68,14 +68,15 @@ def check_kernels(device: str) -> Findings:
                     if not error < limit:  # nor NaN
                         wrong.append(f"{kind.name}, {tokens} tokens, {_name(dtype)}: off by {error:.1%}")
             if isinstance(layer, AffineLinear):
-                layer.act_bits = there.act_bits = ACT_BITS
-                x = torch.randn(max(TOKENS), COLUMNS)
-                expected = layer(x)
-                for tokens in TOKENS:
-                    y = there(x[:tokens].to(device)).cpu()
-                    products += 1
-                    if not torch.equal(y, expected[:tokens]):
-                        wrong.append(f"{kind.name}, {tokens} tokens, integers of {ACT_BITS} bit")
+                for act_bits in ACT_BITS:
+                    layer.act_bits = there.act_bits = act_bits
+                    x = torch.randn(max(TOKENS), COLUMNS)
+                    expected = layer(x)
+                    for tokens in TOKENS:
+                        y = there(x[:tokens].to(device)).cpu()
+                        products += 1
+                        if not torch.equal(y, expected[:tokens]):
+                            wrong.append(f"{kind.name}, {tokens} tokens, integers of {act_bits} bit")
     return Findings(products, wrong)
 
 

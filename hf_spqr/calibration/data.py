@@ -94,9 +94,7 @@ def calibration_windows(
         )
     windows: list[Tensor] = []
     pool: list[int] = []
-    documents = 0
     for document in _shuffled(_pieces(iter_documents(dataset)), seed):
-        documents += 1
         if isinstance(document, str):
             if tokenizer is None:
                 raise CalibrationError("dataset holds text: pass tokenizer= (an object or a name), or token ids.")
@@ -112,15 +110,14 @@ def calibration_windows(
         windows.append(torch.tensor(pool)[None])
     if not windows:
         raise CalibrationError(
-            f"The calibration data has {documents} documents and {len(pool)} tokens: that is too little to calibrate."
-            " Pass more text, ideally nsamples x seqlen tokens."
+            "The calibration data has less than two tokens: nothing can be calibrated on it. Pass text, ideally"
+            f" nsamples x seqlen = {nsamples * seqlen} tokens."
         )
     have, asked = sum(w.numel() for w in windows), nsamples * seqlen
     if have < asked:
         logger.warning(
-            "The calibration data gives %d sequences, %d tokens in all, where nsamples=%d and seqlen=%d ask for %d;"
-            " all of it is used.",
-            len(windows), have, nsamples, seqlen, asked,
+            "The calibration data has %d tokens, where nsamples=%d and seqlen=%d ask for %d; all of it is used.",
+            have, nsamples, seqlen, asked,
         )  # fmt: skip
     return windows
 
@@ -155,11 +152,18 @@ def _document(item: Any, index: int) -> str | Tensor:
     if isinstance(item, Mapping):
         if TOKEN_FIELD in item:
             return _tokens(item[TOKEN_FIELD], index)
-        names = [name for name in TEXT_FIELDS if isinstance(item.get(name), str)]
-        names += [name for name, value in item.items() if isinstance(value, str)]
-        if names:
-            return item[names[0]]
-        raise CalibrationError(f"Item {index} of the dataset has no text and no input_ids (fields: {sorted(item)}).")
+        texts = [str(name) for name, value in item.items() if isinstance(value, str)]
+        known = [name for name in TEXT_FIELDS if name in item]
+        for name in known or (texts if len(texts) == 1 else ()):
+            if name in texts:
+                return str(item[name])
+        if known:
+            raise CalibrationError(f"Item {index} of the dataset has no text in {known[0]!r}: leave such items out.")
+        found = f"several texts ({', '.join(sorted(texts))})" if texts else "no text and no input_ids"
+        raise CalibrationError(
+            f"Item {index} of the dataset has {found}: call the field that holds the text 'text'. Its fields are"
+            f" {sorted(map(str, item))}."
+        )
     return _tokens(item, index)
 
 
@@ -168,6 +172,8 @@ def _tokens(ids: Any, index: int) -> Tensor:
         tensor = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CalibrationError(f"Item {index} of the dataset is neither text nor a list of token ids.") from error
+    if tensor.dim() == 0:
+        raise CalibrationError(f"Item {index} of the dataset is a single number: pass a list of lists of token ids.")
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise CalibrationError(f"Item {index} of the dataset is {tensor.dtype}: token ids must be integers.")
     return tensor.reshape(-1).to(device="cpu", dtype=torch.int64)
@@ -205,7 +211,7 @@ def _parse(line: str, path: Path, index: int) -> Any:
 def _read_hub(name: str) -> Iterator[str | Tensor]:
     if Path(name).suffix.lower() in (".txt", ".json", ".jsonl", ".ndjson") or name.startswith((".", "/", "~")):
         found = "is a folder: give one of its files" if Path(name).is_dir() else "does not exist"
-        raise CalibrationError(f"The calibration file {name} {found}.")
+        raise CalibrationError(f"The data file {name} {found}.")
     try:
         import datasets
     except ImportError as error:
@@ -214,11 +220,15 @@ def _read_hub(name: str) -> Iterator[str | Tensor]:
             " pip install 'hf-spqr[datasets]'."
         ) from error
     repo, config, split = (name.split(":") + ["", ""])[:3]
-    try:
-        items = datasets.load_dataset(repo, config or None, split=split or "train", streaming=True)
-    except Exception as error:
-        raise CalibrationError(f"{name!r} is neither a file nor a data set that can be loaded: {error}") from error
-    for index, item in enumerate(items):
+
+    def items() -> Iterator[Any]:
+        try:
+            yield from datasets.load_dataset(repo, config or None, split=split or "train", streaming=True)
+        except Exception as error:  # of any kind, and while it is read too
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CalibrationError(f"{name!r} is neither a file nor a data set that can be read: {why}") from error
+
+    for index, item in enumerate(items()):
         yield _document(item, index)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import getdoc  # the name inspect is a command here
 from typing import Annotated
 
 import typer
@@ -52,14 +53,33 @@ def _options(
     pass
 
 
-app.command("quantize")(quantize_command)
-app.command("eval")(eval_command)
-app.command("inspect")(inspect_command)
-app.command("bench")(bench_command)
-app.command("convert")(convert_command)
-app.command("export")(export_command)
-app.command("push")(push_command)
-app.command("doctor")(doctor_command)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize_command,
+    "eval": eval_command,
+    "inspect": inspect_command,
+    "bench": bench_command,
+    "convert": convert_command,
+    "export": export_command,
+    "push": push_command,
+    "doctor": doctor_command,
+}
+
+
+def _help(command: Callable[..., None]) -> str:
+    """The docstring, each paragraph on one line for the terminal to wrap; indented ones, the examples, as they are."""
+    paragraphs = (getdoc(command) or "").split("\n\n")
+    return "\n\n".join(text if text.startswith(" ") else text.replace("\n", " ") for text in paragraphs)
+
+
+for name, command in COMMANDS.items():
+    app.command(name, help=_help(command))(command)
+
+
+def message(error: Exception) -> str:
+    """What ``error`` says; of one of the system, the file and the reason without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,6 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_shown_elsewhere(error):
             raise SystemExit(1) from None
         if "--json" in arguments:
-            print_json({"error": str(error), "type": type(error).__name__})
-        err_console().print("[red]error:[/red]", escape(str(error)), soft_wrap=True)
+            print_json({"error": message(error), "type": type(error).__name__})
+        err_console().print("[red]error:[/red]", escape(message(error)), soft_wrap=True)
         raise SystemExit(1) from None

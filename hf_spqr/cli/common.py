@@ -62,6 +62,9 @@ BackendOption = Annotated[
 ]
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
 class CommandError(HfSpqrError):
     """The command cannot do what was asked; the message says why and what to do."""
 
@@ -102,6 +105,11 @@ def size_of(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.2f} GiB"
+
+
+def one_line(error: Exception) -> str:
+    """What ``error`` of another library says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def number_or_none(value: float | None, digits: int = 4) -> str:
@@ -154,7 +162,10 @@ def read_config(model: str, trust_remote_code: bool = False) -> Any:
     except BAD_CONFIG as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise untrusted(model) from error
-        raise CommandError(f"{model}: its config.json cannot be read: {error}") from error
+        raise CommandError(f"{model}: its config.json cannot be read: {one_line(error)}") from error
+    except OSError as error:
+        place = ": its config.json" if Path(model).is_dir() else " is no folder here, and on the Hub it"
+        raise CommandError(f"{model}{place} cannot be read: {one_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = dict(quantization).get("quant_method")
@@ -216,7 +227,12 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError) as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise untrusted(model) from error
-        raise CommandError(f"{model} has no tokenizer that can be loaded: {error}") from error
+        if Path(model).is_dir() and not any(Path(model, name).exists() for name in TOKENIZER_FILES):
+            raise CommandError(
+                f"{model} has no tokenizer: copy tokenizer.json and tokenizer_config.json, or what the model has"
+                " instead, into this folder"
+            ) from error
+        raise CommandError(f"{model} has no tokenizer that can be loaded: {one_line(error)}") from error
 
 
 def load_model(

@@ -54,19 +54,21 @@ def convert_command(
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Rewrite a checkpoint that another program quantized in our format: any dtype, CPU and CUDA.
+    """Rewrite in our format what another program quantized: official SpQR, GPTQ v2, OmniQuant's .pth files.
 
-    The weights stay what they were. Reads official SpQR checkpoints (outliers that the published converter stored as
-    whole weights, where its format wants what is to be added, are found and repaired), GPTQ v2 folders (zero points
-    stored as they are), and OmniQuant's .pth files together with their base model.
+    Codes and scales stay what they were. In official SpQR checkpoints, outliers that the published converter stored as
+    whole weights, where its format wants what is to be added, are found and repaired. GPTQ folders must be of version
+    2, with zero points stored as they are. A .pth file needs its base model, and its bits and group size.
 
     [bold]Examples[/bold]
 
-      hf-spqr convert elvircrn/Llama-2-7b-SPQR-3Bit-16x16-red_pajama-hf out/llama-2-7b-spqr
+      hf-spqr convert elvircrn/Llama-2-7b-SPQR-3Bit-16x16-red_pajama-hf out/spqr
 
-      hf-spqr convert falcon-180b-omniquant-w3a16g512 out/falcon --bits 3 --group-size 512
+      hf-spqr convert falcon-180b-omniquant-w3a16g512 out/falcon \\
+          --bits 3 --group-size 512
 
-      hf-spqr convert meta-llama/Llama-2-7b-hf out/w3 --omniquant Llama-2-7b-w3a16g128.pth --bits 3 --group-size 128
+      hf-spqr convert meta-llama/Llama-2-7b-hf out/w3 \\
+          --omniquant Llama-2-7b-w3a16g128.pth --bits 3 --group-size 128
     """
     check_model(model)
     check_output(out, overwrite, inputs=(model, *([] if omniquant is None else [omniquant])))
@@ -131,6 +133,8 @@ def read(
 
         transformers.utils.logging.disable_progress_bar()
         return load_gptq_v2(model, bits, group_size, dtype=dtype.value, trust_remote_code=trust_remote_code)
+    if method in ("hf_spqr", "omniquant"):
+        raise CommandError(f"{model} is in our format already: it loads as it is, and `hf-spqr export` writes others")
     found = f'its quant_method is "{method}"' if method else "it is not quantized"
     raise CommandError(
         f'{model}: convert reads official SpQR (quant_method "spqr") and GPTQ v2 checkpoints, {found}. A GPTQ folder'

@@ -32,6 +32,8 @@ from hf_spqr.cli.common import (
 )
 from hf_spqr.cli.tasks import run_tasks, show_tasks
 
+PERPLEXITY, TASKS = "With --dataset: perplexity", "With --tasks: lm-eval"  # panels of --help
+
 
 class Protocol(str, Enum):
     """The protocols of hf_spqr.evaluate."""
@@ -45,20 +47,10 @@ def eval_command(
     model: ModelArgument,
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", "-d", help="Text: a txt, json or jsonl file, or a Hub data set name:config:split."),
+        typer.Option("--dataset", "-d", help="Text: a txt, json or jsonl file, or a Hub data set, name:config:split."),
     ] = None,
     tasks: Annotated[
-        str | None,
-        typer.Option("--tasks", help="Instead of a text: tasks of lm-eval, e.g. arc_easy,piqa,winogrande,wikitext."),
-    ] = None,
-    task_folder: Annotated[
-        Path | None, typer.Option("--task-folder", help="With --tasks: a folder of task files (YAML) of your own.")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", help="With --tasks: examples in the context.", min=0)
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="A second model to compare with, usually the unquantized one.")
+        str | None, typer.Option("--tasks", help="Instead of a text: tasks of lm-eval, for example arc_easy,piqa.")
     ] = None,
     protocol: Annotated[
         Protocol,
@@ -66,16 +58,35 @@ def eval_command(
             "--protocol",
             help="per-document: each text on its own. concatenated: windows of --seqlen without overlap, as in the "
             "GPTQ, SpQR and OmniQuant papers. sliding-window: windows that move on by --stride.",
+            rich_help_panel=PERPLEXITY,
         ),
     ] = Protocol.per_document,
     seqlen: Annotated[
-        int | None, typer.Option("--seqlen", help="Tokens per window. Default: the model's positions, at most 2048.")
+        int | None,
+        typer.Option(
+            "--seqlen",
+            help="Tokens per window. Default: the model's positions, at most 2048.",
+            rich_help_panel=PERPLEXITY,
+        ),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option("--stride", help="Step of the sliding window. Default: half of --seqlen.")
+        int | None,
+        typer.Option(
+            "--stride", help="Step of the sliding window. Default: half of --seqlen.", rich_help_panel=PERPLEXITY
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None,
+        typer.Option("--task-folder", help="A folder of task files (YAML) of your own.", rich_help_panel=TASKS),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", help="Examples in the context.", min=0, rich_help_panel=TASKS)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="A second model to compare with, usually the unquantized one.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", help="Use the first N documents, of each task, only.", min=1)
+        int | None, typer.Option("--limit", help="Use only the first N documents, of the text or of each task.", min=1)
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Windows per forward pass.", min=1)] = 8,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type of the activations and unpacked weights.")] = (
@@ -95,11 +106,12 @@ def eval_command(
 
       hf-spqr eval out/demo --dataset examples/demo-heldout.jsonl
 
-      hf-spqr eval out/demo --base examples/demo-model -d examples/demo-heldout.jsonl --json
+      hf-spqr eval out/demo --base examples/demo-model \\
+          -d examples/demo-heldout.jsonl --json
 
-      hf-spqr eval out/demo -d wiki.txt --protocol sliding-window --seqlen 512 --stride 256
+      hf-spqr eval out/demo -d wiki.txt --protocol sliding-window --stride 256
 
-      hf-spqr eval out/model --base MODEL --tasks arc_easy,piqa,winogrande,wikitext --json
+      hf-spqr eval out/model --base MODEL --tasks arc_easy,piqa,winogrande
     """
     from hf_spqr.calibration.data import iter_documents
 

@@ -51,9 +51,11 @@ def push_command(
 
       hf-spqr push out/model-SpQR me/model-SpQR-3bit --base-model me/model
 
-      hf-spqr eval out/model-SpQR --base me/model -d heldout.jsonl --json > eval.json
+      hf-spqr eval out/model-SpQR --base me/model -d heldout.jsonl --json \\
+          > eval.json
 
-      hf-spqr push out/model-SpQR me/model-SpQR-3bit --evaluation eval.json --private
+      hf-spqr push out/model-SpQR me/model-SpQR-3bit --private \\
+          --evaluation eval.json
     """
     check_model(str(model))
     if not model.is_dir():

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from hf_spqr.report.records import QuantizationReport
 
 MOST_SEQLEN = 2048
+CALIBRATION, SPQR, OMNIQUANT, LAYERS = "Calibration", "SpQR only", "OmniQuant only", "Layers"  # panels of --help
 
 
 class Method(str, Enum):
@@ -65,74 +66,137 @@ def quantize_command(
     out: OutArgument,
     dataset: Annotated[
         str,
-        typer.Option("--dataset", "-d", help="Calibration text: txt, json, jsonl file, or Hub name:config:split."),
+        typer.Option(
+            "--dataset",
+            "-d",
+            help="Calibration text: a txt, json or jsonl file, or a data set on the Hub, name:config:split.",
+        ),
     ],
-    method: Annotated[Method, typer.Option("--method", help="Quantization method.")] = Method.spqr,
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="OmniQuant: bits and learning by name: W3A16g128, W4A4, W8A8, ...")
+    nsamples: Annotated[
+        int, typer.Option("--nsamples", help="Number of calibration sequences.", rich_help_panel=CALIBRATION)
+    ] = 128,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            "--seqlen",
+            help=f"Tokens per sequence. Default: the model's positions, at most {MOST_SEQLEN}.",
+            rich_help_panel=CALIBRATION,
+        ),
     ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Order in which texts are drawn.", rich_help_panel=CALIBRATION)
+    ] = 0,
+    method: Annotated[Method, typer.Option("--method", help="Quantization method.")] = Method.spqr,
     bits: Annotated[
-        int | None, typer.Option("--bits", help="Bits of a weight code, 2 to 8. Default: 3; OmniQuant 4.")
+        int | None,
+        typer.Option("--bits", help="Bits of a weight code, 2 to 8. Default: 3, or by --target-bits; OmniQuant 4."),
     ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
             "--group-size",
-            help="Inputs that share a scale: 8 to 128, or -1 for a whole row. Default: 16; OmniQuant 128.",
+            help="Inputs that share a scale: 8, 16, 32, 64, 128, or -1 for a whole row. Default: 16, or by"
+            " --target-bits; OmniQuant 128.",
         ),
     ] = None,
-    sym: Annotated[
-        bool | None, typer.Option("--sym/--asym", help="OmniQuant: symmetric weights, no zero points. Default: no.")
+    mode: Annotated[
+        Mode | None,
+        typer.Option("--mode", help="reference: the published algorithm in every choice. Default: default."),
     ] = None,
-    act_bits: Annotated[
-        int | None, typer.Option("--act-bits", help="OmniQuant: bits of the activations, 2 to 8. Default: none.")
-    ] = None,
-    act_sym: Annotated[
-        bool | None, typer.Option("--act-sym/--act-asym", help="OmniQuant: symmetric activations. Default: no.")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", help="OmniQuant: passes over the calibration data for each block.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="OmniQuant: sequences in a step.")] = None,
     outlier_threshold: Annotated[
         str | None,
-        typer.Option("--outlier-threshold", help="Smaller keeps more weights in 16 bit, inf none. Default: 0.2."),
+        typer.Option(
+            "--outlier-threshold",
+            help="Smaller keeps more weights in 16 bit, inf none. Default: 0.2.",
+            rich_help_panel=SPQR,
+        ),
     ] = None,
     target_bits: Annotated[
         float | None,
-        typer.Option("--target-bits", help="Choose the threshold so that the layers take this many bits per weight."),
+        typer.Option(
+            "--target-bits",
+            help="Bits per weight that the layers shall take: chooses bits, group size and outliers, or what of them"
+            " is not given.",
+            rich_help_panel=SPQR,
+        ),
     ] = None,
-    nsamples: Annotated[int, typer.Option("--nsamples", help="Number of calibration sequences.")] = 128,
-    seqlen: Annotated[
-        int | None,
-        typer.Option("--seqlen", help=f"Tokens per sequence. Default: the model's positions, at most {MOST_SEQLEN}."),
-    ] = None,
-    mode: Annotated[Mode | None, typer.Option("--mode", help="reference is the published algorithm.")] = None,
     scale_bits: Annotated[
-        int | None, typer.Option("--scale-bits", help="Bits of a scale's own code. Default: 3.")
+        int | None,
+        typer.Option("--scale-bits", help="Bits of a scale's own code. Default: 3.", rich_help_panel=SPQR),
     ] = None,
     zero_bits: Annotated[
-        int | None, typer.Option("--zero-bits", help="Bits of a zero point's own code. Default: 3.")
+        int | None,
+        typer.Option("--zero-bits", help="Bits of a zero point's own code. Default: 3.", rich_help_panel=SPQR),
     ] = None,
     second_group: Annotated[
-        int | None, typer.Option("--second-group", help="Statistics per second level: 16 or 32. Default: 16.")
+        int | None,
+        typer.Option(
+            "--second-group", help="Statistics per second level: 16 or 32. Default: 16.", rich_help_panel=SPQR
+        ),
     ] = None,
     act_order: Annotated[
-        bool | None, typer.Option("--act-order/--no-act-order", help="Quantize columns by activation energy.")
+        bool | None,
+        typer.Option(
+            "--act-order/--no-act-order",
+            help="Sort the columns by activation energy, as published. Default: of the mode.",
+            rich_help_panel=SPQR,
+        ),
     ] = None,
-    percdamp: Annotated[float | None, typer.Option("--percdamp", help="Damping of the Hessian.")] = None,
+    percdamp: Annotated[
+        float | None,
+        typer.Option("--percdamp", help="Damping of the Hessian. Default: of the mode.", rich_help_panel=SPQR),
+    ] = None,
     true_sequential: Annotated[
         bool | None,
-        typer.Option("--true-sequential/--together", help="Calibrate the layers of a block one after another."),
+        typer.Option(
+            "--true-sequential/--together",
+            help="Calibrate the layers of a block one after another, not on one pass. Default: together.",
+            rich_help_panel=SPQR,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset", help="Bits and learning by name: W3A16g128, W4A4, W8A8, ...", rich_help_panel=OMNIQUANT
+        ),
+    ] = None,
+    sym: Annotated[
+        bool | None,
+        typer.Option(
+            "--sym/--asym", help="Symmetric weights, no zero points. Default: no.", rich_help_panel=OMNIQUANT
+        ),
+    ] = None,
+    act_bits: Annotated[
+        int | None,
+        typer.Option("--act-bits", help="Bits of the activations, 2 to 8. Default: none.", rich_help_panel=OMNIQUANT),
+    ] = None,
+    act_sym: Annotated[
+        bool | None,
+        typer.Option("--act-sym/--act-asym", help="Symmetric activations. Default: no.", rich_help_panel=OMNIQUANT),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", help="Passes over the calibration data for each block.", rich_help_panel=OMNIQUANT),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Sequences in a step.", rich_help_panel=OMNIQUANT)
     ] = None,
     skip: Annotated[
-        list[str] | None, typer.Option("--skip", help="Leave layers alone: name, suffix or regular expression.")
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            help="Leave layers alone: name, suffix or regular expression; may be repeated.",
+            rich_help_panel=LAYERS,
+        ),
     ] = None,
     overrides: Annotated[
         str | None,
-        typer.Option("--overrides", help='Changes per layer as JSON, or @file: \'{"down_proj": {"bits": 4}}\'.'),
+        typer.Option(
+            "--overrides",
+            help='Other fields for some layers, as JSON or @file: \'{"down_proj": {"bits": 4}}\'.',
+            rich_help_panel=LAYERS,
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Order in which calibration texts are drawn.")] = 0,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Data type to load and save the rest in.")] = Dtype.auto,
     device: DeviceOption = None,
     max_shard_size: ShardSizeOption = "50GB",
@@ -147,17 +211,21 @@ def quantize_command(
 
     [bold]Examples[/bold]
 
-      hf-spqr quantize examples/demo-model out/demo -d examples/demo-calibration.jsonl
+      hf-spqr quantize examples/demo-model out/demo \\
+          -d examples/demo-calibration.jsonl
 
-      hf-spqr quantize MODEL OUT -d c4.jsonl --bits 3 --target-bits 4.0 --seqlen 2048
+      hf-spqr quantize MODEL OUT -d c4.jsonl --target-bits 4.2 --seqlen 2048
 
-      hf-spqr quantize MODEL OUT -d text.txt --overrides '{"down_proj": {"bits": 4}}' --skip layers.0
+      hf-spqr quantize MODEL OUT -d text.txt --skip layers.0 \\
+          --overrides '{"down_proj": {"bits": 4}}'
 
-      hf-spqr quantize MODEL OUT -d Salesforce/wikitext:wikitext-2-raw-v1:train --mode reference --percdamp 1.0
+      hf-spqr quantize MODEL OUT --mode reference --percdamp 1.0 \\
+          -d Salesforce/wikitext:wikitext-2-raw-v1:train
 
       hf-spqr quantize MODEL OUT -d c4.jsonl --method omniquant --preset W3A16g128
 
-      torchrun --nproc-per-node 4 --no-python hf-spqr quantize MODEL OUT -d c4.jsonl --device cuda
+      torchrun --nproc-per-node 4 --no-python \\
+          hf-spqr quantize MODEL OUT -d c4.jsonl --device cuda
     """
     start = time.monotonic()
     with process_group() as ranks:
@@ -194,7 +262,13 @@ def quantize_command(
                 modules_to_not_convert=skip,
                 overrides=parse_json_object("--overrides", overrides),
             )
-            if ranks.first and (warning := check_space(out, least_bytes(base, config, dtype, trust_remote_code))):
+            least = plan(base, config, dtype, trust_remote_code)
+            if ranks.first and target_bits is not None:
+                chosen = (
+                    f"--target-bits {target_bits:g}: bits={config.get('bits')}, group_size={config.get('group_size')}"
+                )
+                err_console().print(chosen, markup=False, soft_wrap=True)
+            if ranks.first and (warning := check_space(out, least)):
                 err_console().print(f"warning: {warning}", markup=False, soft_wrap=True)
         with complete_folder(out) if ranks.first else nullcontext() as partial:
             report = run(model, config, partial, dtype, local_device(device), max_shard_size, ranks, trust_remote_code)
@@ -255,10 +329,11 @@ def positions(base: Any) -> int:
     return getattr(base.get_text_config(), "max_position_embeddings", None) or MOST_SEQLEN
 
 
-def least_bytes(base: Any, config: PackedConfig, dtype: Dtype, trust_remote_code: bool = False) -> int:
-    """What the quantized model takes at least, from an empty model; before any weight is read.
+def plan(base: Any, config: PackedConfig, dtype: Dtype, trust_remote_code: bool = False) -> int:
+    """Settle ``config`` for this model; the bytes that it takes at least once it is quantized.
 
-    Raises UnsupportedLayerError where there is nothing to quantize.
+    From an empty model, before any weight is read. Raises ConfigError where ``target_bits`` is out of reach and
+    UnsupportedLayerError where there is nothing to quantize.
     """
     import torch
 
@@ -266,7 +341,9 @@ def least_bytes(base: Any, config: PackedConfig, dtype: Dtype, trust_remote_code
     from hf_spqr.report.model_classes import without_weights
 
     wanted = (base.dtype or torch.bfloat16) if dtype is Dtype.auto else getattr(torch, dtype.value)
-    return driver.least_bytes(without_weights(base, wanted, trust_remote_code), config)
+    empty = without_weights(base, wanted, trust_remote_code)
+    driver.settle(empty, config)
+    return driver.least_bytes(empty, config)
 
 
 def run(

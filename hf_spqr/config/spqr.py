@@ -23,19 +23,24 @@ if TYPE_CHECKING:
 
 __all__ = ["SpQRConfig"]
 
+BITS, GROUP_SIZE = 3, 16
+"""What None means where no size is asked for."""
+
 
 class SpQRConfig(PackedConfig):
     """SpQR (arXiv 2306.03078): small groups with two-level statistics, and sensitive weights kept in 16 bit.
 
     Args:
-        bits: bits of a code, 2 to 8.
+        bits: bits of a code, 2 to 8. ``None``: 3, or chosen for ``target_bits``.
         group_size: weights along the input that share a scale and a zero point: 8, 16, 32, 64, 128, or -1 for one
-            group per output channel.
+            group per output channel. ``None``: 16, or chosen for ``target_bits``.
         scale_bits, zero_bits: bits of the first-level statistics, 2 to 8 (the paper's b_s, b_z). The format stores
             both with the larger of the two.
         second_group: 16 or 32, how many first-level statistics (16 rows times 1 or 2 groups) share the second level.
         outlier_threshold: the paper's tau; smaller means more outliers. ``math.inf`` (or ``"inf"``) keeps none.
-        target_bits: choose the threshold so that the packed layers take this many bits per weight (within 1 %).
+        target_bits: bits per weight that the packed layers shall take (within 1 %). Of ``bits`` and ``group_size``,
+            what is None becomes the most bits that fit, then the smallest groups that fit; the threshold
+            is such that outliers take what is left.
         act_order: quantize columns in order of activation energy. ``None`` takes the default of the mode.
         percdamp: damping of the Hessian relative to its mean diagonal. ``None`` takes the default of the mode.
         mode: ``"default"``, or ``"reference"`` for the published algorithm in every choice.
@@ -71,8 +76,8 @@ class SpQRConfig(PackedConfig):
 
     def __init__(
         self,
-        bits: int = 3,
-        group_size: int = 16,
+        bits: int | None = None,
+        group_size: int | None = None,
         scale_bits: int = 3,
         zero_bits: int = 3,
         second_group: int = 16,
@@ -93,7 +98,9 @@ class SpQRConfig(PackedConfig):
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
-        self.bits, self.group_size = bits, group_size
+        chosen_later = target_bits is not None
+        self.bits = BITS if bits is None and not chosen_later else bits
+        self.group_size = GROUP_SIZE if group_size is None and not chosen_later else group_size
         self.scale_bits, self.zero_bits, self.second_group = scale_bits, zero_bits, second_group
         self.outlier_threshold = math.inf if outlier_threshold == "inf" else outlier_threshold
         self.target_bits = target_bits
@@ -117,11 +124,13 @@ class SpQRConfig(PackedConfig):
         check_choice("mode", self.mode, ("default", "reference"))
         check_flag("true_sequential", self.true_sequential)
         if self.target_bits is not None:
-            check_number("target_bits", self.target_bits, self.bits, exclusive=True)
+            check_number("target_bits", self.target_bits, 2 if self.bits is None else self.bits, exclusive=True)
 
     def validate_layer_fields(self, fields: Mapping[str, Any]) -> None:
-        check_int("bits", fields["bits"], 2, 8)
-        check_choice("group_size", fields["group_size"], GROUP_SIZES)
+        if fields["bits"] is not None or self.bits is not None:
+            check_int("bits", fields["bits"], 2, 8)
+        if fields["group_size"] is not None or self.group_size is not None:
+            check_choice("group_size", fields["group_size"], GROUP_SIZES)
         check_int("scale_bits", fields["scale_bits"], 2, 8)
         check_int("zero_bits", fields["zero_bits"], 2, 8)
         check_choice("second_group", fields["second_group"], (16, 32))

@@ -246,7 +246,7 @@ def _affine_weights(layers: Layers, format: str) -> dict[str, AffineWeight]:
     weights = {}
     for name, matrix in layers.items():
         if not isinstance(matrix.layout, AffineLayout):
-            raise UnsupportedLayerError(f"{name} is of SpQR: {format} holds affine models only.")
+            raise UnsupportedLayerError(f"{name} is of SpQR: {format} holds affine models only, as OmniQuant gives.")
         weights[name] = affine.unpack(matrix.layout, matrix.tensors)
     return weights
 

@@ -34,7 +34,7 @@ def read_parameters(path: str | os.PathLike[str]) -> Parameters:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file of another kind makes the unpickler stumble over
-        raise CheckpointError(f"{path} is no file of OmniQuant parameters: {error}") from error
+        raise CheckpointError(f"{path} is no file of OmniQuant parameters, or it is damaged.") from error
     if not isinstance(found, dict) or not found or not all(isinstance(value, Mapping) for value in found.values()):
         raise CheckpointError(f"{path} is no file of OmniQuant parameters: a dict of blocks was expected.")
     if not any("bound_factor" in name or "smooth" in name for block in found.values() for name in block):

@@ -95,7 +95,9 @@ class ImportingQuantizer(PackedQuantizer):
             else:
                 dense.update(rename(name))
         if not stored:
-            raise CheckpointError(f"The config says that this is one of {self.title}, but it has no packed layer.")
+            raise CheckpointError(
+                f"This should be one of {self.title}, but its files have no {self.needed[0]} of any layer."
+            )
         for name, specs in stored.items():
             model.set_submodule(name, self._holder(model, name, specs))
         tensor_parallel.adapt_plans(model)

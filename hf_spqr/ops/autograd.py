@@ -43,9 +43,9 @@ def register(namespace: str) -> None:
         )
 
     @torch.library.register_fake(f"{namespace}::w_int8_linear")
-    def _(code, scale, zero, packed, bias, out_features, *layout_and_dtype):
+    def _(code, scale, zero, packed, bias, out_features, bits, group_size, symmetric, scale_bf16, dtype, act_bits=8):
         torch._check(code.dtype == torch.int8, lambda: f"code must be int8, got {code.dtype}")
-        return code.new_empty((*code.shape[:-1], out_features), dtype=layout_and_dtype[-1])
+        return code.new_empty((*code.shape[:-1], out_features), dtype=dtype)
 
     ops = getattr(torch.ops, namespace)
     torch.library.register_autograd(

@@ -96,7 +96,7 @@ def integer_grouped_linear(
     y = x.new_zeros((x.shape[0], out_features))
     for expert, begin, end in _rows(x, ends, packed.shape[0], in_features):
         codes = quantize(x[begin:end], None if perm is None else perm[expert], act_bits, act_sym)
-        y[begin:end] = linear(*codes, packed[expert], None, out_features, *layout, x.dtype)
+        y[begin:end] = linear(*codes, packed[expert], None, out_features, *layout, x.dtype, act_bits)
     return y
 
 

@@ -51,7 +51,7 @@ def _run(
 ) -> Tensor:
     ops: Any = plain if reference else torch.ops.hf_spqr
     code, scale, zero = ops.quantize_activation(x, perm, act_bits, act_sym)
-    return ops.w_int8_linear(code, scale, zero, packed, bias, out_features, *layout, x.dtype)
+    return ops.w_int8_linear(code, scale, zero, packed, bias, out_features, *layout, x.dtype, act_bits)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -153,8 +153,11 @@ def w_int8_linear(
     symmetric: bool,
     scale_bf16: bool,
     dtype: torch.dtype,
+    act_bits: int = 8,
 ) -> Tensor:
     """code int8 [..., in_features], scale float32 and zero int32 [..., 1] -> [..., out_features] of ``dtype``.
+
+    ``act_bits``, 2 to 8, says what the codes fit; the result does not depend on it.
 
     With the weights' codes Q_w, zero points z_w and scales s_w, and all columns, or those of a group, in the sums::
 
@@ -168,6 +171,8 @@ def w_int8_linear(
 
     then ``y + bias`` and one rounding to ``dtype``. ``float(I_g)`` of a group is exact.
     """
+    if not 2 <= act_bits <= 8:
+        raise ValueError(f"w_int8_linear: act_bits must be 2 to 8, got {act_bits}")
     _check_float("dtype", dtype)
     _check_tensor("bias", bias, dtype, (out_features,))
     _check_tensor("code", code, torch.int8, code.shape)

@@ -5,7 +5,8 @@ that :mod:`hf_spqr.formats` writes; ``perm`` is int32 [in_features]; ``bias`` is
 ``group_size`` -1 is one group per row.
 
 ``quantize_activation`` gives what ``w_int8_linear`` takes: int8 code [..., in_features] in the stored order of
-columns, float32 scale and int32 zero [..., 1]. ``dtype`` is that of the result and of ``bias``.
+columns, float32 scale and int32 zero [..., 1]. ``dtype`` is that of the result and of ``bias``. ``act_bits`` promises
+that codes lie in ``[-2 ** (act_bits - 1), 2 ** (act_bits - 1))``, so that a kernel may pack them.
 
 ``int8_activations`` allows a kernel to round ``x`` as :func:`hf_spqr.ops.reference.round_activations` does, where that
 is faster; others compute as without it. The gradient is that of the exact op.
@@ -38,5 +39,5 @@ SCHEMAS = {
     "quantize_activation": "(Tensor x, Tensor? perm, int bits, bool symmetric) -> (Tensor code, Tensor scale, "
     "Tensor zero)",
     "w_int8_linear": "(Tensor code, Tensor scale, Tensor zero, Tensor packed, Tensor? bias, int out_features, "
-    f"{_AFFINE_LAYOUT}, ScalarType dtype) -> Tensor",
+    f"{_AFFINE_LAYOUT}, ScalarType dtype, int act_bits=8) -> Tensor",
 }

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 0.01
 MOST_OUTLIERS = 0.2
 """Share of outliers beyond which more bits in the codes are always better."""
+FEW = 1e-3
+"""Share of outliers that says nothing about the counts to come: 0.03 bits per weight."""
 LOWEST, HIGHEST, BINS = -10.0, 10.0, 640
 """Thresholds from 2^-10 to 2^10 in steps of 2^(1/32)."""
 
@@ -153,12 +155,13 @@ class Budget:
         """The threshold of the model: the mean of those of its layers, on a logarithmic scale."""
         return math.exp(sum(map(math.log, self.used.values())) / len(self.used)) if self.used else self.first
 
-    def summary(self, bits: float) -> str:
-        """What was chosen and what came out, in words."""
+    def summary(self, codes: str, bits: float) -> str:
+        """What was chosen and what came out, in words; ``codes``: what was chosen besides."""
         used = self.used.values()
         spread = f" (per layer {min(used):.4g} to {max(used):.4g})" if used else ""
         text = (
-            f"target_bits={self.target_bits:g}: outlier_threshold {self.chosen():.4g}{spread} gives {bits:.3f} bits."
+            f"target_bits={self.target_bits:g}: {codes}, outlier_threshold={self.chosen():.4g}{spread}"
+            f" gives {bits:.3f} bits."
         )
         if abs(bits / self.target_bits - 1) > TOLERANCE:
             text += " That is more than 1 % off the target: the model is too small to correct it."
@@ -168,11 +171,12 @@ class Budget:
         return text
 
     def _factor(self, layer: LayerScores) -> float:
-        """True count over predicted count, as far as it is known."""
+        """True count over predicted count, as far as it is known: near 1 while hardly any were predicted."""
+        few = FEW * layer.weights
         for kind in (layer.kind, ""):
             true, predicted = self.factors.get(kind, (0.0, 0.0))
             if predicted > 0:
-                return true / predicted
+                return (true + few) / (predicted + few)
         return 1.0
 
     def _size(self, threshold: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -14,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_spqr.calibration.blocks import Block, attending_parts, check_reads_text, record
+from hf_spqr.calibration.blocks import attending_parts, check_reads_text, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows, check_tokens
 from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig, name_matches
-from hf_spqr.nn.dense import features, matrix
+from hf_spqr.errors import CalibrationError, ConfigError
 from hf_spqr.quantize.blockwise import OmniQuantRun
-from hf_spqr.quantize.experts import ExpertsTarget, find_experts
+from hf_spqr.quantize.experts import find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
 from hf_spqr.quantize.ranks import Ranks
+from hf_spqr.quantize.size import Work, choose, fixed_bytes, matrices, smallest
 from hf_spqr.quantize.targets import (
-    Target,
     check_weights,
     find_targets,
     left_alone,
@@ -35,12 +34,9 @@ from hf_spqr.quantize.trial import Trial, try_out
 from hf_spqr.report import CalibrationReport, QuantizationReport
 from hf_spqr.report.card import hub_name
 
-__all__ = ["least_bytes", "quantize_model", "tokenizer_beside"]
+__all__ = ["least_bytes", "quantize_model", "settle", "tokenizer_beside"]
 
 logger = logging.getLogger(__name__)
-
-Work = tuple[list[Block], list[Target], list[ExpertsTarget]]
-"""A stack of blocks with what is quantized in it."""
 
 
 def quantize_model(
@@ -71,6 +67,7 @@ def quantize_model(
         The report; it is also kept as ``model.quantization_report``.
 
     Raises:
+        ConfigError: the model cannot have the size that the config asks for.
         UnsupportedLayerError: nothing to quantize, or a model that is packed already or cannot be calibrated on text;
             for OmniQuant also one whose blocks are no chain.
         NonFiniteError: NaN or infinity in a weight or an activation.
@@ -93,10 +90,12 @@ def _quantize(
     ranks: Ranks,
 ) -> QuantizationReport:
     started = time.perf_counter()
-    config.settle()
+    if not isinstance(config, SpQRConfig | OmniQuantConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: pass an SpQRConfig or an OmniQuantConfig.")
     spqr = isinstance(config, SpQRConfig)
     with ranks.together():
         refuse_packed(model)
+        settle(model, config)
         check_weights(model, _chosen(_find_work(model, config)), config)
     windows = ranks.from_first(lambda: _windows(model, config, config.tokenizer if tokenizer is None else tokenizer))
     with _evaluating(model):
@@ -121,12 +120,19 @@ def _quantize(
         with ranks.together():
             batches = ranks.part(batches)
     names = _names_in_order(model, stacks)
-    for pattern in config.overrides:
-        if not any(name_matches(pattern, name) for name in names):
-            report.notes.append(f"overrides: {pattern!r} selects no layer that is quantized.")
-    for pattern in config.modules_to_not_convert or ():
-        if not any(name_matches(pattern, name) for name in selectable(model)):
-            report.notes.append(f"modules_to_not_convert: {pattern!r} selects no module.")
+    idle = [
+        f"overrides: {pattern!r} selects no layer that is quantized."
+        for pattern in config.overrides
+        if not any(name_matches(pattern, name) for name in names)
+    ]
+    idle += [
+        f"modules_to_not_convert: {pattern!r} selects no module."
+        for pattern in config.modules_to_not_convert or ()
+        if not any(name_matches(pattern, name) for name in selectable(model))
+    ]
+    for note in idle if ranks.first else ():
+        logger.warning(note)  # a slip of the pen, while the work can still be stopped
+    report.notes += idle
     shown = progress and ranks.first
     bar = tqdm(total=len(names), desc="Quantizing", unit="layer", miniters=0, disable=not shown)
     with bar, _evaluating(model):
@@ -142,27 +148,29 @@ def _quantize(
     return report
 
 
+def settle(model: nn.Module, config: PackedConfig) -> None:
+    """Fill in what ``config`` leaves to the method, and the bits and group size that ``target_bits`` asks for.
+
+    ``model`` may be on the meta device. Raises ConfigError: the target is out of reach; UnsupportedLayerError: nothing
+    to quantize.
+    """
+    config.settle()
+    if isinstance(config, SpQRConfig) and config.target_bits is not None:
+        choose(config, [matrices([stack]) for stack in _find_work(model, smallest(config))])
+
+
 def least_bytes(model: nn.Module, config: PackedConfig) -> int:
     """What the weights of ``model`` take at least once they are quantized and saved, in bytes.
 
-    Outliers are not counted, but where ``config.target_bits`` says how many there are. ``model`` may be on the meta
-    device. Raises UnsupportedLayerError: nothing to quantize.
+    Outliers are not counted, but where ``config.target_bits`` says how many there are; bits and group size must be
+    known by then (:func:`settle`). ``model`` may be on the meta device. Raises UnsupportedLayerError: nothing to
+    quantize.
     """
-    dense = sum(parameter.nbytes for parameter in model.parameters())
-    packed = weights = 0
-    for _, targets, experts in _find_work(model, config):
-        for target in targets:
-            shape = features(target.linear)
-            dense -= matrix(target.linear).nbytes
-            packed += config.layout(*shape, target.name).fixed_bytes
-            weights += math.prod(shape)
-        for fused in experts:
-            for name, shape in fused.projections.items():
-                dense -= fused.kind.view(fused.module, name.rpartition(".")[2]).nbytes
-                packed += fused.kind.experts * config.layout(*shape, name).fixed_bytes
-                weights += fused.kind.experts * math.prod(shape)
-    target_bits = config.target_bits if isinstance(config, SpQRConfig) else None
-    return dense + (packed if target_bits is None else max(packed, int(weights * target_bits / 8)))
+    found = matrices(_find_work(model, config))
+    packed = fixed_bytes(config, found)
+    if isinstance(config, SpQRConfig) and config.target_bits is not None:
+        packed = max(packed, int(sum(m.weights for m in found) * config.target_bits / 8))
+    return sum(parameter.nbytes for parameter in model.parameters()) - sum(m.nbytes for m in found) + packed
 
 
 def _find_work(model: nn.Module, config: PackedConfig, trial: Trial | None = None) -> list[Work]:
@@ -265,7 +273,10 @@ def _tokenizer(model: nn.Module, tokenizer: Any) -> Any:
     """A tokenizer object, loaded by name where it is one; None for none, and token ids need none."""
     if tokenizer is None:
         return tokenizer_beside(model)
-    return _load_tokenizer(tokenizer, False) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+    found = _load_tokenizer(tokenizer, False) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+    if not callable(found):
+        raise CalibrationError(f"tokenizer={tokenizer!r} is no tokenizer, nor the name of one that can be loaded.")
+    return found
 
 
 def _load_tokenizer(name: str | os.PathLike[str] | None, trusted: bool) -> Any:

@@ -69,7 +69,8 @@ class SpQRRun(Run[SpQRConfig]):
             self.recording.calls[index] = []
         if self.budget is not None:
             self.config.outlier_threshold = self.budget.chosen()
-            self.report.notes.append(self.budget.summary(self.report.bits_per_weight))
+            codes = f"bits={self.config.bits}, group_size={self.config.group_size}"
+            self.report.notes.append(self.budget.summary(codes, self.report.bits_per_weight))
 
     def _check_size(self, block: Block, mine: Mapping[str, Target]) -> None:
         """Raise ConfigError where the layers of the first block are larger than before: so would be all others."""

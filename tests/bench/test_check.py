@@ -22,7 +22,7 @@ def few(monkeypatch) -> None:
 def test_right_kernels() -> None:
     found = check.check_kernels("cpu")
     assert found.wrong == []
-    assert found.products == 2 * 3 * 2 + 2  # layers, dtypes, numbers of tokens; integers of the affine one
+    assert found.products == 2 * 3 * 2 + 2 * 2  # layers, dtypes, tokens; affine: integers of 8, 4 bit
 
 
 @pytest.mark.skipif(not ops.COMPILED, reason="needs the compiled kernels")
@@ -93,4 +93,6 @@ def test_integers_must_be_equal(monkeypatch) -> None:
 
     monkeypatch.setattr(AffineLinear, "forward", nearly)
     found = check.check_kernels("cpu").wrong
-    assert found == [f"affine 4 bit g128, {tokens} tokens, integers of 8 bit" for tokens in (1, 100)]
+    assert found == [
+        f"affine 4 bit g128, {tokens} tokens, integers of {act_bits} bit" for act_bits in (8, 4) for tokens in (1, 100)
+    ]

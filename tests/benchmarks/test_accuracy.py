@@ -42,10 +42,11 @@ def test_divergence_is_the_mean_over_tokens(texts: list[str]) -> None:
 def test_our_sizes_without_padding_are_those_of_wide_layers(job: Job) -> None:
     affine = ours.quantize(job, "rtn", bits=3, group_size=32)
     assert affine.nominal == 3 + 19 / 32 and affine.bits > affine.nominal
-    plain = ours.quantize(job, "spqr", nominal=3.0, bits=3)
+    plain = ours.quantize(job, "spqr", nominal=3.6)
     assert plain.nominal == pytest.approx(3.625) and plain.bits > plain.nominal + 0.5
     more = ours.quantize(job, "spqr", nominal=4.2, bits=3)
     assert more.nominal == pytest.approx(4.2, rel=0.03)
+    assert ours.quantize(job, "spqr", nominal=4.15).nominal == pytest.approx(4 + 10 / 64)  # without outliers
     wide = SpQRConfig(bits=3).layout(4096, 4096)
     assert 8 * wide.fixed_bytes / 4096**2 == pytest.approx(3.625 + 32 / 4096, rel=1e-4)
 

@@ -101,6 +101,18 @@ def test_hub_names_go_through_datasets(monkeypatch):
     ]
 
 
+def test_what_fails_while_a_data_set_is_read_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def rows():
+        yield {"text": "first"}
+        raise RuntimeError("the schema differs\nfrom that of another file\nand much more")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows())
+    with pytest.raises(CalibrationError, match=r"'org/name' is neither .* can be read: the schema differs$"):
+        list(iter_documents("org/name"))
+
+
 def test_a_corpus_in_one_document_is_drawn_from_everywhere(tokenizer, monkeypatch):
     monkeypatch.setattr(data, "PIECE", 50)
     text = "".join(f"line number {i}\n" for i in range(200))
@@ -113,18 +125,21 @@ def test_little_data_is_used_and_said(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         windows = calibration_windows(["short text"], tokenizer, nsamples=8, seqlen=64)
     assert [tuple(w.shape) for w in windows] == [(1, 11)]
-    assert "1 sequences, 11 tokens" in caplog.text and "nsamples=8" in caplog.text
+    assert "has 11 tokens" in caplog.text and "nsamples=8" in caplog.text and "512" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
         (None, "No calibration data"),
-        ([], "0 documents"),
-        ([""], "too little"),
+        ([], "less than two tokens"),
+        ([""], "less than two tokens"),
+        ([5, 6, 7], "Item . of the dataset is a single number: pass a list of lists"),
         (["text"], "pass tokenizer="),
         (7, "dataset is a int"),
         ([{"label": 1}], "no text and no input_ids"),
+        ([{"text": None, "url": "a"}], "Item 0 of the dataset has no text in 'text': leave such items out"),
+        ([{"id": "a1", "body": "long text"}], "several texts .body, id.: call the field that holds the text 'text'"),
         ([[0.5, 1.0]], "must be integers"),
         ([object()], "neither text nor"),
         ("missing-file.jsonl", "does not exist"),

@@ -44,12 +44,12 @@ def test_convert_brings_it_back(run, official: Path, quantized: Path, tmp_path: 
 def test_mistakes_are_messages(run, official: Path, quantized: Path, base: Path, tmp_path: Path) -> None:
     for arguments, message in [
         (("convert", base, tmp_path / "x"), "it is not quantized"),
-        (("convert", quantized, tmp_path / "x"), 'its quant_method is "hf_spqr"'),
+        (("convert", quantized, tmp_path / "x"), "is in our format already: it loads as it is"),
         (("convert", official, official), "or contains, the input"),
         (("convert", base, tmp_path / "x", "--omniquant", "a.pth"), "needs --bits"),
         (("convert", quantized, tmp_path / "x", "--omniquant", "a.pth", "--bits", 4), "needs the base model"),
         (("convert", base, tmp_path / "x", "--omniquant", tmp_path / "a.pth", "--bits", 4), "does not exist"),
-        (("convert", base, tmp_path / "x", "--bits", 4, "--group-size", 32), "no packed layer"),
+        (("convert", base, tmp_path / "x", "--bits", 4, "--group-size", 32), "have no qweight of any layer"),
         (("convert", official, tmp_path / "x", "--bits", 4), "leave out --bits and --group-size"),
         (("convert", official, tmp_path / "x", "--act-bits", 4), "--act-bits goes with --omniquant only"),
         (("export", base, tmp_path / "x", "--format", "spqr"), "is not quantized"),

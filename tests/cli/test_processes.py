@@ -74,7 +74,7 @@ def test_what_libraries_print_meanwhile_is_no_result(capfd) -> None:
 def test_a_mistake_is_shown_once(base: Path, tmp_path: Path) -> None:
     result = torchrun("-m", "hf_spqr.cli", "quantize", base, tmp_path / "out", "-d", tmp_path / "nowhere.jsonl")
     assert result.returncode != 0
-    assert result.stderr.count("error: The calibration file") == 1 and "does not exist" in result.stderr
+    assert result.stderr.count("error: The data file") == 1 and "does not exist" in result.stderr
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in result.stderr
     assert not list(tmp_path.iterdir())
 

@@ -51,6 +51,18 @@ def test_json_is_the_report(run, base: Path, dataset: Path, tmp_path: Path) -> N
     assert result.json["layers"][0]["bits_per_weight"] > 4
 
 
+def test_a_target_chooses_and_says_so(run, base: Path, dataset: Path, tmp_path: Path) -> None:
+    result = run("quantize", base, tmp_path / "q", "-d", dataset, *FAST, "--target-bits", 7, "--json")
+    assert result.code == 0
+    bits, group_size = result.json["config"]["bits"], result.json["config"]["group_size"]
+    assert f"--target-bits 7: bits={bits}, group_size={group_size}\n" in result.err
+    assert bits > 3 and result.json["totals"]["bits_per_weight"] == pytest.approx(7, rel=0.01)
+    stored = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert (stored["bits"], stored["group_size"]) == (bits, group_size)
+    layer = AutoModelForCausalLM.from_pretrained(tmp_path / "q").model.layers[0].mlp.up_proj
+    assert (layer.layout.bits, layer.layout.group_size) == (bits, group_size)
+
+
 def test_a_class_that_transformers_does_not_have(run, base: Path, dataset: Path, tmp_path: Path) -> None:
     odd = tmp_path / "odd"
     shutil.copytree(base, odd)
@@ -206,6 +218,8 @@ def test_nothing_is_left_after_a_signal(base: Path, dataset: Path, tmp_path: Pat
         (("--max-shard-size", "-5GB"), "give a number and a unit"),
         (("--max-shard-size", "0MB"), "give a number and a unit"),
         (("--target-bits", "5", "--outlier-threshold", "1"), "--target-bits chooses the threshold"),
+        (("--target-bits", "2.01"), "target_bits=2.01 cannot be reached: without outliers the layers take"),
+        (("--target-bits", "3.1", "--bits", "3"), "or leave bits out, to be chosen for it"),
         (("--preset", "W4A16"), "--preset has no meaning for --method spqr"),
         (("--act-bits", "8"), "--act-bits has no meaning for --method spqr"),
         (("--method", "omniquant", "--target-bits", "4"), "--target-bits has no meaning for --method omniquant"),

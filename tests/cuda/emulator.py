@@ -188,13 +188,14 @@ class Int8Linear:
     dtype: torch.dtype
     seed: int = 1
     device: tuple[int, int] = SMALLEST_DEVICE
+    act_bits: int = 8
 
     def encode(self) -> bytes:
         lay, tokens = self.weight.layout, self.code.shape[0]
         header = struct.pack(
             "18q", 4, 1, lay.bits, lay.group_size, lay.out_features, lay.in_features, 0, 0, lay.symmetric,
-            lay.scale_dtype == torch.bfloat16, tokens, DTYPES[self.dtype], 0, lay.out_features, 0, self.seed,
-            *self.device,
+            lay.scale_dtype == torch.bfloat16, tokens, DTYPES[self.dtype], 0, lay.out_features, self.act_bits,
+            self.seed, *self.device,
         )  # fmt: skip
         tensors = [affine.pack(self.weight)["packed"], None, None, self.bias, self.code, self.scale, self.zero]
         return header + b"".join(_bytes(tensor) for tensor in tensors)

@@ -146,6 +146,21 @@ def test_instruction_budget_of_dequantize(cubin: Callable, bits: int) -> None:
     assert per_weight <= 8.75
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("disassembler")
+def test_half_bytes_are_multiplied_by_int4_cores_or_not_at_all(cubin: Callable) -> None:
+    """Of 128 x 128: one mma for two of int8, and words of the weights are operands as they are."""
+    name = "int8_many_kernelINS_9HalfBytesELi4ELi8ELi2ELi2ELi2E"
+    (code,) = (body for function, body in sass.functions(cubin("int4", "80")[0]).items() if name in function)
+    loop = sass.main_loop(code)
+    print(f"{loop.instructions} instructions for 256 columns, {dict(loop.by_name)}")
+    assert {text.split()[0] for _, text in code if "IMMA" in text} == {"IMMA.16864.U4.S4"}
+    assert loop.by_name["IMMA"] == 128 and not loop.by_name["LDL"] and not loop.by_name["STL"]
+    assert loop.instructions <= 800
+    (code,) = (body for function, body in sass.functions(cubin("int4", "90a")[0]).items() if name in function)
+    assert not any("IMMA" in text or "LDG" in text for _, text in code)
+
+
 @pytest.mark.usefixtures("disassembler")
 @pytest.mark.parametrize(("name", "bits", "most"), [("int8_few_bits", 4, 1.85), ("int8_bytes", 8, 1.85)])
 def test_instruction_budget_of_integers(cubin: Callable, name: str, bits: int, most: float) -> None:

@@ -146,6 +146,48 @@ def test_tiles_for_many_tokens(run_emulated: Callable, multiprocessors: int) -> 
     check(run_emulated, [replace(linear_case(shape, 1), device=device) for shape in shapes])
 
 
+HALF_BYTES = [
+    # rows, columns, symmetric, scale dtype, tokens, dtype, multiprocessors
+    (16, 32, False, F16, 65, F32, 3),
+    (200, 384, False, F16, 250, F16, 1),
+    (129, 300, True, F16, 150, BF16, 3),
+    (130, 777, False, BF16, 129, F16, 8),
+    (33, 40, False, F16, 66, F16, 3),
+    (70, 1, True, F16, 100, F32, 1),
+]
+
+
+def half_byte_case(args: tuple, seed: int, act_bits: int = 4) -> Int8Linear:
+    """Weights of 4 bits and activations of ``act_bits``, on few multiprocessors in large tiles."""
+    rows, columns, symmetric, scale_dtype, tokens, dtype, multiprocessors = args
+    case = linear_case((rows, columns, 4, -1, symmetric, scale_dtype, tokens, dtype), seed)
+    half = 2 ** (act_bits - 1)
+    code = torch.randint(-half, half, case.code.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    return replace(case, code=code, act_bits=act_bits, device=(multiprocessors, SMALLEST_DEVICE[1]))
+
+
+def test_half_bytes(run_emulated: Callable) -> None:
+    """Codes of 4 bits on both sides, many tokens: tensor cores of int4, of 4 and of 3 bits."""
+    cases = [half_byte_case(args, seed, 4 - seed % 2) for seed, args in enumerate(HALF_BYTES)]
+    largest = half_byte_case(HALF_BYTES[1], 1)
+    largest.code.fill_(-8), largest.weight.codes.fill_(15)
+    largest.code[1] = 7
+    check(run_emulated, [*cases, largest])
+
+
+def test_codes_that_do_not_fit_half_bytes_show_that_those_kernels_run(run_emulated: Callable) -> None:
+    """Of codes beyond what ``act_bits`` promises four bits are taken; with 8 bits, and for few tokens, all of them."""
+    case = half_byte_case(HALF_BYTES[0], 1)
+    case.code[3, 5] += 16
+    wrapped, whole, few = run_emulated([case, replace(case, act_bits=8), few_tokens(case, 64)])
+    assert not torch.equal(wrapped[3], whole[3]) and torch.equal(wrapped[4:], whole[4:])
+    assert torch.equal(whole, case.expected()) and torch.equal(few, whole[:64])
+
+
+def few_tokens(case: Int8Linear, tokens: int) -> Int8Linear:
+    return replace(case, code=case.code[:tokens], scale=case.scale[:tokens], zero=case.zero[:tokens])
+
+
 def test_largest_codes(run_emulated: Callable) -> None:
     chosen = (0, 4, 9, 11, 15, 19, 20, 21, 22)
     check(run_emulated, [linear_case(LINEAR[i], 1, extreme=True) for i in chosen])

@@ -97,6 +97,15 @@ def test_linear(args: tuple) -> None:
         assert torch.equal(y, ops.w_int8_linear(*arguments)), "two runs differ"
 
 
+@pytest.mark.parametrize("tokens", [64, 65, 300, 1000])
+def test_codes_of_four_bits(tokens: int) -> None:
+    """Many tokens take tensor cores of int4 where the GPU has them (compute capability 8)."""
+    for columns in (4096, 333):
+        problem = Problem((1000, columns, 4, -1, False, F16), tokens, F16)
+        problem.code = problem.code >> 4
+        assert torch.equal(ops.w_int8_linear(*problem.arguments(), 4).cpu(), problem.expected())
+
+
 def test_many_columns_and_tokens() -> None:
     """Beyond what int32 holds also in the kernel for many tokens."""
     problem = Problem((16, 40000, 8, -1, False, F16), 100, F32)

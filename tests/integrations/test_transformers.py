@@ -150,6 +150,20 @@ def test_mixed_precision_is_read_from_the_file(base_folder, texts, tmp_path):
     assert again.model.layers[1].mlp.up_proj.layout.group_size == 32
 
 
+def test_what_a_size_chose_is_stored_and_the_users_config_stays_open(base_folder, texts, tmp_path):
+    config = SpQRConfig(target_bits=7, dataset=texts, nsamples=2, seqlen=32)
+    model = load(base_folder, quantization_config=config)
+    assert (config.bits, config.group_size) == (None, None)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert_same(model, again)
+    stored = again.config.quantization_config
+    assert {(m.layout.bits, m.layout.group_size) for m in packed_layers(again).values()} == {
+        (stored.bits, stored.group_size)
+    }
+    assert stored.bits > 3
+
+
 def test_quantize_in_place_then_save(base_folder, texts, tmp_path):
     import hf_spqr
 

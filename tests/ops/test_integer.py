@@ -218,11 +218,12 @@ CODES = (torch.zeros(2, 100, dtype=torch.int8), torch.ones(2, 1), torch.zeros(2,
         (4, torch.zeros(32), r"bias must have shape .* = \[33\]"),
         (6, 9, "bits must be 1 to 8, got 9"),
         (10, torch.float64, "dtype must be float32, bfloat16 or float16"),
+        (11, 9, "act_bits must be 2 to 8, got 9"),
     ],
 )
 def test_wrong_arguments_of_the_product_are_named(at, value, message):
     weight = random_affine(affine.AffineLayout(33, 100, 4))
-    arguments = [*CODES, *linear_arguments(weight, torch.zeros(33), torch.float32)]
+    arguments = [*CODES, *linear_arguments(weight, torch.zeros(33), torch.float32), 8]
     arguments[at] = value
     with pytest.raises(RuntimeError, match=f"w_int8_linear: {message}"):
         ops.w_int8_linear(*arguments)

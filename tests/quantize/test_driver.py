@@ -68,7 +68,7 @@ def test_least_bytes_are_those_of_the_files_without_outliers(kind, make, texts, 
 def test_least_bytes_with_a_target_and_without_work():
     model = tiny_model("llama", torch.bfloat16)
     weights = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n)
-    least = {bits: least_bytes(model, SpQRConfig(target_bits=bits)) for bits in (3.1, 8, 12)}
+    least = {bits: least_bytes(model, SpQRConfig(3, 16, target_bits=bits)) for bits in (3.1, 8, 12)}
     assert least[12] - least[8] == weights // 2
     assert least[3.1] == least_bytes(model, SpQRConfig()) < least[8]  # what cannot be reached is refused later
     with pytest.raises(UnsupportedLayerError, match="Nothing to quantize"):
@@ -272,13 +272,26 @@ def test_model_without_data(texts, tokenizer):
         quantize_model(tiny_model("llama").to("meta"), make_config(texts), tokenizer=tokenizer, progress=False)
 
 
+@pytest.mark.parametrize("wrong", [None, {"bits": 3}, "hf_spqr"])
+def test_a_config_is_one_of_ours(wrong):
+    with pytest.raises(ConfigError, match="pass an SpQRConfig or an OmniQuantConfig"):
+        quantize_model(tiny_model("llama"), wrong, progress=False)
+
+
+@pytest.mark.parametrize("wrong", [7, "no-such-tokenizer"])
+def test_a_tokenizer_that_is_none(wrong, texts):
+    with pytest.raises(CalibrationError, match=f"tokenizer={wrong!r} is no tokenizer"):
+        quantize_model(tiny_model("llama"), make_config(texts), tokenizer=wrong, progress=False)
+
+
 @pytest.mark.parametrize("kind", [SpQRConfig, OmniQuantConfig])
-def test_overrides_that_select_nothing_are_noted(kind, texts, tokenizer):
+def test_overrides_that_select_nothing_are_noted(kind, texts, tokenizer, caplog):
     overrides = {"dwn_proj": {"bits": 4}, "experts": {"bits": 4}, "q_proj": {"bits": 4}}
     config = kind(group_size=16, dataset=texts, nsamples=2, seqlen=32, overrides=overrides)
     report = quantize_model(tiny_model("llama"), config, tokenizer=tokenizer, progress=False)
     noted = [note for note in report.notes if note.startswith("overrides")]
     assert noted == [f"overrides: {name!r} selects no layer that is quantized." for name in ("dwn_proj", "experts")]
+    assert all(note in caplog.text for note in noted)  # while the work can still be stopped
 
 
 def test_exclusions_that_select_nothing_are_noted(texts, tokenizer):

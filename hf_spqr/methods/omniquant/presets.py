@@ -29,7 +29,8 @@ def preset(name: str, *, reference: bool = False) -> OmniQuantParams:
     match = re.fullmatch(r"W([2-8])A([2-8]|16)(?:g(\d+))?", name)
     if match is None:
         raise ConfigError(
-            f"unknown preset {name!r}; use W<bits>A<bits>[g<group_size>], for example {', '.join(PRESETS)}"
+            f"unknown preset {name!r}; use W<bits>A<bits>[g<group size>], for example W3A16g128, W4A16 or W4A4:"
+            " weights of 2 to 8 bits, activations of 2 to 8 or 16"
         )
     bits, act = int(match[1]), int(match[2])
     params = OmniQuantParams(
