@@ -10,10 +10,6 @@ namespace {
 
 namespace stable = torch::stable;
 
-Tensor with_shape(const Tensor& t, const std::vector<int64_t>& shape) {
-    return stable::view(t, {shape.data(), shape.size()});
-}
-
 // scale and zero [..., 1] for the tokens of code [..., K].
 void check_per_token(const char* op, const char* name, int device, const Tensor& t, ScalarType dtype,
                      const char* dtype_name, const std::vector<int64_t>& shape) {
@@ -38,9 +34,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cuda(const char* op, const Tensor& x
     const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     std::vector<int64_t> per_token = shape;
     per_token.back() = 1;
-    Tensor code = stable::new_empty(x, {tokens, columns}, ScalarType::Char);
-    Tensor scale = stable::new_empty(x, {tokens}, ScalarType::Float);
-    Tensor zero = stable::new_empty(x, {tokens}, ScalarType::Int);
+    Tensor code = stable::new_empty(x, shape, ScalarType::Char);
+    Tensor scale = stable::new_empty(x, per_token, ScalarType::Float);
+    Tensor zero = stable::new_empty(x, per_token, ScalarType::Int);
     if (tokens > 0) {
         const Tensor flat = stable::contiguous(x);
         const QuantizeArgs args{flat.const_data_ptr(),
@@ -55,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cuda(const char* op, const Tensor& x
                                 static_cast<int32_t*>(zero.mutable_data_ptr())};
         check_launch(op, "quantize", hf_spqr_cuda_quantize(&args, current_stream(device)));
     }
-    return {with_shape(code, shape), with_shape(scale, per_token), with_shape(zero, per_token)};
+    return {code, scale, zero};
 }
 
 Tensor int8_linear_cuda(const char* op, const Tensor& any_code, const Tensor& any_scale, const Tensor& any_zero,
@@ -73,7 +69,7 @@ Tensor int8_linear_cuda(const char* op, const Tensor& any_code, const Tensor& an
     shape.back() = m.rows;
     const DType kind = float_dtype(op, "dtype", dtype);
     const int64_t tokens = token_count(op, code.numel(), m.columns);
-    Tensor y = stable::new_empty(code, {tokens, m.rows}, dtype);
+    Tensor y = stable::new_empty(code, shape, dtype);
     Int8Args args{m,
                   static_cast<const int8_t*>(code.const_data_ptr()),
                   m.columns,
@@ -100,7 +96,7 @@ Tensor int8_linear_cuda(const char* op, const Tensor& any_code, const Tensor& an
         }
         check_launch(op, "int8_linear", hf_spqr_cuda_int8_linear(&args, stream));
     }
-    return with_shape(y, shape);
+    return y;
 }
 
 }  // namespace hf_spqr

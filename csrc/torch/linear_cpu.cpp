@@ -93,6 +93,14 @@ Tensor torch_linear(const Tensor& x, const Tensor& weight, const std::optional<T
     return stable::detail::to<Tensor>(stack[0]);
 }
 
+// y in another shape, and no view: autograd forbids to change a view in place that an op gives.
+Tensor with_shape(const Tensor& y, const std::vector<int64_t>& shape) {
+    std::array<StableIValue, 2> stack{stable::detail::from(y),
+                                      stable::detail::from(torch::headeronly::IntHeaderOnlyArrayRef(shape))};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unsafe_view", "", stack.data(), TORCH_ABI_VERSION));
+    return stable::detail::to<Tensor>(stack[0]);
+}
+
 Tensor select_columns(const Tensor& x, const Tensor& index) {
     std::array<StableIValue, 3> stack{stable::detail::from(x), stable::detail::from(int64_t(1)),
                                       stable::detail::from(index)};
@@ -160,7 +168,7 @@ Tensor linear_cpu(const char* op, const Tensor& x, const Matrix& m, const std::o
     const bool rounds = int8_activations && k.rounded && k.rounded->takes(m, dtype, tokens);
     const bool takes_prompts = k.takes_prompts && k.takes_prompts(dtype);
     if (!rounds && tokens > kMaxTokens && !takes_prompts) {
-        return stable::reshape(linear_dense(flat, m, perm, bias, dtype), shape);
+        return with_shape(linear_dense(flat, m, perm, bias, dtype), shape);
     }
     Tensor y = stable::new_empty(x, shape);
     const Call call{flat, m, order, bias_data, dtype, y};

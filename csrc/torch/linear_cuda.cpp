@@ -157,17 +157,18 @@ Tensor linear_cuda(const char* op, const Tensor& x, const Matrix& m, const Optio
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     const int64_t tokens = token_count(op, x.numel(), m.columns);
     shape.back() = m.rows;
-    Tensor y = stable::new_empty(x, {tokens, m.rows});
+    Tensor y = stable::new_empty(x, shape);  // no view, which autograd forbids to change in place
     c.tokens = int(tokens);
     if (tokens > 0) {
         const Tensor flat = stable::reshape(stable::contiguous(x), {tokens, m.columns});
+        Tensor rows = stable::view(y, {tokens, m.rows});
         if (hf_spqr_cuda_can_fuse(&m, c.tokens)) {
-            linear_few(c, flat, y);
-        } else if (!linear_tiled(c, flat, y)) {
-            linear_many(c, flat, y);
+            linear_few(c, flat, rows);
+        } else if (!linear_tiled(c, flat, rows)) {
+            linear_many(c, flat, rows);
         }
     }
-    return stable::view(y, {shape.data(), shape.size()});
+    return y;
 }
 
 Tensor dequantize_cuda(const char* op, const Tensor& like, const Matrix& m, const OptionalTensor& perm,

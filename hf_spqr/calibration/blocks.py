@@ -80,11 +80,6 @@ def check_reads_text(model: Any) -> None:
     """Raise UnsupportedLayerError unless ``model`` can be called with token ids, which calibration data are."""
     is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     reads = getattr(model if is_pair else _decoder(model), "main_input_name", "input_ids")
-    try:
-        if reads == "input_ids" and hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings()
-    except NotImplementedError:
-        reads = "more than one kind of input"
     if reads != "input_ids":
         raise UnsupportedLayerError(
             f"{type(model).__name__} reads {reads}: models are calibrated on text, which works for decoders, encoders"
@@ -238,10 +233,12 @@ def _innermost(model: Any, getter: str) -> Any:
 
 
 def _encoder(model: nn.Module) -> nn.Module | None:
-    """The text encoder of an encoder-decoder model, else None."""
+    """The text encoder of an encoder-decoder model, else None; so too where a model has no more than the encoder."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    return _innermost(model, "get_encoder")
+    encoder = _innermost(model, "get_encoder")
+    alone = any(module is encoder for module in _decoder(model).modules())
+    return None if alone else encoder
 
 
 def _runner(model: nn.Module, blocks: Sequence[Block]) -> Callable[[Tensor], Any]:
@@ -261,9 +258,11 @@ def _whole(model: nn.Module) -> Callable[[Tensor], Any]:
     tokens = [getattr(model.config, name, None) for name in ("decoder_start_token_id", "bos_token_id")]
     start = next((token for token in tokens if isinstance(token, int)), 0)
 
+    pair = getattr(model, "base_model", model)  # without a head, which may look for tokens that end a text
+
     def decode(ids: Tensor) -> Any:
         shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-        return model(input_ids=ids, decoder_input_ids=shifted, use_cache=False)
+        return pair(input_ids=ids, decoder_input_ids=shifted, use_cache=False)
 
     return decode
 

@@ -137,13 +137,20 @@ def calibration_batches(windows: Sequence[Tensor], tokens_per_batch: int = TOKEN
 
 def check_tokens(model: Any, low: int, high: int) -> None:
     """Raise CalibrationError unless the token ids from ``low`` to ``high`` have a place in the model's embeddings."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = _embeddings(model) or _embeddings(getattr(model, "get_decoder", lambda: None)())  # CLIP: of its text
     size = getattr(embeddings, "num_embeddings", None)
     if size is not None and not 0 <= low <= high < size:
         raise CalibrationError(
             f"The data has token ids from {low} to {high}, the model has {size} embeddings (0 to {size - 1}): the"
             " tokenizer, or the data that was tokenized with it, belongs to another model."
         )
+
+
+def _embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _document(item: Any, index: int) -> str | Tensor:

@@ -146,9 +146,9 @@ def copy_preprocessing(model: str, folder: Path, trust_remote_code: bool = False
     """Copy the processor of ``model`` and save its tokenizer into ``folder``; False when it has no tokenizer."""
     from transformers import AutoTokenizer
 
-    from hf_spqr.integrations.processor import copy_processor
+    from hf_spqr.integrations.beside import copy_beside
 
-    copy_processor(model, folder)
+    copy_beside(model, folder)
     try:
         AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).save_pretrained(folder)
     except (OSError, ValueError):

@@ -357,7 +357,7 @@ def run(
     trust_remote_code: bool = False,
 ) -> QuantizationReport:
     """Quantize and, where there is a ``folder``, save into it; return the report."""
-    from hf_spqr.integrations.processor import copy_processor
+    from hf_spqr.integrations.beside import copy_beside
 
     with ranks.together():
         tokenizer = load_tokenizer(model, trust_remote_code)
@@ -368,7 +368,7 @@ def run(
         if folder is not None:
             quantized.save_pretrained(folder, max_shard_size=max_shard_size)
             tokenizer.save_pretrained(folder)
-            copy_processor(model, folder)
+            copy_beside(model, folder)
             report.save(folder)
     return report
 

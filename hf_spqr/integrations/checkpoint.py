@@ -45,7 +45,8 @@ class Contents:
 
     ``packed[module][tensor]`` are the tensors of packed layers; ``dense`` all other parameter names; ``modules`` maps
     a packed layer to its name in the file. ``experts[module][projection][expert][tensor]`` are those of packed
-    experts. ``further`` are packed layers of blocks after the model's last one.
+    experts. ``further`` are packed layers of blocks after the model's last one, ``elsewhere`` those of parts that the
+    model does not have: the decoder, where it is an encoder.
     """
 
     packed: dict[str, dict[str, Spec]] = field(default_factory=lambda: defaultdict(dict))
@@ -53,6 +54,7 @@ class Contents:
     modules: dict[str, str] = field(default_factory=dict)
     experts: dict[str, dict[str, dict[int, dict[str, Spec]]]] = field(default_factory=dict)
     further: set[str] = field(default_factory=set)
+    elsewhere: set[str] = field(default_factory=set)
 
 
 def read_specs(files: Iterable[str]) -> dict[str, Spec]:
@@ -73,7 +75,8 @@ def read_specs(files: Iterable[str]) -> dict[str, Spec]:
 def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
     """Headers of ``files`` with the names that their tensors get in ``model`` (still unpacked, on meta).
 
-    Blocks after the last one of ``model`` (``num_hidden_layers=``) are left out; Transformers reports them.
+    Blocks after the last one of ``model`` (``num_hidden_layers=``) are left out, and so are parts that it does not
+    have (the encoder, where it is a decoder); Transformers reports them.
 
     Raises:
         CheckpointError: a damaged file, a packed tensor that belongs to no linear layer of the model, or a packed
@@ -83,7 +86,7 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
     rename = Renamer(model)
     prefixes = {name.rpartition(".")[0] for name in specs if name.rpartition(".")[2] == PACKED}
     find_expert = ExpertFinder(model, rename)
-    is_further = _further_blocks(model)
+    is_further, is_elsewhere = _further_blocks(model), _missing_parts(model)
     contents = Contents()
     stray = []
     for name in sorted(specs):
@@ -102,12 +105,20 @@ def read_contents(model: nn.Module, files: Iterable[str]) -> Contents:
         if module in prefixes and is_further(target):
             contents.further.add(module)
             continue
+        if is_elsewhere(target):
+            contents.elsewhere.add(module)
+            continue
         if module not in prefixes or not _is_linear(model, target):
             stray.append(name)
             continue
         contents.packed[target][leaf] = specs[name]
         contents.modules[target] = module
+    if not contents.packed and not contents.experts:  # then it is all of another model
+        stray += contents.elsewhere
     stray = [name for name in stray if not _ignored(name, model, "_keys_to_ignore_on_load_unexpected")]
+    contents.elsewhere = {
+        name for name in contents.elsewhere if not _ignored(name, model, "_keys_to_ignore_on_load_unexpected")
+    }
     if stray:
         raise CheckpointError(
             f"The checkpoint has {len(stray)} packed tensors that belong to no packed linear layer of"
@@ -192,6 +203,20 @@ def _further_blocks(model: nn.Module) -> Callable[[str], bool]:
         return any(number.isdigit() and int(number) >= count for number, count in rests)
 
     return is_further
+
+
+def _missing_parts(model: nn.Module) -> Callable[[str], bool]:
+    """Says of the name of a module whether it lies in a part that ``model`` does not have, outside of its blocks.
+
+    Those are checked for themselves (:func:`check_complete`): a checkpoint of another model lacks something in them.
+    """
+    lists = tuple(stored_parts(model))
+    names = {name for name, _ in model.named_modules()}
+
+    def is_missing(name: str) -> bool:
+        return name not in names and not name.startswith(lists)
+
+    return is_missing
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:

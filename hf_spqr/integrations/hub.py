@@ -16,10 +16,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_spqr.errors import CheckpointError, HfSpqrError
-from hf_spqr.integrations.processor import copy_processor
+from hf_spqr.integrations.beside import copy_beside
+from hf_spqr.integrations.sentence_transformers import module_folders
 from hf_spqr.integrations.verify import check_folder
 from hf_spqr.nn import PackedExperts, PackedLinear
-from hf_spqr.quantize.driver import tokenizer_beside
+from hf_spqr.quantize.tokenizer import tokenizer_beside
 from hf_spqr.report.card import MADE_HERE, PLOT_NAME, SHORT, check_evaluation, hub_name, model_card
 from hf_spqr.report.checkpoint import INDEX, SINGLE, CheckpointReport, inspect_checkpoint, weight_files
 from hf_spqr.report.model_classes import auto_class
@@ -205,7 +206,7 @@ def push_to_hub(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if source:
-            copy_processor(source, Path(folder))
+            copy_beside(source, Path(folder))
         return push_folder(folder, repo_id, **options)
 
 
@@ -245,12 +246,13 @@ def complete_files(folder: Path, trust_remote_code: bool = False) -> list[Path]:
     if not inspect_checkpoint(folder, trust_remote_code).layers:
         raise CheckpointError(f"{folder} has no packed layers: push takes models that hf_spqr has quantized.")
     check_folder(folder, weights, trust_remote_code)
+    modules = [folder / name for name in module_folders(folder)]  # which may have weights of their own
     return [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and not any(fnmatch(part, pattern) for part in path.relative_to(folder).parts for pattern in NEVER)
-        and (path.suffix != ".safetensors" or path in weights)
+        and (path.suffix != ".safetensors" or path in weights or any(map(path.is_relative_to, modules)))
     ]
 
 

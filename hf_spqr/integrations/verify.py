@@ -27,10 +27,15 @@ def check_folder(folder: Path, files: Iterable[Path], trust_remote_code: bool = 
     if config is None or ("auto_map" in stored and not trust_remote_code):
         return
     model, names = empty_model(folder, trust_remote_code), [str(file) for file in files]
-    further = read_contents(model, names).further  # a load leaves them out, as of any checkpoint
-    if further:
+    contents = read_contents(model, names)  # a load leaves out what the model has no place for, as of any checkpoint
+    if contents.further:
         raise CheckpointError(
-            f"{folder / 'config.json'} counts fewer blocks than the files hold, for example {min(further)!r}: correct"
-            " num_hidden_layers, or save the model again."
+            f"{folder / 'config.json'} counts fewer blocks than the files hold, for example {min(contents.further)!r}:"
+            " correct num_hidden_layers, or save the model again."
+        )
+    if contents.elsewhere:
+        raise CheckpointError(
+            f"{folder / 'config.json'} names {type(model).__name__}, which has no {min(contents.elsewhere)!r} as the"
+            " files do: correct architectures, or save the model again."
         )
     QUANTIZERS[type(config)](config, pre_quantized=True).preprocess_model(model, checkpoint_files=names)

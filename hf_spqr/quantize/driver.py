@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hf_spqr.calibration.blocks import attending_parts, check_reads_text, record
 from hf_spqr.calibration.data import calibration_batches, calibration_windows, check_tokens
 from hf_spqr.config import OmniQuantConfig, PackedConfig, SpQRConfig, name_matches
-from hf_spqr.errors import CalibrationError, ConfigError
+from hf_spqr.errors import ConfigError
 from hf_spqr.quantize.blockwise import OmniQuantRun
 from hf_spqr.quantize.experts import find_experts
 from hf_spqr.quantize.layerwise import SpQRRun
@@ -30,11 +30,12 @@ from hf_spqr.quantize.targets import (
     refuse_packed,
     selectable,
 )
+from hf_spqr.quantize.tokenizer import find_tokenizer
 from hf_spqr.quantize.trial import Trial, try_out
 from hf_spqr.report import CalibrationReport, QuantizationReport
 from hf_spqr.report.card import hub_name
 
-__all__ = ["least_bytes", "quantize_model", "settle", "tokenizer_beside"]
+__all__ = ["least_bytes", "quantize_model", "settle"]
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def _windows(model: nn.Module, config: SpQRConfig | OmniQuantConfig, tokenizer: 
     """The calibration data as token ids that the model knows."""
     windows = calibration_windows(
         config.dataset,
-        _tokenizer(model, tokenizer),
+        find_tokenizer(model, tokenizer),
         nsamples=config.nsamples,
         seqlen=_usable_seqlen(model, config.seqlen),
         seed=config.seed,
@@ -260,32 +261,6 @@ def _usable_seqlen(model: nn.Module, seqlen: int) -> int:
         logger.warning("seqlen=%d is more than the %d positions of the model: %d are used.", seqlen, limit, limit)
         return limit
     return seqlen
-
-
-def tokenizer_beside(model: Any) -> Any:
-    """The tokenizer of the folder or repository that ``model`` came from; None where there is none."""
-    # custom code of the tokenizer is trusted where that of the model, from the same place, already runs
-    trusted = type(model).__module__.startswith("transformers_modules.")
-    return _load_tokenizer(getattr(model, "name_or_path", None), trusted)
-
-
-def _tokenizer(model: nn.Module, tokenizer: Any) -> Any:
-    """A tokenizer object, loaded by name where it is one; None for none, and token ids need none."""
-    if tokenizer is None:
-        return tokenizer_beside(model)
-    found = _load_tokenizer(tokenizer, False) if isinstance(tokenizer, str | os.PathLike) else tokenizer
-    if not callable(found):
-        raise CalibrationError(f"tokenizer={tokenizer!r} is no tokenizer, nor the name of one that can be loaded.")
-    return found
-
-
-def _load_tokenizer(name: str | os.PathLike[str] | None, trusted: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted) if name else None
-    except (OSError, ValueError):
-        return None  # token ids need none; text says clearly that it does
 
 
 def _hub_source(model: nn.Module) -> str | None:

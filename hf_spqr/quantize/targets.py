@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_spqr.calibration.blocks import Block
+from hf_spqr.calibration.blocks import Block, find_wholes, stored_parts
 from hf_spqr.config import PackedConfig
 from hf_spqr.errors import MISFITS, NonFiniteError, UnsupportedLayerError
 from hf_spqr.nn import GroupedLinear, PackedLinear, dense
@@ -39,16 +39,21 @@ def find_targets(model: nn.Module, blocks: Sequence[Block], config: PackedConfig
     """The linear layers inside ``blocks`` that ``config`` does not exclude, in the model's order.
 
     Left out are layers whose weight has more than one place in the model, layers that must stay in float32 for the
-    model, layers that score experts, and layers that are so narrow that packing would not make them smaller.
+    model, layers that score experts, layers that are so narrow that packing would not make them smaller, and where
+    ``blocks`` are a whole decoder what is in none of its lists (a pooler, which not every head has).
     """
+    wholes = [whole.module for [whole] in find_wholes(model)]
     shared = shared_parameters(model)
     keep = kept_in_float32(model)
     targets = []
     for index, block in enumerate(blocks):
         experts = _experts_beside(block.module)
+        lists = tuple(stored_parts(model)) if any(block.module is whole for whole in wholes) else ("",)
         for local_name, module in block.module.named_modules():
             name = block.inside(local_name)
-            if not _is_linear(module) or config.excludes(name) or f"{name}.weight" in shared:
+            if not name.startswith(lists) or not _is_linear(module):
+                continue
+            if config.excludes(name) or f"{name}.weight" in shared:
                 continue
             if any(part in keep for part in name.split(".")) or _scores(local_name, module, experts):
                 continue

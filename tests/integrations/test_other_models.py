@@ -128,7 +128,6 @@ def test_text_encoders(kind, method, tmp_path):
     [
         ("vit", ViTForImageClassification, "pixel_values"),
         ("wav2vec2", Wav2Vec2ForCTC, "input_values"),
-        ("clip", AutoModel, "more than one kind of input"),
     ],
 )
 def test_models_that_read_no_text_are_refused(kind, cls, reads):

@@ -24,7 +24,7 @@ from peft import (
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import dispatch_default
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import hf_spqr
@@ -151,6 +151,33 @@ def test_the_trainer_takes_it(folder, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_a_classifier_with_a_new_head(folder, tmp_path):
+    """The head is trained and saved with the adapters; ``Trainer`` trains, evaluates and predicts."""
+    load = AutoModelForSequenceClassification.from_pretrained
+    data = [{"input_ids": IDS[0], "labels": label} for label in (0, 2, 0, 2)]
+    base = load(folder, num_labels=3)
+    base.config.pad_token_id = 0
+    config = LoraConfig(r=4, target_modules=TARGETS, task_type="SEQ_CLS", modules_to_save=["score"])
+    model = get_peft_model(base, config)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(".score." in name for name in start) == 1
+    arguments = TrainingArguments(
+        tmp_path / "run", max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
+        save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert not any(torch.equal(p, start[name]) for name, p in model.named_parameters() if name in start)
+    predicted = trainer.predict(data).predictions
+    assert predicted.shape == (4, 3) and trainer.evaluate()["eval_loss"] > 0
+    trainer.save_model(tmp_path / "adapter")
+    other = load(folder, num_labels=3)
+    other.config.pad_token_id = 0
+    again = PeftModel.from_pretrained(other, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits[0], torch.from_numpy(predicted[0]), rtol=1e-5, atol=1e-6)
 
 
 def test_all_linear_layers(folder):

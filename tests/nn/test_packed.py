@@ -69,6 +69,19 @@ def test_int8_activations_are_a_matter_of_the_op(make):
     torch.testing.assert_close(x.grad, module.dequantize_weight().sum(0).expand(5, 96))
 
 
+@pytest.mark.parametrize("tokens", [5, 100])
+@pytest.mark.parametrize(("make", "act_bits"), [(spqr_module, None), (affine_module, None), (affine_module, 8)])
+def test_the_result_may_be_changed_in_place(make, act_bits, tokens):
+    """As Longformer does with its queries; autograd forbids it for views."""
+    module = make(perm=False, **({} if act_bits is None else {"group_size": -1}))
+    module.act_bits = act_bits
+    x = torch.randn(2, tokens, 96, requires_grad=True)
+    y = module(x)
+    y /= 2
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, module.dequantize_weight().sum(0).expand_as(x) / 2)
+
+
 def test_quantized_activations_stay_as_they_are():
     module = affine_module(group_size=-1)
     module.act_bits = 8
