@@ -248,21 +248,25 @@ def _runner(model: nn.Module, blocks: Sequence[Block]) -> Callable[[Tensor], Any
         return lambda ids: _decoder(model)(input_ids=ids, use_cache=False)
     if any(module is blocks[0].module for module in encoder.modules()):
         return lambda ids: encoder(input_ids=ids)
-    return _whole(model)
+    # without a head, which may look for tokens that end a text
+    return _pair(getattr(model, "base_model", model), model.config)
 
 
 def _whole(model: nn.Module) -> Callable[[Tensor], Any]:
-    """What calls all of ``model`` on token ids; a decoder beside an encoder gets them moved on by one."""
+    """What calls all of ``model`` on token ids, with its head."""
     if _encoder(model) is None:
         return lambda ids: model(input_ids=ids, use_cache=False)
-    tokens = [getattr(model.config, name, None) for name in ("decoder_start_token_id", "bos_token_id")]
-    start = next((token for token in tokens if isinstance(token, int)), 0)
+    return _pair(model, model.config)
 
-    pair = getattr(model, "base_model", model)  # without a head, which may look for tokens that end a text
+
+def _pair(model: nn.Module, config: Any) -> Callable[[Tensor], Any]:
+    """What calls an encoder and a decoder on token ids, which the decoder gets moved on by one."""
+    tokens = [getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id")]
+    start = next((token for token in tokens if isinstance(token, int)), 0)
 
     def decode(ids: Tensor) -> Any:
         shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-        return pair(input_ids=ids, decoder_input_ids=shifted, use_cache=False)
+        return model(input_ids=ids, decoder_input_ids=shifted, use_cache=False)
 
     return decode
 
