@@ -33,6 +33,7 @@ from hf_spqr.calibration.data import calibration_windows
 from hf_spqr.evaluate import default_seqlen, perplexity
 
 SETTINGS = ("documents", "nsamples", "seqlen")
+PLAIN = "OmniQuant, plain errors"
 
 
 class Method(NamedTuple):
@@ -51,6 +52,7 @@ def affine(size: str, bits: int, group: int) -> list[Method]:
     asymmetric = {"sym": False} if bits == 2 else {}
     return [
         Method(size, "OmniQuant", "ours", {"method": "omniquant", **ours}),
+        Method(size, PLAIN, "ours", {"method": "omniquant", **ours, "learning": {"fisher": False}}),
         Method(size, "RTN", "ours", {"method": "rtn", **ours}),
         Method(size, "GPTQ", "ours", {"method": "gptq", **ours}),
         Method(size, "GPTQModel GPTQ", "gptqmodel", {"method": "gptq", **grid} | asymmetric),

@@ -23,7 +23,7 @@ from hf_spqr.errors import CalibrationError, UnsupportedLayerError
 
 __all__ = [
     "Block", "Call", "NoChainError", "Recording", "attending_parts", "check_reads_text", "find_blocks", "find_stacks",
-    "find_wholes", "record", "replay", "stored_parts",
+    "find_wholes", "finish", "record", "replay", "stored_parts",
 ]  # fmt: skip
 
 BLOCK_LISTS = ("layers", "h", "blocks", "layer", "block")
@@ -63,9 +63,10 @@ class Call:
 
 @dataclass
 class Recording:
-    """``hidden[b]``: input of the first block for batch ``b``, in host memory; ``calls[i][b]``: arguments of block
-    ``i`` for batch ``b``."""
+    """``batches[b]``: token ids; ``hidden[b]``: what the first block is given for them, in host memory;
+    ``calls[i][b]``: arguments of block ``i`` for them."""
 
+    batches: list[Tensor] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
 
@@ -163,7 +164,7 @@ def record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor])
     """
     if not batches:
         raise CalibrationError("There are no calibration batches.")
-    recording = Recording(calls=[[] for _ in blocks])
+    recording = Recording(list(batches), calls=[[] for _ in blocks])
     chain = _Chain(blocks)
     outputs: dict[tuple[type, torch.Size], Any] = {}
     device = next(model.parameters()).device
@@ -181,6 +182,20 @@ def record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor])
         finally:
             model.train(training)
     return recording
+
+
+def finish(model: nn.Module, blocks: Sequence[Block], ids: Tensor, hidden: Tensor) -> Any:
+    """What ``model`` as a whole gives for token ids [n, length] where the last of ``blocks`` gives ``hidden``.
+
+    No block of the stack is executed, except one of each class, to learn what its calls return. Gradients flow from
+    the result to ``hidden`` unless the caller disables them.
+    """
+    outputs: dict[type, Any] = {}
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(_restore, block.module, block.module.__dict__.get("forward"))
+            block.module.forward = _giver(hidden, block, outputs)
+        return _whole(model)(ids.to(next(model.parameters()).device))
 
 
 def replay(block: nn.Module, hidden: Tensor, call: Call, device: torch.device | str | None = None) -> Tensor:
@@ -233,14 +248,25 @@ def _runner(model: nn.Module, blocks: Sequence[Block]) -> Callable[[Tensor], Any
         return lambda ids: _decoder(model)(input_ids=ids, use_cache=False)
     if any(module is blocks[0].module for module in encoder.modules()):
         return lambda ids: encoder(input_ids=ids)
-    tokens = [getattr(model.config, name, None) for name in ("decoder_start_token_id", "bos_token_id")]
-    start = next((token for token in tokens if isinstance(token, int)), 0)
+    # without a head, which may look for tokens that end a text
+    return _pair(getattr(model, "base_model", model), model.config)
 
-    pair = getattr(model, "base_model", model)  # without a head, which may look for tokens that end a text
+
+def _whole(model: nn.Module) -> Callable[[Tensor], Any]:
+    """What calls all of ``model`` on token ids, with its head."""
+    if _encoder(model) is None:
+        return lambda ids: model(input_ids=ids, use_cache=False)
+    return _pair(model, model.config)
+
+
+def _pair(model: nn.Module, config: Any) -> Callable[[Tensor], Any]:
+    """What calls an encoder and a decoder on token ids, which the decoder gets moved on by one."""
+    tokens = [getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id")]
+    start = next((token for token in tokens if isinstance(token, int)), 0)
 
     def decode(ids: Tensor) -> Any:
         shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-        return pair(input_ids=ids, decoder_input_ids=shifted, use_cache=False)
+        return model(input_ids=ids, decoder_input_ids=shifted, use_cache=False)
 
     return decode
 
@@ -304,11 +330,27 @@ def _recorder(
         call = Call(tuple(args[1:]), given, keyword)
         calls.append(_share(call, calls[-1]) if calls else call)
         output = outputs[key]
-        if isinstance(output, dict):  # of a model as a whole
-            return output
-        return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
+        return output if isinstance(output, dict) else _instead(output, hidden)  # a dict: of a model as a whole
 
     return forward
+
+
+def _giver(hidden: Tensor, block: Block, outputs: dict[type, Any]) -> Callable[..., Any]:
+    """A forward for ``block`` that gives ``hidden``, with what else its class returns."""
+    original, kind = block.module.forward, type(block.module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if kind not in outputs:
+            with torch.no_grad():
+                outputs[kind] = original(*args, **kwargs)
+        return _instead(outputs[kind], hidden)
+
+    return forward
+
+
+def _instead(output: Any, hidden: Tensor) -> Any:
+    """``hidden`` in the place of that of a block's output."""
+    return (hidden, *output[1:]) if isinstance(output, tuple | list) else hidden
 
 
 def _restore(module: nn.Module, forward: Any) -> None:

@@ -5,18 +5,15 @@ Of several ranks each has all of the calibration data; they divide the samples o
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_spqr.calibration.blocks import HIDDEN, Block, Call
+from hf_spqr.calibration.blocks import Block
 from hf_spqr.config import OmniQuantConfig
 from hf_spqr.errors import CalibrationError, HfSpqrError, RankError
 from hf_spqr.methods import gptq
@@ -25,6 +22,7 @@ from hf_spqr.methods.omniquant import BlockResult, quantize_block
 from hf_spqr.methods.omniquant.runner import BlockRunner
 from hf_spqr.methods.omniquant.team import Team
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear, dense
+from hf_spqr.quantize.metric import keywords, output_metrics, sequences_first
 from hf_spqr.quantize.run import Run, named
 from hf_spqr.quantize.targets import Target
 from hf_spqr.report import BlockReport, LayerReport
@@ -44,14 +42,16 @@ class OmniQuantRun(Run[OmniQuantConfig]):
 
     def quantize(self) -> None:
         full = quantized = self._samples()
+        params = self.config.params()
+        metrics = output_metrics(self, full, self.sequence_dim) if params.fisher and params.epochs else {}
         for index, block in enumerate(self.blocks):
             mine = self.targets_of(index)
-            with self.on_device(block), _sequences_first(block.module, self.sequence_dim):
-                calls = [_keywords(block.module, call) for call in self.recording.calls[index]]
+            with self.on_device(block), sequences_first(block.module, self.sequence_dim):
+                calls = [keywords(block.module, call) for call in self.recording.calls[index]]
                 inputs = quantized
                 if mine:
                     started = time.perf_counter()
-                    result = self._learn(block, mine, full, quantized, calls)
+                    result = self._learn(block, mine, full, quantized, calls, metrics.pop(index, None))
                     self._store(block, mine, result, time.perf_counter() - started)
                     full, quantized = result.outputs_fp, result.outputs_q
                 else:
@@ -89,10 +89,17 @@ class OmniQuantRun(Run[OmniQuantConfig]):
             raise CalibrationError(f"OmniQuant needs one sequence per recorded batch, the blocks get {list(shape)}.")
         self.sequence_dim = shape.index(1)
         self.recording.calls = [[calls[i] for i in keep] for calls in self.recording.calls]
+        self.recording.batches = [self.recording.batches[i] for i in keep]
         return torch.cat([self.recording.hidden[i].movedim(self.sequence_dim, 0) for i in keep])
 
     def _learn(
-        self, block: Block, mine: dict[str, Target], full: Tensor, quantized: Tensor, calls: list[dict[str, Any]]
+        self,
+        block: Block,
+        mine: dict[str, Target],
+        full: Tensor,
+        quantized: Tensor,
+        calls: list[dict[str, Any]],
+        metric: Tensor | None,
     ) -> BlockResult:
         linears = {name: target.linear for name, target in mine.items()}
         layouts = {name: self.config.layout(*dense.features(t.linear), t.name) for name, t in mine.items()}
@@ -109,8 +116,8 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         try:
             with named(block.name), torch.enable_grad():  # the caller may be under no_grad
                 return quantize_block(
-                    block.module, full, quantized, calls, params, linears, layouts=layouts, progress=progress,
-                    team=team,
+                    block.module, full, quantized, calls, params, linears, layouts=layouts, metric=metric,
+                    progress=progress, team=team,
                 )  # fmt: skip
         except HfSpqrError as error:  # every rank judges the same samples and numbers
             error.everywhere = team.size > 1 and not isinstance(error, RankError)
@@ -155,32 +162,3 @@ class OmniQuantRun(Run[OmniQuantConfig]):
         )
         self.report.blocks.append(learned)
         self.report.notes.append(learned.describe())
-
-
-@contextmanager
-def _sequences_first(block: nn.Module, dim: int) -> Iterator[None]:
-    """``block`` takes and gives hidden states with the sequences in dimension 0 instead of ``dim`` for a while."""
-    if dim == 0:
-        yield
-        return
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (args[0].movedim(0, dim), *args[1:]), kwargs
-        return args, {**kwargs, HIDDEN: kwargs[HIDDEN].movedim(0, dim)}
-
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple | list):
-            return (output[0].movedim(dim, 0), *output[1:])
-        return output.movedim(dim, 0)
-
-    with ExitStack() as hooks:
-        hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        hooks.callback(block.register_forward_hook(leave).remove)
-        yield
-
-
-def _keywords(block: nn.Module, call: Call) -> dict[str, Any]:
-    """All arguments of a call after the hidden states, by name."""
-    names = list(inspect.signature(block.forward).parameters)[1:]
-    return {**dict(zip(names, call.args, strict=False)), **call.kwargs}

@@ -73,7 +73,8 @@ class BlockReport:
     """One block that learned its layers together.
 
     name          module name of the block, e.g. ``model.layers.0``
-    nearest       mean squared error of its output when its weights are rounded to nearest, on the samples kept out
+    nearest       squared error of its output, in the metric that is learned by (docs/omniquant.md), when its weights
+                  are rounded to nearest, on the samples kept out
     initial       the same at the starting point of the training
     final         the same as stored; never more than ``initial``
     steps         training steps, ``skipped`` of them for a loss or gradient that was not finite
@@ -92,7 +93,7 @@ class BlockReport:
 
     def describe(self) -> str:
         """The block in a sentence."""
-        nearest = "no finite error" if self.nearest is None else f"mean squared error {self.nearest:.4g}"
+        nearest = "no finite error" if self.nearest is None else f"squared error {self.nearest:.4g}"
         return (
             f"{self.name}: {nearest} rounding to nearest, {self.initial:.4g} before and {self.final:.4g} after"
             " training"

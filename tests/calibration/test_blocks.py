@@ -12,6 +12,7 @@ from hf_spqr.calibration.blocks import (
     find_blocks,
     find_stacks,
     find_wholes,
+    finish,
     record,
     replay,
     stored_parts,
@@ -51,6 +52,32 @@ def test_replay_is_exact(kind):
             hidden = [replay(block.module, h, call) for h, call in pairs]
         for got, outputs in zip(hidden, expected, strict=True):
             assert torch.equal(got, outputs[index])
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES + MORE)
+def test_what_comes_after_the_blocks_is_exact(kind):
+    model = tiny_model(kind)
+    blocks, batch = find_blocks(model), torch.arange(40, 104).reshape(2, 32)
+    *_, last = block_outputs(model, blocks, batch)
+    with torch.no_grad():
+        assert torch.equal(finish(model, blocks, batch, last).logits, model(batch, use_cache=False).logits)
+    assert not any("forward" in block.module.__dict__ for block in blocks)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_what_comes_after_an_encoder_is_the_decoder_too(kind):
+    model = next(a for a in MATRIX if a.kind == kind).build()
+    batch = torch.arange(3, 35)[None]
+    shifted = torch.cat([torch.full_like(batch[:, :1], model.config.decoder_start_token_id), batch], 1)[:, :-1]
+    with torch.no_grad():
+        expected = model(input_ids=batch, decoder_input_ids=shifted, use_cache=False).logits
+        for stack in find_stacks(model):
+            seen = []
+            hook = stack[-1].module.register_forward_hook(lambda m, a, o, seen=seen: seen.append(o))
+            model(input_ids=batch, decoder_input_ids=shifted, use_cache=False)
+            hook.remove()
+            last = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+            assert torch.equal(finish(model, stack, batch, last).logits, expected)
 
 
 @pytest.mark.parametrize("kind", ["t5", "mt5", "bart"])

@@ -62,7 +62,7 @@ def test_a_report_of_before_there_were_blocks() -> None:
 
 def test_a_block_in_a_sentence() -> None:
     assert make_report().blocks[0].describe() == (
-        "model.layers.0: mean squared error 0.5 rounding to nearest, 0.4 before and 0.1 after training, 1 transforms;"
+        "model.layers.0: squared error 0.5 rounding to nearest, 0.4 before and 0.1 after training, 1 transforms;"
         " 2 steps skipped."
     )
     bad = BlockReport("b", None, 0.4, 0.4, 30, kept_initial=True)

@@ -35,6 +35,8 @@ class OmniQuantParams:
     lwc_lr, let_lr, rounding_lr: Adam's learning rates. cosine: decay them to a twentieth along half a cosine.
     shuffle: draw the batches in random order. aug_loss: add the distance to the full-precision block fed with the
         quantized stream (the original's ``--aug_loss``).
+    fisher: measure the block's error in the metric that :func:`quantize_block` is given, which takes a pass back
+        through the model; else, and as published, by its mean square.
     holdout: share of the samples kept out of training, on which the best state is chosen; 0 keeps the last state (and
         guards it on the training samples).
     quantize_attention: with act_bits, also quantize q, k and v where they enter attention.
@@ -63,6 +65,7 @@ class OmniQuantParams:
     cosine: bool = True
     shuffle: bool = True
     aug_loss: bool = False
+    fisher: bool = True
     holdout: float = 0.125
     quantize_attention: bool = True
     act_sym: bool = False

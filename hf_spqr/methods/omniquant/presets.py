@@ -51,6 +51,7 @@ def preset(name: str, *, reference: bool = False) -> OmniQuantParams:
         cosine=False,
         shuffle=False,
         aug_loss=bits == 2 or (bits == 4 and act == 4),
+        fisher=False,
         holdout=0.0,
         zero_grad=False,
     )

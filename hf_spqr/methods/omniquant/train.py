@@ -102,6 +102,7 @@ def quantize_block(
     linears: Mapping[str, nn.Module],
     *,
     layouts: Mapping[str, AffineLayout] | None = None,
+    metric: Tensor | None = None,
     probe: tuple[Tensor, Kwargs] | None = None,
     pairs: Sequence[EquivalencePair] | None = None,
     progress: Progress | None = None,
@@ -114,16 +115,18 @@ def quantize_block(
     inputs_fp, inputs_q: hidden states ``[S, T, H]`` (``[S, T, streams, H]`` with several residual streams)
     that enter the block in the full-precision and in the quantized chain, any float dtype, host or device. kwargs:
     keyword arguments that the block itself receives, one mapping for all samples or one for each. layouts: how single
-    layers are stored, by name; the others as ``params`` say. probe: a short recorded call ``(hidden [B, T, H],
-    kwargs)`` on which equivalent transforms are verified (default: the first tokens of the first sample). pairs:
-    verified transforms, to skip the search. progress: see :data:`Progress`. team: the processes that call this
-    together, with the same arguments; they divide the samples of each step, and all get the result.
+    layers are stored, by name; the others as ``params`` say. metric: ``[H, H]``, symmetric and positive semidefinite
+    with a mean of 1 on its diagonal: an error d of the output costs ``d^T metric d / H``, as the Fisher information at
+    the block's output has it; None (or ``params.fisher`` off) for ``d^T d / H``. probe: a short recorded call
+    ``(hidden [B, T, H], kwargs)`` on which equivalent transforms are verified (default: the first tokens of the first
+    sample). pairs: verified transforms, to skip the search. progress: see :data:`Progress`. team: the processes that
+    call this together, with the same arguments; they divide the samples of each step, and all get the result.
 
     The block is left as it was. Parameters other than the linears' weights that transforms change are returned, not
     written.
 
     Raises:
-        CalibrationError: shapes of the two streams differ, or there are no samples.
+        CalibrationError: shapes of the two streams differ, there are no samples, or the metric is not ``[H, H]``.
         ConfigError: a layout is not that of its layer.
         NonFiniteError: the block's full-precision output, or its output before training, is not finite.
     """
@@ -132,7 +135,10 @@ def quantize_block(
             f"expected two streams [samples, tokens, ..., hidden] of one shape, got {tuple(inputs_fp.shape)}"
             f" and {tuple(inputs_q.shape)}"
         )
-    job = _Job(block, inputs_fp, inputs_q, kwargs, params, linears, layouts or {}, team or Team())
+    width = inputs_fp.shape[-1]
+    if metric is not None and metric.shape != (width, width):
+        raise CalibrationError(f"expected a metric [{width}, {width}], got {list(metric.shape)}")
+    job = _Job(block, inputs_fp, inputs_q, kwargs, params, linears, layouts or {}, metric, team or Team())
     return job.run(probe, pairs, progress)
 
 
@@ -148,11 +154,13 @@ class _Job:
         params: OmniQuantParams,
         linears: Mapping[str, nn.Module],
         layouts: Mapping[str, AffineLayout],
+        metric: Tensor | None,
         team: Team,
     ) -> None:
         self.block, self.params, self.linears, self.layouts, self.team = block, params, linears, layouts, team
         self.inputs_fp, self.inputs_q, self.kwargs = inputs_fp, inputs_q, kwargs
         self.runner = BlockRunner(block, kwargs, list(linears), params.autocast)
+        self.metric = None if metric is None or not params.fisher else metric.to(self.runner.device, torch.float32)
         self.generator = torch.Generator().manual_seed(params.seed)
         order = torch.randperm(len(inputs_q), generator=self.generator).tolist()
         kept_out = round(len(order) * params.holdout) if len(order) > 1 else 0
@@ -222,10 +230,16 @@ class _Job:
     def _loss(self, tensors: Mapping[str, Tensor], samples: Sequence[int], augmented: bool) -> Tensor:
         index = torch.tensor(samples, device=self.inputs_q.device)
         out = self._call(self.inputs_q[index], samples, tensors)
-        loss = F.mse_loss(out, self.outputs_fp[index].to(out))
+        loss = self._distance(out, self.outputs_fp[index])
         if augmented and self.target_same is not None:
-            loss = loss + F.mse_loss(out, self.target_same[index].to(out))
+            loss = loss + self._distance(out, self.target_same[index])
         return loss
+
+    def _distance(self, out: Tensor, target: Tensor) -> Tensor:
+        if self.metric is None:
+            return F.mse_loss(out, target.to(out))
+        error = out - target.to(out)
+        return (error @ self.metric * error).mean()
 
     @torch.no_grad()
     def _judge_tensors(self, tensors: Mapping[str, Tensor]) -> float:

@@ -67,6 +67,27 @@ def test_stored_tensors_reproduce_the_reported_output(name: str, reference: bool
     assert close.float().mean() > (0.999 if bits is None else 0.9)
 
 
+def test_errors_are_measured_in_the_metric() -> None:
+    block, hidden, kwargs = make_block()
+    params, linears = replace(preset("W2A16g32"), epochs=20, batch_size=2, rounding_lr=0.03), linears_of(block)
+    metric = torch.diag(torch.cat([torch.full((8,), 3.9), torch.full((24,), 0.1 / 3)]))  # the first eight count
+    plain = quantize_block(block, hidden, hidden, kwargs, params, linears)
+    weighted = quantize_block(block, hidden, hidden, kwargs, params, linears, metric=metric)
+    off = quantize_block(block, hidden, hidden, kwargs, replace(params, fisher=False), linears, metric=metric)
+    assert torch.equal(off.outputs_q, plain.outputs_q) and off.loss_final == plain.loss_final
+    errors = [(result.outputs_q - result.outputs_fp).square().mean((0, 1)) for result in (plain, weighted)]
+    assert float(errors[1][:8].mean()) < 0.8 * float(errors[0][:8].mean())
+    assert float(errors[1][8:].mean()) > float(errors[0][8:].mean())
+    everywhere = quantize_block(
+        block, hidden, hidden, kwargs, replace(params, holdout=0.0), linears, metric=metric
+    )  # judged on all samples
+    error = everywhere.outputs_q - everywhere.outputs_fp
+    assert everywhere.loss_final == pytest.approx(float((error @ metric * error).mean()), rel=1e-4)
+    assert everywhere.loss_final < everywhere.loss_nearest
+    with pytest.raises(CalibrationError, match=r"metric \[32, 32\], got \[31, 32\]"):
+        quantize_block(block, hidden, hidden, kwargs, params, linears, metric=metric[1:])
+
+
 @pytest.mark.parametrize("name", ["W2A16g32", "W4A4"])
 @pytest.mark.parametrize("reference", [False, True])
 def test_layers_of_a_block_may_be_stored_in_their_own_ways(name: str, reference: bool) -> None:
