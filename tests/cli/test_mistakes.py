@@ -20,7 +20,7 @@ MISTAKES = {
     "quantize {base} {out} -d {data} --group-size 17": "group_size=17: use one of",
     "quantize {base} {out} -d {data} --nsamples -1": "nsamples=-1: use a whole number of at least 1",
     "quantize {base} {out} -d {data} --outlier-threshold nan": "outlier_threshold=nan: use a number above 0",
-    "quantize {base} {out} -d {data} --target-bits 1": "target_bits=1.0: use a number above 3",
+    "quantize {base} {out} -d {data} --target-bits 1": "target_bits=1.0: use a number above 2",
     "quantize {base} {out} -d {data} --method omniquant --preset W3A16q128": "use W<bits>A<bits>[g<group size>]",
     "quantize {base} {out} -d {data} --method omniquant --batch-size 0": "batch_size=0: use a whole number",
     "quantize {base} {out} -d {data} --skip (": "'(' is not a valid regular expression",
