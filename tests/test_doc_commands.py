@@ -17,8 +17,9 @@ from tests.test_docs import FENCE, PAGES, ROOT, prose
 COMMAND = re.compile(r"(?:torchrun [^\n]*--no-python |optimum-cli )?hf-spqr (.*)")
 PLACEHOLDER = re.compile(r"\b(MODEL|OUT|BASE|COMMAND|FOLDER|REPO)\b")
 RUN = ("quantize", "eval", "inspect", "export", "convert", "doctor")
-NOT_HERE = ("torch.compile", "distributed", '"cuda"', "set_cpu_isa")
-"""In snippets: takes minutes, or needs processes, a GPU, or a kernel level that lasts as long as the process."""
+NOT_HERE = ("torch.compile", "distributed", '"cuda"', "set_cpu_isa", "SentenceTransformer")
+"""In snippets: takes minutes, or needs processes, a GPU, a kernel level that lasts as long as the process, or a model
+of the Hub."""
 
 
 def lines(text: str) -> Iterator[str]:
@@ -117,8 +118,13 @@ def test_a_page_runs_as_printed(name: str, folder: Path) -> None:
         for line in lines(code) if not language else ():
             match = re.match("hf-spqr (.*)", line)
             words = shlex.split(match[1], comments=True) if match else [""]
-            if words[0] in RUN and not PLACEHOLDER.search(line) and "--tasks" not in words:
+            if words[0] in RUN and not PLACEHOLDER.search(line) and "--tasks" not in words and is_here(words[1:]):
                 run(words)
+
+
+def is_here(arguments: list[str]) -> bool:
+    """Whether the model comes from the project, or from a command before, and not from the Hub."""
+    return not arguments or arguments[0].startswith(("-", "examples/", "out/"))
 
 
 def run(words: list[str]) -> None:
