@@ -12,7 +12,6 @@ are not installed are named and skipped, and so are those that cannot quantize l
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import time
@@ -28,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import machine
 from benchmarks.accuracy_peers import Job, TooNarrow
-from benchmarks.cells import Cells, Row, texts
+from benchmarks.cells import Cells, Row, argument_parser, texts
 from hf_spqr.calibration.data import calibration_windows
 from hf_spqr.evaluate import default_seqlen, perplexity
 
@@ -180,10 +179,7 @@ def table(results: list[dict[str, Any]], size: str, seeds: Sequence[int] = (0,))
 
 def main() -> None:
     names = list(dict.fromkeys(method.name for method in METHODS))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="folder of the model")
-    parser.add_argument("calibration", nargs="?", help="txt, json or jsonl")
-    parser.add_argument("heldout", nargs="?", help="txt, json or jsonl")
+    parser = argument_parser(__doc__)
     parser.add_argument("--print", action="store_true", help="print the tables of what is there and stop")
     parser.add_argument("--documents", type=int, default=100, help="held-out documents, from the end of the file")
     parser.add_argument("--nsamples", type=int, default=128)

@@ -1,8 +1,9 @@
-"""What the tables of perplexities share: texts that calibrate and texts that are scored, and results cell by cell."""
+"""What tables of perplexities share: arguments, texts that calibrate and texts that are scored, cells of results."""
 
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,15 @@ from benchmarks import machine
 from hf_spqr.calibration.data import iter_documents
 
 Row = dict[str, Any]
+
+
+def argument_parser(description: str | None) -> ArgumentParser:
+    """Of a program that takes a model and its texts, none of them where it only prints what is there."""
+    made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("model", nargs="?", help="folder of the model")
+    made.add_argument("calibration", nargs="?", help="txt, json or jsonl")
+    made.add_argument("heldout", nargs="?", help="txt, json or jsonl")
+    return made
 
 
 def texts(calibration: str, heldout: str, documents: int) -> tuple[list[str], list[str]]:

@@ -12,7 +12,6 @@ data (--seed) and other trainings of the default (--epochs) have files of their 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import time
@@ -24,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_spqr
 from benchmarks import gptq_models
-from benchmarks.cells import Cells, texts
+from benchmarks.cells import Cells, argument_parser, texts
 from benchmarks.machine import RESULTS
 from hf_spqr.evaluate import perplexity
 
@@ -74,10 +73,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="folder of the model")
-    parser.add_argument("calibration", nargs="?", help="txt, json or jsonl")
-    parser.add_argument("heldout", nargs="?", help="txt, json or jsonl")
+    parser = argument_parser(__doc__)
     parser.add_argument("--print", action="store_true", help="print the table of what is there and stop")
     parser.add_argument("--documents", type=int, default=100, help="held-out documents, from the end of the file")
     parser.add_argument("--nsamples", type=int, default=64)

@@ -8,7 +8,6 @@ Models, texts, scores and sizes are those of benchmarks/accuracy.py; cells that 
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import AutoTokenizer
 from benchmarks import machine
 from benchmarks.accuracy import Method, cell
 from benchmarks.accuracy_peers import Job
-from benchmarks.cells import Cells, texts
+from benchmarks.cells import Cells, argument_parser, texts
 from hf_spqr.calibration.data import calibration_windows
 
 NSAMPLES, SEQLEN, DOCUMENTS = 128, 256, 100
@@ -61,10 +60,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="folder of the model")
-    parser.add_argument("calibration", nargs="?", help="txt, json or jsonl")
-    parser.add_argument("heldout", nargs="?", help="txt, json or jsonl")
+    parser = argument_parser(__doc__)
     parser.add_argument("--print", action="store_true", help="print the table of what is there and stop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="draws of the calibration data")
     parser.add_argument("--sizes", type=float, nargs="+", default=list(WAYS), choices=list(WAYS))

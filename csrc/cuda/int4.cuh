@@ -21,11 +21,9 @@ template <int ITEMS>
 class HalfByteCopier {
   public:
     HF_DEVICE HalfByteCopier(const Matrix& m, int64_t first_block, int lane) : m_(m), t_(lane & 3), g_(lane >> 2) {
-        const int64_t last = (m.rows - 1) / kRows;
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
-            const int64_t block = first_block + i < last ? first_block + i : last;
-            from_[i] = m.packed + block * m.panels.words + 2 * t_ * kTileWords + 2 * g_;
+            from_[i] = row_block_words(m, first_block + i) + 2 * t_ * kTileWords + 2 * g_;
         }
     }
 

@@ -51,10 +51,8 @@ class CodeFetcher {
 template <int BITS>
 class SetWords {
   public:
-    // Row blocks past the end repeat the last one; their rows are not written.
     HF_DEVICE SetWords(const Matrix& m, int64_t row_block, int lane) : m_(m), t_(lane & 3) {
-        const int64_t last = (m.rows - 1) / kRows;
-        stream_ = m.packed + (row_block < last ? row_block : last) * m.panels.words;
+        stream_ = row_block_words(m, row_block);
         from_ = dev::keep(stream_ + t_ * (BITS * kRows) + 2 * (lane >> 2));
     }
 

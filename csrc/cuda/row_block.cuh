@@ -76,7 +76,7 @@ struct RowBlock {
     WordFetcher<Stats, BITS> words;
 
     HF_DEVICE RowBlock(const Matrix& m, int64_t wanted, int lane, int first_step, int stride, uint32_t shared)
-        : RowBlock(m, stream_of(m, wanted), lane, first_step, stride, shared) {}
+        : RowBlock(m, row_block_words(m, wanted), lane, first_step, stride, shared) {}
 
     // All that the step needs from memory.
     HF_DEVICE void fetch(int step) {
@@ -88,12 +88,6 @@ struct RowBlock {
   private:
     HF_DEVICE RowBlock(const Matrix& m, const uint32_t* stream, int lane, int first_step, int stride, uint32_t shared)
         : stats(m, stream, lane, first_step, stride, shared), words(m, stream, lane) {}
-
-    // Row blocks past the end repeat the last one; their rows are not written.
-    static HF_DEVICE const uint32_t* stream_of(const Matrix& m, int64_t wanted) {
-        const int64_t last = (m.rows - 1) / kRows;
-        return m.packed + (wanted < last ? wanted : last) * m.panels.words;
-    }
 };
 
 template <class Stats, int BITS, int R>

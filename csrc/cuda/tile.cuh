@@ -87,6 +87,12 @@ HF_DEVICE uint32_t code_pair(int bits, int pair, const uint32_t* tile, int row) 
     return code_pair(bits, pair, [=](int v) { return tile[v * kRows + row]; });
 }
 
+// Where a row block begins. Row blocks past the end repeat the last one; their rows are not written.
+HF_DEVICE const uint32_t* row_block_words(const Matrix& m, int64_t block) {
+    const int64_t last = (m.rows - 1) / kRows;
+    return m.packed + (block < last ? block : last) * m.panels.words;
+}
+
 // Where a tile begins in its row block, in words.
 HF_DEVICE int tile_offset(const Matrix& m, int tile) {
     const int panel = tile >> m.panels.tile_shift;

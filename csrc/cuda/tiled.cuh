@@ -65,10 +65,10 @@ template <class Stats, int BITS>
 HF_DEVICE void prefetch_step(const Matrix& m, int64_t first_block, int step) {
     constexpr int kLine = 32, kLines = 16;  // words; of a row block, by half of the warp
     const int lane = dev::thread() & 31;
-    const int64_t last = (m.rows - 1) / kRows, wanted = first_block + lane / kLines;
+    const int64_t block = first_block + lane / kLines;
     const int first = Stats::kTileShift == 3 ? step * m.panels.panel_words : tile_offset(m, step * kStepTiles);
     const int at = first + lane % kLines * kLine;
-    if (at < m.panels.words) dev::prefetch(m.packed + (wanted < last ? wanted : last) * m.panels.words + at);
+    if (at < m.panels.words) dev::prefetch(row_block_words(m, block) + at);
 }
 
 // Quarter I of the lane's tile in set H: 8 columns of its two rows, to shared memory.

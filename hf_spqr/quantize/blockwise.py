@@ -22,7 +22,8 @@ from hf_spqr.methods.omniquant import BlockResult, quantize_block
 from hf_spqr.methods.omniquant.runner import BlockRunner
 from hf_spqr.methods.omniquant.team import Team
 from hf_spqr.nn import AffineGroupedLinear, AffineLinear, dense
-from hf_spqr.quantize.metric import keywords, output_metrics, sequences_first
+from hf_spqr.quantize.calls import keywords, sequences_first
+from hf_spqr.quantize.metric import output_metrics
 from hf_spqr.quantize.run import Run, named
 from hf_spqr.quantize.targets import Target
 from hf_spqr.report import BlockReport, LayerReport

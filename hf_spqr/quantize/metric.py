@@ -1,4 +1,4 @@
-"""The metric in which OmniQuant measures the errors of a block's output, and how it calls blocks.
+"""The metric in which OmniQuant measures the errors of a block's output.
 
 Some of the calibration samples go through the model as it is, forwards and then backwards, a block at a time on the
 device. So many go together that what they leave behind in all blocks is about as large as the inputs of one block for
@@ -7,22 +7,21 @@ all samples.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_spqr.calibration.blocks import HIDDEN, Call, replay
+from hf_spqr.calibration.blocks import replay
 from hf_spqr.calibration.fisher import FisherSum, gradient_at_the_end, through_block
 from hf_spqr.errors import MISFITS, UnsupportedLayerError
 from hf_spqr.methods.omniquant.runner import BlockRunner
+from hf_spqr.quantize.calls import keywords, sequences_first
 from hf_spqr.quantize.run import Run
 
-__all__ = ["keywords", "output_metrics", "sequences_first"]
+__all__ = ["output_metrics"]
 
 TOKENS = 32768
 """Enough to tell directions apart: of these, or of all there are, the gradients are taken."""
@@ -94,32 +93,3 @@ class _Gradients:
                     if index:
                         call = partial(runner, samples=[i])
                         gradients[i] = through_block(call, inputs[i].to(runner.device), gradient).cpu()
-
-
-@contextmanager
-def sequences_first(block: nn.Module, dim: int) -> Iterator[None]:
-    """``block`` takes and gives hidden states with the sequences in dimension 0 instead of ``dim`` for a while."""
-    if dim == 0:
-        yield
-        return
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (args[0].movedim(0, dim), *args[1:]), kwargs
-        return args, {**kwargs, HIDDEN: kwargs[HIDDEN].movedim(0, dim)}
-
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple | list):
-            return (output[0].movedim(dim, 0), *output[1:])
-        return output.movedim(dim, 0)
-
-    with ExitStack() as hooks:
-        hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        hooks.callback(block.register_forward_hook(leave).remove)
-        yield
-
-
-def keywords(block: nn.Module, call: Call) -> dict[str, Any]:
-    """All arguments of a call after the hidden states, by name."""
-    names = list(inspect.signature(block.forward).parameters)[1:]
-    return {**dict(zip(names, call.args, strict=False)), **call.kwargs}

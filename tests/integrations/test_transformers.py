@@ -1,4 +1,4 @@
-"""Quantize inside from_pretrained, save, reload, move, cast, compile, dequantize, all through Transformers' API."""
+"""Quantize inside from_pretrained, save, reload, move, cast, compile, all through Transformers' API."""
 
 import gc
 import json
@@ -11,32 +11,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_spqr import CheckpointError, ConfigError, SpQRConfig, UnsupportedLayerError
+from hf_spqr import CheckpointError, ConfigError, SpQRConfig
 from hf_spqr.nn import SpQRLinear
 from tests.architectures.matrix import METHODS
 from tests.architectures.rows import ARCHITECTURES as MATRIX
-from tests.integrations.conftest import IDS, quantize_folder
+from tests.integrations.conftest import IDS, assert_same, logits, packed_layers, quantize_folder
 from tests.tiny_models import ARCHITECTURES, byte_tokenizer
 
 load = AutoModelForCausalLM.from_pretrained
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS.to(model.device)).logits
-
-
-def assert_same(a, b):
-    """The same tensors under the same names, bit for bit."""
-    left, right = a.state_dict(), b.state_dict()
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert tensor.dtype == right[name].dtype, name
-        assert torch.equal(tensor, right[name]), name
-
-
-def packed_layers(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, SpQRLinear)}
 
 
 # -- quantize and round trip
@@ -319,56 +301,9 @@ def test_config_of_a_loaded_model_can_be_passed_again(folder, quantized):
     assert_same(quantized, load(folder, config=model.config))
 
 
-def test_dequantize(folder, quantized, tmp_path):
-    model = load(folder).dequantize()
-    assert not packed_layers(model) and not model.is_quantized
-    torch.testing.assert_close(logits(model), logits(quantized), rtol=1e-4, atol=1e-4)
-    model.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    again = load(tmp_path)
-    assert type(again.model.layers[0].mlp.up_proj) is nn.Linear
-    assert torch.equal(logits(again), logits(model))
-
-
-@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16, torch.float32])
-def test_dequantize_to_a_dtype_casts_all_of_the_model(folder, dtype):
-    model = load(folder, dtype=torch.float32).dequantize(dtype=dtype)
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    assert {p.dtype for p in model.parameters()} == {wanted}
-    assert logits(model).dtype == wanted
-
-
-def test_dequantize_after_a_cast_keeps_its_dtype(folder):
-    model = load(folder).to(torch.bfloat16).dequantize()
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert logits(model).dtype == torch.bfloat16
-
-
-def test_dequantize_to_no_float_changes_nothing(folder, quantized):
-    model = load(folder)
-    for dtype in (torch.float64, "int8", "nonsense"):
-        with pytest.raises(ConfigError, match="float32, bfloat16 or float16"):
-            model.dequantize(dtype=dtype)
-    assert_same(quantized, model)
-
-
 def test_a_dtype_that_no_kernel_computes_in_is_refused_on_load(folder):
     with pytest.raises(ConfigError, match=r"dtype=.*float64: quantized models compute in float32, bfloat16 or"):
         load(folder, dtype=torch.float64)
-
-
-def test_a_dequantized_model_can_be_trained(folder):
-    model = load(folder).dequantize()
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_offloaded_models_are_not_dequantized_by_halves(folder, tmp_path):
-    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    model = load(folder, device_map=device_map, offload_folder=tmp_path)
-    with pytest.raises(UnsupportedLayerError, match="load the model without offload"):
-        model.dequantize()
-    assert len(packed_layers(model)) == 14
 
 
 @pytest.mark.slow
