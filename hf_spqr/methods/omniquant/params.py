@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -75,6 +75,10 @@ class OmniQuantParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"{field.name} must be True or False, got {value!r}")
         if not 2 <= self.bits <= 8:
             raise ConfigError(f"bits must be 2 to 8, got {self.bits}")
         if self.group_size != -1 and self.group_size < 1:

@@ -34,7 +34,7 @@ def test_unknown_names_are_refused(name: str) -> None:
     "fields",
     [
         {"bits": 1}, {"group_size": 0}, {"act_bits": 16}, {"act_bits": 8, "group_size": 64}, {"holdout": 1.0},
-        {"epochs": -1}, {"let": True, "let_alpha": ()}, {"let_pairs": ("norms",)},
+        {"epochs": -1}, {"let": True, "let_alpha": ()}, {"let_pairs": ("norms",)}, {"fisher": "no"}, {"cosine": 1},
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(fields: dict[str, Any]) -> None:
